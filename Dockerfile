@@ -1,0 +1,44 @@
+# The service for a CPU:        docker build -t transformer-server .
+# for an NVIDIA GPU:            docker build -t transformer-server:cuda --build-arg DEVICE=cuda .
+#
+# TORCH_INDEX is an extra package index to take torch from. Left empty, pip takes its default build, which on
+# Linux carries the CUDA libraries (gigabytes) and runs on a CPU as well; for a lean CPU image give the address
+# of PyTorch's own index of CPU builds, for another CUDA release the address of that one's.
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+
+FROM ${PYTHON_IMAGE} AS dependencies
+ARG TORCH_INDEX=""
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
+WORKDIR /build
+RUN python -m venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH
+COPY pyproject.toml constraints.txt ./
+RUN grep '^torch==' constraints.txt > torch.txt \
+ && pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r torch.txt
+RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
+      > requirements.txt \
+ && pip install -c constraints.txt -r requirements.txt
+
+FROM ${PYTHON_IMAGE}
+ARG DEVICE=cpu
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    HOME=/tmp \
+    TRANSFORMER_HOST=0.0.0.0 \
+    TRANSFORMER_PORT=8000 \
+    TRANSFORMER_DEVICE=${DEVICE}
+RUN groupadd --gid 10001 app \
+ && useradd --uid 10001 --gid app --no-create-home --home-dir /tmp --shell /usr/sbin/nologin app
+COPY --from=dependencies /opt/venv /opt/venv
+WORKDIR /srv
+COPY LICENSE pyproject.toml ./
+COPY weights ./weights
+COPY model ./model
+COPY app ./app
+USER 10001:10001
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=3s --start-period=120s --retries=3 \
+    CMD ["python", "-c", "import os, urllib.request as r; r.urlopen('http://127.0.0.1:' + os.environ['TRANSFORMER_PORT'] + '/ready', timeout=2)"]
+ENTRYPOINT ["python", "-m", "app"]

@@ -1,0 +1,100 @@
+# `make` alone lists what there is. The versions stand in constraints.txt.
+
+VENV  ?= .venv
+HOST  ?= 127.0.0.1
+PORT  ?= 8000
+DATA  ?= data
+RUNS  ?= runs
+SIZE  ?= cpu
+ARGS  ?=
+# Extra package index to take torch from. Empty: pip's own default, which on Linux is a build that carries the
+# CUDA libraries (gigabytes). A machine without a GPU does better with PyTorch's own index of CPU builds.
+TORCH_INDEX ?=
+
+PY        := $(VENV)/bin/python
+PIP       := $(PY) -m pip --disable-pip-version-check --no-input
+TRAIN     := $(PY) -m model.training
+RECIPES   := model/training/recipes
+FROM      = --data "$(DATA)" --tokenizer "$(RUNS)/tokenizer"
+CODE      := $(wildcard app model tests benchmarks)
+PINS      := pyproject.toml constraints.txt
+FOR_SERVE := $(VENV)/.installed-serve
+FOR_TRAIN := $(VENV)/.installed-train
+FOR_DEV   := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+MAKEFLAGS += --no-builtin-rules
+
+.PHONY: help serve test check format \
+	train-tokenizer train-masked train-causal train-translate evaluate clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  HOST=$(HOST) PORT=$(PORT) ARGS=... go to the program; training reads DATA=$(DATA) and"
+	@echo "  a recipe of SIZE=$(SIZE), and writes under RUNS=$(RUNS)."
+	@echo "  PYTHON=/path/to/python3 chooses the interpreter, TORCH_INDEX=<url> where torch comes from."
+
+# exec: the server takes the place of the shell, so a SIGTERM that make passes on reaches it and it drains.
+serve: $(FOR_SERVE) ## start the service on HOST:PORT
+	@exec $(PY) -m app --host "$(HOST)" --port "$(PORT)" $(ARGS)
+
+test: $(FOR_DEV) ## run the tests (ARGS="-k name")
+	$(PY) -m pytest $(ARGS)
+
+check: $(FOR_DEV) ## lint, format check, strict types
+	$(PY) -m ruff check $(CODE)
+	$(PY) -m ruff format --check $(CODE)
+	$(PY) -m mypy $(CODE)
+
+format: $(FOR_DEV) ## put the code in its one format
+	$(PY) -m ruff check --fix-only $(CODE)
+	$(PY) -m ruff format $(CODE)
+
+train-tokenizer: $(FOR_TRAIN) ## train the shared tokenizer on the packs in DATA
+	$(TRAIN) tokenizer --pairs $(wildcard $(DATA)/*.tsv.xz) --documents $(wildcard $(DATA)/mono.*.txt.xz) \
+	    --out "$(RUNS)/tokenizer" $(ARGS)
+
+train-masked: $(FOR_TRAIN) ## train the masked model and its next-sentence head
+	$(TRAIN) masked --recipe $(RECIPES)/masked-$(SIZE).toml --run "$(RUNS)/masked" $(FROM) $(ARGS)
+
+train-causal: $(FOR_TRAIN) ## train the generation model
+	$(TRAIN) causal --recipe $(RECIPES)/causal-$(SIZE).toml --run "$(RUNS)/causal" $(FROM) $(ARGS)
+
+train-translate: $(FOR_TRAIN) ## train the translator, both directions in one model
+	$(TRAIN) translate --recipe $(RECIPES)/translate-$(SIZE).toml --run "$(RUNS)/translate" $(FROM) $(ARGS)
+
+evaluate: $(FOR_TRAIN) ## measure a model and write its card (ARGS=...)
+	$(TRAIN) evaluate $(ARGS)
+
+clean: ## remove the virtual environment and every cache
+	rm -rf "$(VENV)" build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find $(CODE) -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# --- installation -----------------------------------------------------------------------------
+
+$(VENV)/pyvenv.cfg:
+	@for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	        echo "making $(VENV) with $$($$python --version)"; \
+	        exec $$python -m venv "$(VENV)"; \
+	    fi; \
+	done; \
+	echo "Python 3.11 or later is needed; $(or $(PYTHON),python3) is" \
+	    "$$($(or $(PYTHON),python3) --version 2>/dev/null || echo 'not there')." >&2; \
+	echo "Install a newer one, or name it: make PYTHON=/path/to/python3.12 ..." >&2; \
+	exit 1
+
+# torch first and alone: asked for together with others, a resolver may choose another build of it.
+$(VENV)/.installed-%: $(PINS) | $(VENV)/pyvenv.cfg
+	@echo "installing the versions of constraints.txt$(if $(EXTRAS), with $(EXTRAS)) (minutes the first time)"
+	@$(PIP) install --quiet $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") \
+	    "$$(grep '^torch==' constraints.txt)"
+	@$(PIP) install --quiet -c constraints.txt setuptools
+	@$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.$(EXTRAS)'
+	@touch $@
+
+$(FOR_TRAIN): EXTRAS = [train]
+$(FOR_DEV): EXTRAS = [dev]

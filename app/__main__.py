@@ -1,0 +1,86 @@
+"""`python -m app`: serve with the settings, and leave in order when told to."""
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+from pydantic import ValidationError
+
+from app.lifecycle import begin_drain
+from app.logs import configure_logs
+from app.settings import Settings, settings_table
+
+# The end of the grace period belongs to closing: answers of aborted work, the device thread's last step.
+_CLOSING_SHARE, _CLOSING_SECONDS = 0.25, 3.0
+
+
+class DrainingServer(uvicorn.Server):
+    """On the first signal goes on answering until the accepted work is done; on the second ends at once.
+
+    uvicorn's own way closes the port first, so that nobody could read that /ready is off.
+    """
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, grace_seconds: float) -> None:
+        super().__init__(config)
+        self._app = app
+        self._drain_seconds = grace_seconds - min(_CLOSING_SHARE * grace_seconds, _CLOSING_SECONDS)
+        self._deadline: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self.started:
+            os._exit(0)  # nothing was accepted yet, and loading cannot be interrupted
+        if self._deadline is not None:
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
+        self._deadline = time.monotonic() + self._drain_seconds
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._deadline is not None:
+            begin_drain(self._app)
+            if self._app.state.lifecycle.n_in_flight == 0:
+                return True
+            if time.monotonic() >= self._deadline:
+                # What is left ends as aborted, so that its clients still get an answer.
+                await asyncio.to_thread(self._app.state.services.worker.stop)
+                return True
+        return await super().on_tick(counter)
+
+
+def serve(settings: Settings) -> None:
+    """Returns when the service has been told to end and has ended."""
+    from app.main import create_app  # here, because it imports torch, which the table does not need
+
+    configure_logs(settings.log_level)
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=1,
+    )
+    DrainingServer(config, app, settings.shutdown_seconds).run()
+
+
+def main(arguments: list[str]) -> None:
+    """Settings come from the environment, `.env` and the arguments; the last win."""
+    if arguments == ["--settings-table"]:
+        print(settings_table(), end="")
+        return
+    try:
+        settings = Settings(_cli_parse_args=arguments)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        sys.exit("settings: " + "; ".join(faults))
+    serve(settings)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

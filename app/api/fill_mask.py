@@ -1,0 +1,179 @@
+"""POST /fill-mask: what stands behind the mask?"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from app.api.bounds import Strict, check_count, check_length, check_text, check_texts, input_names
+from app.api.deps import (
+    AttendanceDep,
+    OneShotLane,
+    RecordDep,
+    ServicesDep,
+    Task,
+    admitted,
+    gather,
+    note_times,
+    prepare,
+)
+from app.engine.batch import BatchItem
+from app.errors import InvalidRequest, Json
+from app.settings import Settings
+from model.tokenizer import Tokenizer
+
+router = APIRouter()
+
+DEFAULT_TOP_K = 5
+
+
+class FillMaskParameters(Strict):
+    """null means the default."""
+
+    top_k: int | None = Field(None, description="fillings of each mask; 5 by default")
+    targets: str | list[str] | None = Field(None, description="rank only these words, each one token long")
+
+
+class FillMaskRequest(Strict):
+    """The mask token stands literally in the text."""
+
+    inputs: str | list[str] = Field(examples=["I go [MASK]."])
+    parameters: FillMaskParameters | None = None
+
+
+class Filling(TypedDict):
+    """One word for one mask."""
+
+    score: float
+    token: int
+    token_str: str
+    sequence: str
+
+
+Fillings = list[Filling] | list[list[Filling]]
+
+
+@dataclass(frozen=True)
+class MaskedText:
+    """A text, its ids, and for each mask whether the space before it belongs to the filling."""
+
+    text: str
+    token_ids: list[int]
+    spaced: list[bool]
+
+
+@dataclass(frozen=True)
+class FillMaskWork:
+    """A request whose items are in the lane."""
+
+    task: Task[OneShotLane]
+    texts: list[MaskedText]
+    items: list[BatchItem]
+    is_list: bool
+
+
+async def admit(
+    body: FillMaskRequest, services: ServicesDep, record: RecordDep
+) -> AsyncIterator[FillMaskWork]:
+    """Check, tokenise and submit; abort what is left on exit."""
+    task = services.loaded(services.fill_mask, "fill-mask")
+    parameters = body.parameters or FillMaskParameters()
+    targets = _check(parameters, services.settings)
+    texts = check_texts(body.inputs, services.settings)
+    masked = await prepare(sum(map(len, texts)), _encode_all, body.inputs, task, services.settings)
+    top_k = DEFAULT_TOP_K if parameters.top_k is None else parameters.top_k
+    items = [_item(text, task.tokenizer, targets, top_k) for text in masked]
+    record.n_prompt_tokens = sum(len(item.token_ids) for item in items)
+    async with admitted(services, task.lane, items, record.n_prompt_tokens):
+        yield FillMaskWork(task, masked, items, isinstance(body.inputs, list))
+
+
+@router.post("/fill-mask", response_model=Fillings | list[Fillings])
+async def fill_mask(
+    work: Annotated[FillMaskWork, Depends(admit)], attendance: AttendanceDep, record: RecordDep
+) -> Json:
+    """The most probable words for each mask."""
+    results = await attendance.wait_for(gather(item.result() for item in work.items))
+    note_times(record, work.items)
+    record.n_generated_tokens = 0
+    answers = [
+        [_fillings(text, k, ranked, work.task.tokenizer) for k, ranked in enumerate(result)]
+        for text, result in zip(work.texts, results, strict=True)
+    ]
+    flat = [answer[0] if len(answer) == 1 else answer for answer in answers]
+    return Json(flat if work.is_list else flat[0])
+
+
+def _check(parameters: FillMaskParameters, settings: Settings) -> list[str] | None:
+    """The bounded targets, once each."""
+    if parameters.top_k is not None:
+        check_count("top_k", parameters.top_k, 1, settings.max_top_k)
+    if parameters.targets is None:
+        return None
+    given = [parameters.targets] if isinstance(parameters.targets, str) else parameters.targets
+    check_length("targets", given, settings.max_targets, "words")
+    for i, target in enumerate(given):
+        check_text(f"targets[{i}]", target, settings.max_text_chars)
+    return list(dict.fromkeys(given))
+
+
+def _encode_all(inputs: str | list[str], task: Task[OneShotLane], settings: Settings) -> list[MaskedText]:
+    texts = [inputs] if isinstance(inputs, str) else inputs
+    named = zip(input_names(inputs), texts, strict=True)
+    return [_encode(name, text, task, settings) for name, text in named]
+
+
+def _encode(name: str, text: str, task: Task[OneShotLane], settings: Settings) -> MaskedText:
+    tokenizer, limit = task.tokenizer, task.lane.limits.max_item_tokens
+    ids, spaced = tokenizer.encode_masked(text)
+    if not spaced:
+        raise InvalidRequest(f"{name} has no mask; write {tokenizer.mask_token} where a word is missing")
+    check_count(f"the number of masks in {name}", len(spaced), 1, settings.max_masks)
+    token_ids = [tokenizer.cls_id, *ids, tokenizer.sep_id]
+    if len(token_ids) > limit:
+        raise InvalidRequest(f"{name} has {len(token_ids)} tokens, the limit is {limit}")
+    return MaskedText(text, token_ids, spaced)
+
+
+def _item(masked: MaskedText, tokenizer: Tokenizer, targets: list[str] | None, top_k: int) -> BatchItem:
+    wanted: list[list[int] | None] = [None] * len(masked.spaced)
+    if targets is not None:
+        wanted = [[_target_id(target, spaced, tokenizer) for target in targets] for spaced in masked.spaced]
+        top_k = min(top_k, len(targets))
+    return BatchItem(
+        token_ids=masked.token_ids,
+        segment_ids=[0] * len(masked.token_ids),
+        task="fill-mask",
+        top_k=top_k,
+        targets=wanted,
+        allowed=["space" if spaced else "no_space" for spaced in masked.spaced],
+    )
+
+
+def _target_id(target: str, spaced: bool, tokenizer: Tokenizer) -> int:
+    ids = tokenizer.encode(f" {target}" if spaced else target)
+    if len(ids) != 1:
+        where = "after a space" if spaced else "without a space before it"
+        raise InvalidRequest(f"targets: {target!r} {where} is {len(ids)} tokens, it must be one")
+    return ids[0]
+
+
+def _fillings(
+    masked: MaskedText, k: int, ranked: list[tuple[int, float]], tokenizer: Tokenizer
+) -> list[Filling]:
+    """The fillings of mask k, the other masks left as they are."""
+    parts = masked.text.split(tokenizer.mask_token)
+    before, after = tokenizer.mask_token.join(parts[: k + 1]), tokenizer.mask_token.join(parts[k + 1 :])
+    if masked.spaced[k]:
+        before = before.removesuffix(" ")
+    fillings = []
+    for token_id, score in ranked:
+        word = tokenizer.decode([token_id])
+        filling = Filling(
+            score=score, token=token_id, token_str=word.removeprefix(" "), sequence=before + word + after
+        )
+        fillings.append(filling)
+    return fillings

@@ -1,0 +1,493 @@
+"""POST /generate, whole or streamed, and POST /generate_stream, in the form of Text Generation Inference."""
+
+import json
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, NotRequired
+
+from fastapi import APIRouter, Depends
+from fastapi.sse import EventSourceResponse, format_sse_event
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
+from typing_extensions import TypedDict
+
+from app.api.bounds import (
+    Strict,
+    check_count,
+    check_length,
+    check_penalty,
+    check_range,
+    check_text,
+    check_texts,
+    input_names,
+)
+from app.api.deps import (
+    Attendance,
+    AttendanceDep,
+    GeneratingLane,
+    RecordDep,
+    ServicesDep,
+    Task,
+    admitted,
+    gather,
+    note_times,
+    prepare,
+)
+from app.engine.sequence import FinishReason, Sequence, TokenEvent
+from app.errors import InvalidRequest, Json, classify, error_body
+from app.middleware import RequestRecord
+from app.settings import Settings
+from model.sampling import SamplingParams
+from model.tokenizer import TextStream, Tokenizer
+
+log = logging.getLogger("app")
+router = APIRouter()
+
+
+class GenerateParameters(Strict):
+    """null means the default. Greedy unless do_sample or a sampling parameter is given."""
+
+    max_new_tokens: int | None = None
+    do_sample: bool | None = None
+    temperature: float | None = Field(None, description="0 is greedy")
+    top_k: int | None = Field(None, description="0 is off")
+    top_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    stop: str | list[str] | None = Field(None, description="the text ends with the first that appears")
+    seed: int | None = None
+    truncate: int | None = Field(None, description="keep only the last tokens of the prompt, so many in all")
+    return_full_text: bool | None = None
+    details: bool | None = None
+    decoder_input_details: bool | None = None
+    top_n_tokens: int | None = None
+    best_of: int | None = None
+    # Clients of this form may send these; only the values that change nothing are taken.
+    watermark: Literal[False] | None = None
+    adapter_id: None = None
+    grammar: None = None
+
+
+class GenerateRequest(Strict):
+    """One text or a list of texts; a stream takes one."""
+
+    inputs: str | list[str] = Field(examples=["Once upon a time"])
+    parameters: GenerateParameters | None = None
+    stream: bool | None = None
+
+
+class PrefillToken(TypedDict):
+    """A token of the prompt; the first one has no log-probability."""
+
+    id: int
+    text: str
+    logprob: float | None
+
+
+class Token(TypedDict):
+    """A generated token; its text is empty while a character is incomplete."""
+
+    id: int
+    text: str
+    logprob: float
+    special: bool
+
+
+class Details(TypedDict):
+    """How a text came about; best_of_sequences are the attempts that were not the best."""
+
+    finish_reason: str
+    generated_tokens: int
+    seed: int | None
+    prefill: list[PrefillToken]
+    tokens: list[Token]
+    top_tokens: NotRequired[list[list[Token]]]
+    best_of_sequences: NotRequired[list["BestOfSequence"]]
+
+
+class BestOfSequence(Details):
+    """An attempt that was not the best."""
+
+    generated_text: str
+
+
+class Generated(TypedDict):
+    """One text."""
+
+    generated_text: str
+    details: NotRequired[Details]
+
+
+@dataclass
+class Generation:
+    """One sequence on its way from tokens to text; ends it at a stop string."""
+
+    sequence: Sequence
+    lane: GeneratingLane
+    tokenizer: Tokenizer
+    stops: list[str]
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    top_tokens: list[list[Token]] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self._stream = TextStream(self.tokenizer)
+
+    async def run(self) -> "Generation":
+        """To the end."""
+        async for _ in self.steps():
+            pass
+        return self
+
+    async def steps(self) -> AsyncGenerator[Token, None]:
+        """One token for each event of the sequence, until it ends or a stop string is complete."""
+        async with aclosing(self.sequence.events()) as events:
+            async for event in events:
+                token = self._take(event)
+                if self.finish_reason is FinishReason.STOP:
+                    self.lane.abort([self.sequence])
+                yield token
+                if self.finish_reason is not None:
+                    return
+
+    def _take(self, event: TokenEvent) -> Token:
+        text = self._stream.push(event.token_id)
+        if event.finish_reason is not None:
+            text += self._stream.finish()
+        stop_end = find_stop(self.text, text, self.stops)
+        self.finish_reason = event.finish_reason if stop_end is None else FinishReason.STOP
+        token = self._token(event.token_id, text[:stop_end], event.logprob)
+        self.text += token["text"]
+        self.tokens.append(token)
+        self.top_tokens.append([self._named(i, logprob) for i, logprob in event.top_tokens])
+        return token
+
+    def _token(self, token_id: int, text: str, logprob: float) -> Token:
+        return Token(id=token_id, text=text, logprob=logprob, special=token_id in self.tokenizer.special_ids)
+
+    def _named(self, token_id: int, logprob: float) -> Token:
+        return self._token(token_id, self.tokenizer.decode([token_id]), logprob)
+
+    @property
+    def mean_logprob(self) -> float:
+        return sum(token["logprob"] for token in self.tokens) / max(len(self.tokens), 1)
+
+
+def find_stop(before: str, new: str, stops: list[str]) -> int | None:
+    """How much of the new text belongs to the output, when a stop string ends in it; else None."""
+    text = before + new
+    ends = []
+    for stop in stops:
+        start = text.find(stop, max(0, len(before) - len(stop) + 1))
+        if start >= 0:
+            ends.append(start + len(stop) - len(before))
+    return min(ends, default=None)
+
+
+@dataclass(frozen=True)
+class GenerateWork:
+    """A request whose sequences are in the lane: best_of generations for each text."""
+
+    texts: list[str]
+    generations: list[list[Generation]]
+    parameters: GenerateParameters
+    sampled: bool
+    is_list: bool
+
+    @property
+    def flat(self) -> list[Generation]:
+        return [generation for group in self.generations for generation in group]
+
+
+async def admit(
+    body: GenerateRequest, request: Request, services: ServicesDep, record: RecordDep
+) -> AsyncIterator[GenerateWork]:
+    """Check, tokenise and submit; abort what is left on exit."""
+    task = services.loaded(services.generate, "generate")
+    parameters = body.parameters or GenerateParameters()
+    texts = check_texts(body.inputs, services.settings)
+    stops = _check(parameters, services.settings)
+    if is_streamed(body, request):
+        _check_stream(parameters, texts)
+    sampling = _sampling(parameters)
+    prompts = await prepare(sum(map(len, texts)), _encode_all, texts, parameters, task.tokenizer)
+    generations = [
+        _generations(name, prompt, sampling, parameters, stops, task, services.settings)
+        for name, prompt in zip(input_names(body.inputs), prompts, strict=True)
+    ]
+    work = GenerateWork(
+        texts, generations, parameters, sampling.temperature > 0, isinstance(body.inputs, list)
+    )
+    sequences = [generation.sequence for generation in work.flat]
+    record.n_prompt_tokens = sum(map(len, prompts))
+    n_tokens = sum(len(sequence.prompt_ids) for sequence in sequences)
+    async with admitted(services, task.lane, sequences, n_tokens):
+        yield work
+
+
+AdmittedWork = Annotated[GenerateWork, Depends(admit)]
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+
+
+@router.post("/generate", response_model=Generated | list[Generated], responses=_STREAM)
+async def generate(
+    body: GenerateRequest, work: AdmittedWork, attendance: AttendanceDep, record: RecordDep
+) -> Response:
+    """Continue the text; with `"stream": true` as server-sent events, one for each token."""
+    if body.stream:
+        return await _stream(work, attendance, record)
+    await attendance.wait_for(gather(generation.run() for generation in work.flat))
+    note_times(record, (generation.sequence for generation in work.flat))
+    record.n_generated_tokens = sum(len(generation.tokens) for generation in work.flat)
+    answers = [_answer(text, group, work) for text, group in zip(work.texts, work.generations, strict=True)]
+    return Json(answers if work.is_list else answers[0])
+
+
+@router.post("/generate_stream", response_class=Response, responses=_STREAM)
+async def generate_stream(work: AdmittedWork, attendance: AttendanceDep, record: RecordDep) -> Response:
+    """Continue the text, always as server-sent events."""
+    return await _stream(work, attendance, record)
+
+
+def is_streamed(body: GenerateRequest, request: Request) -> bool:
+    return bool(body.stream) or request.url.path.endswith("/generate_stream")
+
+
+async def _stream(work: GenerateWork, attendance: Attendance, record: RequestRecord) -> Response:
+    """Waits for the first token, so that what fails before it is still an ordinary error."""
+    generation = work.flat[0]
+    steps = generation.steps()
+    first = await attendance.wait_for(_next(steps))
+    note_times(record, [generation.sequence])
+    return EventSourceResponse(
+        _events(first, steps, work, attendance, record),
+        headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
+    )
+
+
+async def _next(steps: AsyncGenerator[Token, None]) -> Token:
+    return await anext(steps)
+
+
+async def _events(
+    first: Token,
+    steps: AsyncGenerator[Token, None],
+    work: GenerateWork,
+    attendance: Attendance,
+    record: RequestRecord,
+) -> AsyncIterator[bytes]:
+    generation, token = work.flat[0], first
+    try:
+        while True:
+            record.n_generated_tokens = len(generation.tokens)
+            yield _event(_step(token, work))
+            if generation.finish_reason is not None:
+                return
+            async with attendance.deadline():
+                token = await anext(steps)
+    except Exception as exc:
+        record.error_type = classify(exc)[1]
+        if record.error_type == "generation":
+            log.exception("a stream failed", extra={"fields": {"id": record.request_id}})
+        yield _event(error_body(exc))
+    finally:
+        note_times(record, [generation.sequence])
+        await steps.aclose()
+
+
+def _event(content: Any) -> bytes:
+    # ASCII, because some clients split lines at U+2028, U+2029 and U+0085.
+    return format_sse_event(data_str=json.dumps(content, separators=(",", ":")))
+
+
+def _step(token: Token, work: GenerateWork) -> dict[str, Any]:
+    """One event; the last one, whose generation has its finish_reason, has the whole text."""
+    generation = work.flat[0]
+    ended = generation.finish_reason is not None
+    step: dict[str, Any] = {"index": len(generation.tokens), "token": token}
+    if work.parameters.top_n_tokens:
+        step["top_tokens"] = generation.top_tokens[-1]
+    details = {
+        "finish_reason": generation.finish_reason,
+        "generated_tokens": len(generation.tokens),
+        "input_length": len(generation.sequence.prompt_ids),
+        "seed": _seed(generation, work),
+    }
+    return step | {
+        "generated_text": _full_text(work.texts[0], generation, work) if ended else None,
+        "details": details if ended else None,
+    }
+
+
+def _answer(text: str, group: list[Generation], work: GenerateWork) -> Generated:
+    """The most probable of a text's generations, the others in its details."""
+    best = max(group, key=lambda generation: generation.mean_logprob)
+    answer = Generated(generated_text=_full_text(text, best, work))
+    if work.parameters.details:
+        answer["details"] = _details(best, work)
+        others = [other for other in group if other is not best]
+        if others:
+            answer["details"]["best_of_sequences"] = [
+                BestOfSequence(generated_text=_full_text(text, other, work), **_details(other, work))
+                for other in others
+            ]
+    return answer
+
+
+def _details(generation: Generation, work: GenerateWork) -> Details:
+    details = Details(
+        finish_reason=str(generation.finish_reason),
+        generated_tokens=len(generation.tokens),
+        seed=_seed(generation, work),
+        prefill=_prefill(generation, work),
+        tokens=generation.tokens,
+    )
+    if work.parameters.top_n_tokens:
+        details["top_tokens"] = generation.top_tokens
+    return details
+
+
+def _full_text(prompt: str, generation: Generation, work: GenerateWork) -> str:
+    return prompt + generation.text if work.parameters.return_full_text else generation.text
+
+
+def _seed(generation: Generation, work: GenerateWork) -> int | None:
+    return generation.sequence.seed if work.sampled else work.parameters.seed
+
+
+def _prefill(generation: Generation, work: GenerateWork) -> list[PrefillToken]:
+    if not work.parameters.decoder_input_details:
+        return []
+    pieces = TextStream(generation.tokenizer)
+    pairs = zip(generation.sequence.prompt_ids, generation.sequence.prompt_logprobs_out, strict=True)
+    return [PrefillToken(id=i, text=pieces.push(i), logprob=logprob) for i, logprob in pairs]
+
+
+def _check(parameters: GenerateParameters, settings: Settings) -> list[str]:
+    """Check the bounds of what is given; the stop strings as a list."""
+    given = {name: value for name, value in parameters.model_dump().items() if value is not None}
+    for name, low, high in (
+        ("top_k", 0, settings.max_top_k),
+        ("seed", 0, settings.max_seed),
+        ("top_n_tokens", 0, settings.max_top_n_tokens),
+        ("best_of", 1, settings.max_best_of),
+        ("max_new_tokens", 1, settings.max_new_tokens),
+    ):
+        if name in given:
+            check_count(name, given[name], low, high)
+    if parameters.frequency_penalty is not None:
+        limit = settings.max_frequency_penalty
+        check_range("frequency_penalty", parameters.frequency_penalty, -limit, limit)
+    if parameters.truncate is not None and parameters.truncate < 1:
+        raise InvalidRequest(f"truncate is {parameters.truncate}, the least is 1")
+    if parameters.repetition_penalty is not None:
+        check_penalty("repetition_penalty", parameters.repetition_penalty, settings)
+    if parameters.temperature:
+        check_range("temperature", parameters.temperature, settings.min_temperature, settings.max_temperature)
+    for name in ("top_p", "typical_p"):
+        if name in given and not 0.0 < given[name] <= 1.0:
+            raise InvalidRequest(f"{name} is {given[name]:g}, it must be above 0 and at most 1")
+    return _check_stops(parameters.stop, settings)
+
+
+def _check_stops(stop: str | list[str] | None, settings: Settings) -> list[str]:
+    stops = [stop] if isinstance(stop, str) else stop or []
+    if len(stops) > settings.max_stops:
+        raise InvalidRequest(f"stop has {len(stops)} strings, the limit is {settings.max_stops}")
+    for i, text in enumerate(stops):
+        check_length(f"stop[{i}]", text, settings.max_stop_chars, "characters")
+        check_text(f"stop[{i}]", text, settings.max_stop_chars)
+    return stops
+
+
+def _check_stream(parameters: GenerateParameters, texts: list[str]) -> None:
+    if len(texts) != 1:
+        raise InvalidRequest(f"inputs has {len(texts)} texts, a stream takes one")
+    if parameters.best_of is not None and parameters.best_of > 1:
+        raise InvalidRequest(f"best_of is {parameters.best_of}, a stream takes only 1")
+    if parameters.decoder_input_details:
+        raise InvalidRequest("decoder_input_details: a stream does not give them")
+
+
+def _sampling(parameters: GenerateParameters) -> SamplingParams:
+    """The engine's parameters, all but the length."""
+    asks = (parameters.temperature, parameters.top_k, parameters.top_p, parameters.typical_p)
+    sampled = bool(parameters.do_sample) or any(value is not None for value in asks)
+    temperature = 1.0 if parameters.temperature is None else parameters.temperature
+    params = SamplingParams(
+        temperature=temperature if sampled else 0.0,
+        top_k=parameters.top_k or 0,
+        top_p=_default(parameters.top_p, 1.0),
+        typical_p=_default(parameters.typical_p, 1.0),
+        repetition_penalty=_default(parameters.repetition_penalty, 1.0),
+        frequency_penalty=_default(parameters.frequency_penalty, 0.0),
+        seed=parameters.seed,
+        top_n_tokens=parameters.top_n_tokens or 0,
+    )
+    if params.temperature == 0.0 and (parameters.best_of or 1) > 1:
+        raise InvalidRequest(f"best_of is {parameters.best_of}, more than 1 needs sampling (do_sample)")
+    return params
+
+
+def _default(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _encode_all(texts: list[str], parameters: GenerateParameters, tokenizer: Tokenizer) -> list[list[int]]:
+    return [_encode(text, parameters.truncate, tokenizer) for text in texts]
+
+
+def _encode(text: str, truncate: int | None, tokenizer: Tokenizer) -> list[int]:
+    ids = tokenizer.encode(text)
+    if truncate is not None and len(ids) >= truncate:
+        ids = ids[len(ids) - truncate + 1 :]
+    return [tokenizer.bos_id, *ids]
+
+
+def _generations(
+    name: str,
+    prompt: list[int],
+    sampling: SamplingParams,
+    parameters: GenerateParameters,
+    stops: list[str],
+    task: Task[GeneratingLane],
+    settings: Settings,
+) -> list[Generation]:
+    """best_of generations of one prompt, each with a seed of its own."""
+    sampling = replace(sampling, max_new_tokens=_new_tokens(name, prompt, parameters, task, settings))
+    generations = []
+    for i in range(parameters.best_of or 1):
+        seed = None if sampling.seed is None else (sampling.seed + i) % (settings.max_seed + 1)
+        sequence = Sequence(
+            prompt, replace(sampling, seed=seed), prompt_logprobs=bool(parameters.decoder_input_details)
+        )
+        generations.append(Generation(sequence, task.lane, task.tokenizer, stops))
+    return generations
+
+
+def _new_tokens(
+    name: str,
+    prompt: list[int],
+    parameters: GenerateParameters,
+    task: Task[GeneratingLane],
+    settings: Settings,
+) -> int:
+    """As asked, else the default or what the context leaves of it; raises InvalidRequest with the numbers."""
+    limits = task.lane.limits
+    n_prompt, context = len(prompt), limits.max_new_tokens
+    room = context - n_prompt
+    wanted = max(1, min(settings.default_new_tokens, room))
+    wanted = wanted if parameters.max_new_tokens is None else parameters.max_new_tokens
+    if n_prompt > limits.max_prompt_tokens:
+        raise InvalidRequest(f"{name} has {n_prompt} tokens, the limit is {limits.max_prompt_tokens}")
+    if wanted > room:
+        raise InvalidRequest(
+            f"{name} has {n_prompt} tokens and max_new_tokens is {wanted}: together {n_prompt + wanted}, "
+            f"the limit is {context}"
+        )
+    return wanted

@@ -1,0 +1,114 @@
+"""POST /next-sentence: does the second sentence follow the first?"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from app.api.bounds import Strict, check_length, check_text, input_names
+from app.api.deps import (
+    AttendanceDep,
+    OneShotLane,
+    RecordDep,
+    ServicesDep,
+    Task,
+    admitted,
+    gather,
+    note_times,
+    prepare,
+)
+from app.engine.batch import BatchItem
+from app.errors import InvalidRequest, Json
+from app.settings import Settings
+
+router = APIRouter()
+
+
+class Pair(Strict):
+    """Two sentences in their order."""
+
+    first: str = Field(examples=["I was hungry."])
+    second: str = Field(examples=["So I made a sandwich."])
+
+
+class NextSentenceParameters(Strict):
+    """There are none."""
+
+
+class NextSentenceRequest(Strict):
+    """One pair or a list of pairs."""
+
+    inputs: Pair | list[Pair]
+    parameters: NextSentenceParameters | None = None
+
+
+class NextSentenceAnswer(TypedDict):
+    """score is the probability that the second follows the first."""
+
+    follows: bool
+    score: float
+
+
+@dataclass(frozen=True)
+class NextSentenceWork:
+    """A request whose items are in the lane."""
+
+    items: list[BatchItem]
+    is_list: bool
+
+
+async def admit(
+    body: NextSentenceRequest, services: ServicesDep, record: RecordDep
+) -> AsyncIterator[NextSentenceWork]:
+    """Check, tokenise and submit; abort what is left on exit."""
+    task = services.loaded(services.fill_mask, "fill-mask")
+    pairs = _check(body.inputs, services.settings)
+    n_chars = sum(len(pair.first) + len(pair.second) for pair in pairs.values())
+    encoded = await prepare(n_chars, _encode_all, pairs, task)
+    items = [
+        BatchItem(token_ids=ids, segment_ids=segments, task="next-sentence") for ids, segments in encoded
+    ]
+    record.n_prompt_tokens = sum(len(item.token_ids) for item in items)
+    async with admitted(services, task.lane, items, record.n_prompt_tokens):
+        yield NextSentenceWork(items, isinstance(body.inputs, list))
+
+
+@router.post("/next-sentence", response_model=NextSentenceAnswer | list[NextSentenceAnswer])
+async def next_sentence(
+    work: Annotated[NextSentenceWork, Depends(admit)], attendance: AttendanceDep, record: RecordDep
+) -> Json:
+    """Whether the second sentence follows the first, and how probable that is."""
+    scores = await attendance.wait_for(gather(item.result() for item in work.items))
+    note_times(record, work.items)
+    record.n_generated_tokens = 0
+    answers = [NextSentenceAnswer(follows=score >= 0.5, score=score) for score in scores]
+    return Json(answers if work.is_list else answers[0])
+
+
+def _check(inputs: Pair | list[Pair], settings: Settings) -> dict[str, Pair]:
+    """The bounded pairs by their names in messages."""
+    if isinstance(inputs, list):
+        check_length("inputs", inputs, settings.max_texts, "pairs")
+    pairs = dict(zip(input_names(inputs), inputs if isinstance(inputs, list) else [inputs], strict=True))
+    for name, pair in pairs.items():
+        check_text(f"{name}.first", pair.first, settings.max_text_chars)
+        check_text(f"{name}.second", pair.second, settings.max_text_chars)
+    return pairs
+
+
+def _encode_all(pairs: dict[str, Pair], task: Task[OneShotLane]) -> list[tuple[list[int], list[int]]]:
+    return [_encode(name, pair, task) for name, pair in pairs.items()]
+
+
+def _encode(name: str, pair: Pair, task: Task[OneShotLane]) -> tuple[list[int], list[int]]:
+    """[CLS] first [SEP] second [SEP], and the segment of each token."""
+    tokenizer, limit = task.tokenizer, task.lane.limits.max_item_tokens
+    first = [tokenizer.cls_id, *tokenizer.encode(pair.first), tokenizer.sep_id]
+    second = [*tokenizer.encode(pair.second), tokenizer.sep_id]
+    n_tokens = len(first) + len(second)
+    if n_tokens > limit:
+        raise InvalidRequest(f"{name} has {n_tokens} tokens together, the limit is {limit}")
+    return first + second, [0] * len(first) + [1] * len(second)

@@ -1,0 +1,97 @@
+"""GET /health, /ready, /info, /metrics, and /: what machines and people ask of the service itself."""
+
+from typing import Any
+
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import Request
+from starlette.responses import Response
+
+from app import __version__, metrics
+from app.api.deps import Services, ServicesDep
+from app.engine.errors import Draining
+from app.errors import Json, error_response
+from app.lifecycle import Lifecycle, Phase
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health() -> dict[str, str]:
+    """The process is alive and its event loop turns."""
+    return {"status": "ok"}
+
+
+@router.get("/ready", responses={503: {"description": "Loading, draining or broken."}})
+async def ready(request: Request) -> Response:
+    """The models are warm, their loop beats, and new work is welcome."""
+    lifecycle: Lifecycle = request.app.state.lifecycle
+    services: Services | None = getattr(request.app.state, "services", None)
+    if lifecycle.draining and services is not None:
+        return error_response(Draining(services.settings.shutdown_seconds))
+    if is_ready(lifecycle, services) and services is not None:
+        return Json({"ready": True, "tasks": list(services.tasks)})
+    reason = "loading" if lifecycle.phase is Phase.LOADING else "the device thread does not answer"
+    body = {"error": f"not ready: {reason}", "error_type": "not_ready"}
+    return Json(body, status_code=503, headers={"retry-after": "1"})
+
+
+@router.get("/info")
+async def info(services: ServicesDep) -> Json:
+    """What runs here, and its limits."""
+    return Json(
+        {
+            "version": __version__,
+            "device": services.device,
+            "dtype": services.dtype,
+            "tasks": {name: _describe(task) for name, task in services.tasks.items()},
+            "limits": _limits(services),
+        }
+    )
+
+
+@router.get("/metrics")
+async def scrape(request: Request) -> Response:
+    """Prometheus' text format."""
+    metrics.ready.set(is_ready(request.app.state.lifecycle, getattr(request.app.state, "services", None)))
+    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/")
+async def index(services: ServicesDep) -> Json:
+    """Where to go from here."""
+    return Json(
+        {"service": "transformer", "version": __version__, "tasks": list(services.tasks), "docs": "/docs"}
+    )
+
+
+def is_ready(lifecycle: Lifecycle, services: Services | None) -> bool:
+    """Serving, and the device thread beats."""
+    return lifecycle.phase is Phase.SERVING and services is not None and services.worker.alive
+
+
+def _describe(task: Any) -> dict[str, Any]:
+    limits = task.lane.limits
+    names = (
+        "max_prompt_tokens",
+        "max_new_tokens",
+        "n_slots",
+        "max_item_tokens",
+        "max_queue_items",
+        "max_queue_tokens",
+    )
+    return {
+        "model": task.name,
+        "sha256": task.sha256,
+        "config": task.config.to_dict(),
+        "languages": sorted(task.tokenizer.languages),
+        "mask_token": task.tokenizer.mask_token,
+        "limits": {name: getattr(limits, name) for name in names if hasattr(limits, name)},
+    }
+
+
+def _limits(services: Services) -> dict[str, Any]:
+    settings = services.settings.model_dump()
+    return {
+        name: settings[name] for name in sorted(settings) if name.startswith(("max_", "min_", "default_"))
+    }

@@ -1,0 +1,44 @@
+"""What can go wrong in the engine. HTTP statuses are given to these in app/errors.py."""
+
+
+class EngineError(Exception):
+    """Root of everything that the engine raises on purpose."""
+
+
+class Overloaded(EngineError):
+    """The bounded queue has no room; nothing was taken in."""
+
+    def __init__(self, retry_after_seconds: float, detail: str = "the queue is full") -> None:
+        self.retry_after_seconds = retry_after_seconds
+        super().__init__(f"{detail}; try again in {retry_after_seconds:.1f} seconds")
+
+
+class PromptTooLong(EngineError):
+    """One item holds more tokens than its model can take; nothing was taken in."""
+
+    def __init__(self, n_tokens: int, limit: int) -> None:
+        self.n_tokens = n_tokens
+        self.limit = limit
+        super().__init__(f"the input has {n_tokens} tokens, the limit is {limit}")
+
+
+class Draining(EngineError):
+    """The service is shutting down: accepted work goes on, new work is refused."""
+
+    def __init__(self, retry_after_seconds: float) -> None:
+        self.retry_after_seconds = retry_after_seconds
+        super().__init__("the service is shutting down and takes no new work")
+
+
+class StepFailed(EngineError):
+    """The model step that held this row raised."""
+
+    def __init__(self, message: str = "the model step failed") -> None:
+        super().__init__(message)
+
+
+class Aborted(EngineError):
+    """The work was given up before its end, by its own client or at shutdown."""
+
+    def __init__(self, message: str = "the request was aborted") -> None:
+        super().__init__(message)

@@ -1,0 +1,101 @@
+"""Who runs when: waiting, running, rows, budgets. No tensors, no clock, no thread.
+
+Active rows are 0 .. n_active - 1 without holes: when rows end, the last active rows move into their
+places, and the caller moves the cache accordingly.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+from app.engine.sequence import Sequence, SequenceStatus
+
+Moves = list[tuple[int, int]]  # (source row, target row); no row is both
+
+
+class Scheduler:
+    """First come, first served, within rows and a budget of padded prompt tokens per admission."""
+
+    def __init__(
+        self, *, n_slots: int, prefill_tokens: int, max_queue_items: int, max_queue_tokens: int
+    ) -> None:
+        self.n_slots, self.prefill_tokens = n_slots, prefill_tokens
+        self.max_queue_items, self.max_queue_tokens = max_queue_items, max_queue_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.owners: list[Sequence] = []  # per active row
+        self.waiting_tokens = 0
+
+    @property
+    def n_active(self) -> int:
+        return len(self.owners)
+
+    def has_room(self, sequences: Iterable[Sequence]) -> bool:
+        """May these wait? A request larger than the whole queue may, when nothing else waits."""
+        if not self.waiting:
+            return True
+        new = list(sequences)
+        tokens = sum(sequence.n_prompt_tokens for sequence in new)
+        return (
+            len(self.waiting) + len(new) <= self.max_queue_items
+            and self.waiting_tokens + tokens <= self.max_queue_tokens
+        )
+
+    def add(self, sequences: Iterable[Sequence]) -> None:
+        """Append to the queue; ask `has_room` first."""
+        for sequence in sequences:
+            self.waiting.append(sequence)
+            self.waiting_tokens += sequence.n_prompt_tokens
+
+    def drop_aborted(self) -> list[Sequence]:
+        """Take the aborted out of the queue and return them."""
+        gone = [sequence for sequence in self.waiting if sequence.aborted]
+        if gone:
+            self.waiting = deque(sequence for sequence in self.waiting if not sequence.aborted)
+            self.waiting_tokens -= sum(sequence.n_prompt_tokens for sequence in gone)
+        return gone
+
+    def admit(self) -> list[Sequence]:
+        """Move from waiting to running what the free rows and the prefill budget allow, and give it rows."""
+        admitted: list[Sequence] = []
+        longest = 0
+        while self.waiting:
+            head = self.waiting[0]
+            longest = max(longest, head.n_prompt_tokens)
+            over_budget = longest * (len(admitted) + 1) > self.prefill_tokens
+            if head.n_rows > self.n_slots - self.n_active or (admitted and over_budget):
+                break
+            self.waiting.popleft()
+            self.waiting_tokens -= head.n_prompt_tokens
+            head.rows = list(range(self.n_active, self.n_active + head.n_rows))
+            head.status = SequenceStatus.RUNNING
+            self.owners += [head] * head.n_rows
+            self.running.append(head)
+            admitted.append(head)
+        return admitted
+
+    def release(self, sequences: Iterable[Sequence]) -> Moves:
+        """Give back the rows of sequences that ended; returns the moves that close the holes."""
+        gone = list(sequences)
+        freed = {row for sequence in gone for row in sequence.rows}
+        self.running = [sequence for sequence in self.running if sequence not in gone]
+        for sequence in gone:
+            sequence.rows = []
+        return self._close(freed)
+
+    def _close(self, freed: set[int]) -> Moves:
+        moves: Moves = []
+        for row in sorted(freed):
+            while self.owners and len(self.owners) - 1 in freed:
+                freed.remove(len(self.owners) - 1)
+                self.owners.pop()
+            if row >= len(self.owners):
+                break
+            last = len(self.owners) - 1
+            owner = self.owners.pop()
+            owner.rows[owner.rows.index(last)] = row
+            self.owners[row] = owner
+            freed.discard(row)
+            moves.append((last, row))
+        return moves

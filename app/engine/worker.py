@@ -1,0 +1,101 @@
+"""The one thread that runs models, turn by turn over the lanes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+import torch
+
+from app.engine.errors import Aborted, StepFailed
+from app.engine.lane import Handover, Lane
+
+log = logging.getLogger("app.engine")
+
+STALL_SECONDS = 60.0  # a turn that takes longer means that the device hangs
+
+
+class DeviceWorker:
+    """Models that each start their own parallel loops slow each other down; so one thread runs them all.
+
+    What a turn produces crosses to the event loop in a single hand-over.
+    """
+
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self.lanes = list(lanes)
+        self._wake = threading.Event()
+        self._stopping = False
+        self._beat = time.monotonic()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="device", daemon=True)
+        for lane in self.lanes:
+            lane.wake = self._wake.set
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin taking turns; results are handed over on `loop`."""
+        self._loop = loop
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Does the thread run, and has it begun a turn lately?"""
+        return self._thread.is_alive() and time.monotonic() - self._beat < STALL_SECONDS
+
+    def begin_drain(self) -> None:
+        """Every lane refuses new work from now on."""
+        for lane in self.lanes:
+            lane.begin_drain()
+
+    async def drained(self, timeout: float) -> bool:
+        """Wait until all accepted work has ended; False when that takes longer than `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while any(lane.has_work() for lane in self.lanes):
+            if time.monotonic() > deadline or not self._thread.is_alive():
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+    def stop(self) -> None:
+        """End the thread after its present turn; what still waits or runs ends as aborted."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=30)
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        while not self._stopping:
+            self._beat = time.monotonic()
+            # Cleared before looking: work that arrives during the turn sets it again.
+            self._wake.clear()
+            busy = [self._turn(lane) for lane in self.lanes]  # every lane has its turn
+            if not any(busy):
+                self._wake.wait(timeout=1.0)
+        for lane in self.lanes:
+            self._hand_over(lane.fail_all(Aborted("the service stopped")))
+
+    def _turn(self, lane: Lane) -> bool:
+        if not lane.has_work():
+            return False
+        try:
+            self._hand_over(lane.turn())
+        except Exception as error:  # the loop survives everything
+            log.critical("lane %s broke", lane.name, exc_info=error)
+            self._hand_over(lane.fail_all(StepFailed()))
+        return True
+
+    def _hand_over(self, handovers: list[Handover]) -> None:
+        if not handovers or self._loop is None:
+            return
+        try:
+            self._loop.call_soon_threadsafe(_complete, handovers)
+        except RuntimeError:  # the loop has closed: nobody is left to tell
+            log.warning("%d results found no event loop", len(handovers))
+
+
+def _complete(handovers: list[Handover]) -> None:
+    for handover in handovers:
+        handover.complete()

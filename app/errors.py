@@ -1,0 +1,145 @@
+"""One table: exception -> HTTP status and error_type; and the handlers that apply it."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from app.engine.errors import Aborted, Draining, EngineError, Overloaded, PromptTooLong, StepFailed
+
+
+class InvalidRequest(ValueError):
+    """A request that breaks a rule or a bound; the message names the parameter and the limit."""
+
+
+class BodyTooLarge(HTTPException):
+    """A body over the limit, found before it was parsed.
+
+    An HTTPException, because FastAPI turns any other that is raised while it reads the body into a 400.
+    """
+
+    def __init__(self, limit: int, n_bytes: int | None) -> None:
+        size = "more bytes" if n_bytes is None else f"{n_bytes} bytes"
+        super().__init__(413, f"the body has {size}, the limit is {limit} bytes")
+
+
+class NotLoaded(Exception):
+    """A route of a model that this server does not run."""
+
+
+class TimedOut(Exception):
+    """The request's time is over."""
+
+
+class ClientGone(Exception):
+    """The client left before the answer; nobody reads the response."""
+
+
+# The first class that fits decides, so that a subclass stands before its base.
+TABLE: tuple[tuple[type[Exception], int, str], ...] = (
+    (InvalidRequest, 422, "validation"),
+    (RequestValidationError, 422, "validation"),
+    (PromptTooLong, 422, "validation"),
+    (Overloaded, 429, "overloaded"),
+    (Draining, 503, "draining"),
+    (Aborted, 503, "draining"),
+    (TimedOut, 504, "timeout"),
+    (ClientGone, 499, "disconnected"),
+    (NotLoaded, 404, "not_found"),
+    (StepFailed, 500, "generation"),
+    (EngineError, 500, "generation"),
+    (Exception, 500, "generation"),
+)
+_HTTP_TYPES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+_UNPARSABLE = "the body is not valid JSON"
+
+
+class Json(JSONResponse):
+    """JSON in UTF-8. A lone surrogate, which UTF-8 cannot hold, leaves as its JSON escape."""
+
+    def render(self, content: Any) -> bytes:
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8", "backslashreplace")
+
+
+def classify(exc: Exception) -> tuple[int, str]:
+    """The status and error_type of an exception."""
+    if isinstance(exc, HTTPException):
+        # FastAPI raises 400 for a body that is no JSON for other reasons than its syntax.
+        if exc.status_code == 400:
+            return 422, "validation"
+        return exc.status_code, _HTTP_TYPES.get(exc.status_code, "http")
+    return next((status, kind) for cls, status, kind in TABLE if isinstance(exc, cls))
+
+
+def describe(exc: Exception) -> str:
+    """The message a client may read; never that of an exception nobody planned."""
+    if isinstance(exc, RequestValidationError):
+        return "; ".join(dict.fromkeys(_describe_fault(fault) for fault in exc.errors()))
+    if isinstance(exc, HTTPException):
+        return _describe_http(exc)
+    planned = tuple(cls for cls, _, _ in TABLE if cls is not Exception)
+    return str(exc) if isinstance(exc, planned) else "internal error"
+
+
+def _describe_http(exc: HTTPException) -> str:
+    if exc.status_code == 400:
+        return _UNPARSABLE
+    if exc.status_code == 404:
+        return "there is nothing at this path"
+    if exc.status_code == 405:
+        return f"this path does not take that method, it takes {(exc.headers or {}).get('Allow', 'others')}"
+    return exc.detail
+
+
+def error_body(exc: Exception) -> dict[str, str]:
+    """The JSON of an error, in a response or in an event of a stream."""
+    return {"error": describe(exc), "error_type": classify(exc)[1]}
+
+
+def error_response(exc: Exception) -> Response:
+    """The response to an exception, with its Retry-After where there is one."""
+    return Json(error_body(exc), status_code=classify(exc)[0], headers=_headers(exc))
+
+
+def _headers(exc: Exception) -> Mapping[str, str] | None:
+    if isinstance(exc, Overloaded | Draining):
+        seconds = max(exc.retry_after_seconds, 0.001)
+        return {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000))}
+    if isinstance(exc, Aborted):
+        return {"retry-after": "1"}
+    return exc.headers if isinstance(exc, HTTPException) else None
+
+
+def _describe_fault(fault: Mapping[str, Any]) -> str:
+    if fault["type"] == "json_invalid":
+        return f"{_UNPARSABLE}: {fault['ctx']['error']} at character {fault['loc'][-1]}"
+    path = [str(part) for part in fault["loc"] if part != "body"]
+    # pydantic appends the branch of a union ("str", "list[str]") to the path; clients know no branches.
+    names = [part for part in path if part.isidentifier() or part.isdigit()] or path
+    where = ".".join(part for part in names if part not in ("str", "list", "body"))
+    if fault["type"] == "extra_forbidden":
+        return f"unknown parameter: {'.'.join(path)}"
+    if not where:
+        return "the body must be a JSON object, sent with Content-Type: application/json"
+    return f"{where}: {fault['msg']}"
+
+
+async def _handle(request: Request, exc: Exception) -> Response:
+    record = request.scope.get("state", {}).get("record")
+    if record is not None:
+        record.error_type = classify(exc)[1]
+    return error_response(exc)
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Answer every planned exception in the table's way; the unplanned end in the outer middleware."""
+    for cls, _, _ in TABLE:
+        if cls is not Exception:
+            app.add_exception_handler(cls, _handle)
+    app.add_exception_handler(HTTPException, _handle)

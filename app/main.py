@@ -1,0 +1,176 @@
+"""The application: load -> warm up -> start -> serve -> drain -> stop."""
+
+import asyncio
+import logging
+import platform
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastapi import FastAPI
+from typing_extensions import TypedDict
+
+from app import __version__, metrics
+from app.api import fill_mask, generate, next_sentence, system, translate
+from app.api.deps import GeneratingLane, OneShotLane, Services, Task, gather
+from app.engine.batch import BatchItem, BatchLane
+from app.engine.decode import DecodeLane
+from app.engine.sequence import Sequence
+from app.engine.worker import DeviceWorker
+from app.errors import add_handlers
+from app.lifecycle import Lifecycle, Phase, begin_drain
+from app.middleware import BodyLimitMiddleware, RecordMiddleware
+from app.settings import Settings, is_given
+from model.checkpoint import Checkpoint, CheckpointError, load
+from model.sampling import BeamParams, SamplingParams
+
+log = logging.getLogger("app")
+
+# The routes that run models, and the endpoint that stands for each in the metrics.
+ENDPOINTS = {
+    "/translate": "translate",
+    "/fill-mask": "fill-mask",
+    "/generate": "generate",
+    "/generate_stream": "generate",
+    "/next-sentence": "next-sentence",
+}
+
+Load = Callable[[Settings, Lifecycle], Services]
+
+
+class ErrorBody(TypedDict):
+    """Every answer that is not a success."""
+
+    error: str
+    error_type: str
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody} for status in (404, 413, 422, 429, 500, 503, 504)
+}
+
+
+def load_services(settings: Settings, lifecycle: Lifecycle) -> Services:
+    """Load every model that is there and build the engine around them. Raises CheckpointError."""
+    if settings.n_threads:
+        torch.set_num_threads(settings.n_threads)
+    device, dtype = resolve_device(settings)
+    queue = {"max_queue_items": settings.max_queue_items, "max_queue_tokens": settings.max_queue_tokens}
+
+    def decoding(name: str, checkpoint: Checkpoint | None, n_slots: int) -> Task[GeneratingLane] | None:
+        if checkpoint is None:
+            return None
+        lane = DecodeLane(name, checkpoint, n_slots=n_slots, prefill_tokens=settings.prefill_tokens, **queue)
+        return Task(lane, checkpoint.tokenizer, checkpoint.config, checkpoint.name, checkpoint.sha256)
+
+    def one_shot(name: str, checkpoint: Checkpoint | None) -> Task[OneShotLane] | None:
+        if checkpoint is None:
+            return None
+        lane = BatchLane(name, checkpoint, max_batch_tokens=settings.max_batch_tokens, **queue)
+        return Task(lane, checkpoint.tokenizer, checkpoint.config, checkpoint.name, checkpoint.sha256)
+
+    def checkpoint(setting: str) -> Checkpoint | None:
+        return load_checkpoint(settings, setting, device, dtype)
+
+    found = (
+        decoding("translate", checkpoint("translate_model"), settings.translate_slots),
+        one_shot("fill-mask", checkpoint("fill_mask_model")),
+        decoding("generate", checkpoint("generate_model"), settings.generate_slots),
+    )
+    worker = DeviceWorker([task.lane for task in found if task is not None])
+    name = str(dtype).removeprefix("torch.")
+    return Services(*found, worker, settings, lifecycle, device=str(device), dtype=name)
+
+
+def resolve_device(settings: Settings) -> tuple[torch.device, torch.dtype]:
+    """What "auto" means on this machine."""
+    cuda = torch.cuda.is_available() if settings.device == "auto" else settings.device == "cuda"
+    dtypes = {
+        "auto": torch.bfloat16 if cuda else torch.float32,
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+    }
+    return torch.device("cuda" if cuda else "cpu"), dtypes[settings.dtype]
+
+
+def load_checkpoint(
+    settings: Settings, setting: str, device: torch.device, dtype: torch.dtype
+) -> Checkpoint | None:
+    """None when the default folder is not there; a folder that was asked for must be."""
+    folder: Path = getattr(settings, setting)
+    if not folder.is_dir():
+        if is_given(settings, setting):
+            raise CheckpointError(f"{folder}: no such folder ({setting})")
+        log.warning("no model at %s: its task is off", folder)
+        return None
+    return load(folder, device=device, dtype=dtype)
+
+
+async def warm_up(services: Services) -> None:
+    """Send a small job through every lane, so that the first client finds it warm."""
+    jobs = []
+    if services.translate is not None:
+        task = services.translate
+        ids = task.tokenizer.source_ids(task.tokenizer.encode("Hello."), next(iter(task.tokenizer.languages)))
+        sequence = Sequence(ids, BeamParams(num_beams=1, max_new_tokens=4))
+        task.lane.submit([sequence])
+        jobs.append(sequence.result())
+    if services.generate is not None:
+        sequence = Sequence([services.generate.tokenizer.bos_id], SamplingParams(max_new_tokens=4))
+        services.generate.lane.submit([sequence])
+        jobs.append(sequence.result())
+    if services.fill_mask is not None:
+        tokenizer = services.fill_mask.tokenizer
+        ids = [tokenizer.cls_id, tokenizer.mask_id, tokenizer.sep_id]
+        item = BatchItem(
+            token_ids=ids, segment_ids=[0] * 3, task="fill-mask", top_k=1, targets=[None], allowed=[None]
+        )
+        services.fill_mask.lane.submit([item])
+        jobs.append(item.result())
+    await gather(jobs)
+
+
+def announce(services: Services) -> None:
+    """Put what runs here into the metrics."""
+    metrics.build_info.labels(
+        __version__, platform.python_version(), torch.__version__, services.device, services.dtype
+    ).set(1)
+    for name, task in services.tasks.items():
+        metrics.model_info.labels(name, task.name, task.sha256).set(1)
+    if services.device == "cuda":
+        metrics.device_memory_bytes.labels("allocated").set_function(torch.cuda.memory_allocated)
+        metrics.device_memory_bytes.labels("reserved").set_function(torch.cuda.memory_reserved)
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    settings, lifecycle = app.state.settings, app.state.lifecycle
+    services: Services = await asyncio.to_thread(app.state.load, settings, lifecycle)
+    app.state.services = services
+    services.worker.start(asyncio.get_running_loop())
+    try:
+        await warm_up(services)
+        announce(services)
+        lifecycle.phase = Phase.SERVING
+        log.info("ready", extra={"fields": {"tasks": list(services.tasks), "device": services.device}})
+        yield
+        begin_drain(app)
+    finally:
+        await asyncio.to_thread(services.worker.stop)
+
+
+def create_app(settings: Settings | None = None, load: Load = load_services) -> FastAPI:
+    """The application. `load` builds the services when it starts; tests give their own."""
+    settings = settings or Settings()
+    app = FastAPI(title="Transformer", version=__version__, lifespan=lifespan)
+    app.state.settings, app.state.load, app.state.lifecycle = settings, load, Lifecycle()
+    for module in (translate, fill_mask, generate, next_sentence):
+        app.include_router(module.router, responses=_ERRORS)
+    app.include_router(system.router)
+    add_handlers(app)
+    app.add_middleware(BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes)
+    # Added last, so outermost: it sees every request and every answer.
+    app.add_middleware(RecordMiddleware, endpoints=ENDPOINTS, lifecycle=app.state.lifecycle)
+    return app

@@ -1,0 +1,91 @@
+"""Every metric and every bucket list. Labels are closed sets; known values start at 0."""
+
+from collections.abc import Mapping
+from itertools import product
+
+from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
+
+PREFIX = "transformer_"
+
+LANES = ("translate", "fill-mask", "generate")
+ENDPOINTS = (*LANES, "next-sentence")
+PHASES = ("prefill", "decode", "encode", "batch")
+OUTCOMES = ("success", "refused", "failed", "timeout", "disconnected")
+REASONS = ("validation", "overloaded", "draining", "too_large")
+MEMORY_KINDS = ("allocated", "reserved")
+
+DURATION_BUCKETS = tuple(round(0.001 * 1.5**k, 6) for k in range(28))  # 1 ms to 56.8 s
+TOKEN_BUCKETS = tuple(round(0.0005 * 1.5**k, 6) for k in range(22))  # 0.5 ms to 2.5 s
+SIZE_BUCKETS = tuple(float(2**k) for k in range(11))  # 1 to 1024
+RATIO_BUCKETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
+
+Labels = Mapping[str, tuple[str, ...]]
+
+_ENDPOINT = {"endpoint": ENDPOINTS}
+_LANE = {"endpoint": LANES}
+_LANE_PHASE = {"endpoint": LANES, "phase": PHASES}
+
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+def _counter(name: str, help_text: str, labels: Labels) -> Counter:
+    metric = Counter(PREFIX + name, help_text, tuple(labels))
+    for values in product(*labels.values()):
+        metric.labels(*values)
+    return metric
+
+
+def _gauge(name: str, help_text: str, labels: Labels) -> Gauge:
+    metric = Gauge(PREFIX + name, help_text, tuple(labels))
+    for values in product(*labels.values()):
+        metric.labels(*values)
+    return metric
+
+
+def _histogram(name: str, help_text: str, labels: Labels, buckets: tuple[float, ...]) -> Histogram:
+    metric = Histogram(PREFIX + name, help_text, tuple(labels), buckets=buckets)
+    for values in product(*labels.values()):
+        metric.labels(*values)
+    return metric
+
+
+requests_total = _counter("requests_total", "Requests answered.", {**_ENDPOINT, "outcome": OUTCOMES})
+rejected_total = _counter("rejected_total", "Requests refused at the door.", {**_ENDPOINT, "reason": REASONS})
+request_duration_seconds = _histogram(
+    "request_duration_seconds",
+    "From the request's first byte to the answer's last.",
+    _ENDPOINT,
+    DURATION_BUCKETS,
+)
+
+queue_seconds = _histogram("queue_seconds", "Waiting of one item.", _ENDPOINT, DURATION_BUCKETS)
+inference_seconds = _histogram(
+    "inference_seconds", "From leaving the queue to the end, one item.", _ENDPOINT, DURATION_BUCKETS
+)
+time_to_first_token_seconds = _histogram(
+    "time_to_first_token_seconds", "From submission to the first token.", _LANE, TOKEN_BUCKETS
+)
+inter_token_seconds = _histogram(
+    "inter_token_seconds", "Between two tokens of one item.", _LANE, TOKEN_BUCKETS
+)
+prompt_tokens_total = _counter("prompt_tokens_total", "Tokens taken in.", _ENDPOINT)
+generated_tokens_total = _counter("generated_tokens_total", "Tokens produced.", _LANE)
+
+batch_rows = _histogram("batch_rows", "Rows of one model step.", _LANE_PHASE, SIZE_BUCKETS)
+batch_padding_ratio = _histogram(
+    "batch_padding_ratio", "Padded share of one model step's tokens.", _LANE_PHASE, RATIO_BUCKETS
+)
+queue_items = _gauge("queue_items", "Items that wait.", _LANE)
+queue_tokens = _gauge("queue_tokens", "Tokens of the items that wait.", _LANE)
+rows_in_use = _gauge("rows_in_use", "Rows (slots) that are occupied.", _LANE)
+kv_cache_usage_ratio = _gauge("kv_cache_usage_ratio", "Occupied share of the KV cache.", _LANE)
+step_failures_total = _counter("step_failures_total", "Model steps that raised.", _LANE)
+
+device_memory_bytes = _gauge("device_memory_bytes", "Accelerator memory.", {"kind": MEMORY_KINDS})
+model_info = Gauge(
+    PREFIX + "model_info", "The models that are loaded; always 1.", ("endpoint", "name", "sha256")
+)
+build_info = Gauge(
+    PREFIX + "build_info", "What runs; always 1.", ("version", "python", "torch", "device", "dtype")
+)
+ready = Gauge(PREFIX + "ready", "1 while the service takes new work.")

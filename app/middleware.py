@@ -1,0 +1,180 @@
+"""What every request gets: an id, headers, a bound on its body, one log line, its metrics.
+
+Plain ASGI: under Starlette's `@app.middleware("http")` a client's disconnect does not reach the route.
+"""
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app import metrics
+from app.errors import BodyTooLarge, classify, error_response
+from app.lifecycle import Lifecycle
+from app.logs import request_log
+
+log = logging.getLogger("app")
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_OUTCOMES = {"timeout": "timeout", "disconnected": "disconnected"}
+
+
+@dataclass
+class RequestRecord:
+    """What is known of one request; routes fill in what they learn. Times in seconds."""
+
+    request_id: str
+    endpoint: str | None
+    started: float = field(default_factory=time.monotonic)
+    n_prompt_tokens: int | None = None
+    n_generated_tokens: int | None = None
+    queue_seconds: float | None = None
+    inference_seconds: float | None = None
+    status: int | None = None
+    error_type: str | None = None
+    client_gone: bool = False
+    complete: bool = False
+
+    @property
+    def total_seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    @property
+    def outcome(self) -> str:
+        if self.client_gone:
+            return "disconnected"
+        if self.error_type in _OUTCOMES:
+            return _OUTCOMES[self.error_type]
+        if self.status is None or (self.status >= 500 and self.error_type != "draining"):
+            return "failed"
+        if self.status < 400:
+            return "failed" if self.error_type else "success"
+        return "refused"
+
+    def headers(self) -> dict[str, str]:
+        """The response headers that tell of this request."""
+        found: dict[str, str] = {"x-request-id": self.request_id}
+        if self.endpoint is None:
+            return found
+        times = {
+            "queue": self.queue_seconds,
+            "inference": self.inference_seconds,
+            "total": self.total_seconds,
+        }
+        found |= {f"x-{name}-time": f"{1000 * t:.2f}" for name, t in times.items() if t is not None}
+        counts = {"prompt": self.n_prompt_tokens, "generated": self.n_generated_tokens}
+        return found | {f"x-{name}-tokens": str(n) for name, n in counts.items() if n is not None}
+
+
+class RecordMiddleware:
+    """Outermost: makes the record, answers what nobody handled, writes headers, log and metrics."""
+
+    def __init__(self, app: ASGIApp, endpoints: Mapping[str, str], lifecycle: Lifecycle) -> None:
+        self.app = app
+        self.endpoints = endpoints
+        self.lifecycle = lifecycle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        record = RequestRecord(_request_id(scope), self.endpoints.get(scope["path"]))
+        scope.setdefault("state", {})["record"] = record
+        in_flight = record.endpoint is not None
+        self.lifecycle.n_in_flight += in_flight
+        try:
+            await self._answer(record, scope, receive, send)
+        finally:
+            self.lifecycle.n_in_flight -= in_flight
+            _conclude(record, scope)
+
+    async def _answer(self, record: RequestRecord, scope: Scope, receive: Receive, send: Send) -> None:
+        async def noting_receive() -> Message:
+            message = await receive()
+            if message["type"] == "http.disconnect" and not record.complete:
+                record.client_gone = True
+            return message
+
+        async def noting_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                MutableHeaders(scope=message).update(record.headers())
+            elif message["type"] == "http.response.body":
+                record.complete = not message.get("more_body", False)
+            await send(message)
+
+        try:
+            await self.app(scope, noting_receive, noting_send)
+        except Exception as exc:
+            record.error_type = classify(exc)[1]
+            log.exception("unhandled exception", extra={"fields": {"id": record.request_id}})
+            if record.status is None:
+                await error_response(exc)(scope, receive, noting_send)
+
+
+class BodyLimitMiddleware:
+    """Refuses a body over the limit, by its declared length or, chunked, as it arrives."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdecimal() and int(declared) > self.max_body_bytes:
+            too_large = BodyTooLarge(self.max_body_bytes, int(declared))
+            scope["state"]["record"].error_type = classify(too_large)[1]
+            await error_response(too_large)(scope, receive, send)
+            return
+        n_bytes = 0
+
+        async def bounded_receive() -> Message:
+            nonlocal n_bytes
+            message = await receive()
+            n_bytes += len(message.get("body", b""))
+            if n_bytes > self.max_body_bytes:
+                raise BodyTooLarge(self.max_body_bytes, None)
+            return message
+
+        await self.app(scope, bounded_receive, send)
+
+
+def _request_id(scope: Scope) -> str:
+    given = Headers(scope=scope).get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _conclude(record: RequestRecord, scope: Scope) -> None:
+    seconds = record.total_seconds
+    if record.endpoint is not None:
+        metrics.requests_total.labels(record.endpoint, record.outcome).inc()
+        metrics.request_duration_seconds.labels(record.endpoint).observe(seconds)
+        if record.outcome == "refused" and record.error_type in metrics.REASONS:
+            metrics.rejected_total.labels(record.endpoint, record.error_type).inc()
+    fields = {
+        "id": record.request_id,
+        "method": scope["method"],
+        # The template, or nothing: a path that no route knows may hold anything.
+        "route": getattr(scope.get("route"), "path", None),
+        "status": record.status,
+        "error_type": record.error_type,
+        "total_ms": round(1000 * seconds, 2),
+        "queue_ms": _milliseconds(record.queue_seconds),
+        "inference_ms": _milliseconds(record.inference_seconds),
+        "prompt_tokens": record.n_prompt_tokens,
+        "generated_tokens": record.n_generated_tokens,
+        "client_gone": record.client_gone,
+    }
+    request_log.info("request", extra={"fields": fields})
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(1000 * seconds, 2)

@@ -1,0 +1,102 @@
+"""Every setting, with its bound: environment (TRANSFORMER_*), `.env`, or the command line."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "TRANSFORMER_"
+
+
+class Settings(BaseSettings):
+    """Read once, in `app.main`. A value out of bounds ends the start with a message that names it."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_file=".env",
+        env_file_encoding="utf-8",
+        extra="ignore",
+        frozen=True,
+        allow_inf_nan=False,
+        cli_prog_name="python -m app",
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+    )
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least level of the log"
+    )
+
+    translate_model: Path = Field(Path("weights/translate"), description="folder of the translation model")
+    fill_mask_model: Path = Field(
+        Path("weights/fill-mask"), description="folder of the masked model (fill-mask, next-sentence)"
+    )
+    generate_model: Path = Field(Path("weights/generate"), description="folder of the generation model")
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where the models run; auto: cuda if there"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="number format of the weights; auto: float32 on cpu, bfloat16 on cuda"
+    )
+    n_threads: int = Field(
+        0, ge=0, le=1024, description="threads of one model step on the CPU; 0: torch decides"
+    )
+
+    translate_slots: int = Field(32, ge=1, le=4096, description="rows (beams) that translate at once")
+    generate_slots: int = Field(16, ge=1, le=4096, description="rows that generate at once")
+    prefill_tokens: int = Field(2048, ge=1, le=1_000_000, description="prompt tokens taken in by one step")
+    max_batch_tokens: int = Field(
+        8192, ge=1, le=10_000_000, description="padded tokens of one fill-mask batch"
+    )
+    max_queue_items: int = Field(512, ge=1, le=1_000_000, description="items that may wait, each model")
+    max_queue_tokens: int = Field(65536, ge=1, le=100_000_000, description="tokens that may wait, each model")
+
+    max_body_bytes: int = Field(4_194_304, ge=1024, le=1_073_741_824, description="bytes of a request's body")
+    max_texts: int = Field(64, ge=1, le=100_000, description="texts in one request")
+    max_text_chars: int = Field(20_000, ge=1, le=10_000_000, description="characters of one text")
+    default_new_tokens: PositiveInt = Field(
+        20, le=100_000, description="tokens generated when none are asked for"
+    )
+    max_new_tokens: PositiveInt = Field(1024, le=100_000, description="new tokens that may be asked for")
+    default_beams: int = Field(4, ge=1, le=64, description="beams of a translation when none are asked for")
+    max_beams: int = Field(8, ge=1, le=64, description="beams that may be asked for")
+    max_length_penalty: PositiveFloat = Field(5.0, le=100.0, description="length penalty, either sign")
+    max_ngram_size: int = Field(16, ge=0, le=1000, description="no_repeat_ngram_size")
+    max_repetition_penalty: float = Field(
+        10.0, ge=1.0, le=1000.0, description="repetition penalty; the least is one over it"
+    )
+    max_frequency_penalty: float = Field(2.0, ge=0.0, le=1000.0, description="frequency penalty, either sign")
+    min_temperature: PositiveFloat = Field(
+        0.01, le=1.0, description="least temperature above 0 (0 is greedy)"
+    )
+    max_temperature: float = Field(100.0, ge=1.0, le=10_000.0, description="greatest temperature")
+    max_top_k: int = Field(1000, ge=1, le=1_000_000, description="top_k, in generation and fill-mask")
+    max_top_n_tokens: int = Field(5, ge=0, le=100, description="top_n_tokens")
+    max_best_of: int = Field(4, ge=1, le=64, description="best_of")
+    max_seed: int = Field(2**63 - 1, ge=0, le=2**63 - 1, description="seed")
+    max_stops: int = Field(16, ge=0, le=1000, description="stop strings of one request")
+    max_stop_chars: int = Field(256, ge=1, le=100_000, description="characters of one stop string")
+    max_targets: int = Field(256, ge=1, le=100_000, description="targets of a fill-mask request")
+    max_masks: int = Field(64, ge=1, le=10_000, description="masks in one text")
+
+    timeout_seconds: PositiveFloat = Field(120.0, le=86_400.0, description="a request's time; then 504")
+    shutdown_seconds: float = Field(30.0, ge=0.0, le=3600.0, description="grace period for accepted work")
+
+
+def is_given(settings: Settings, name: str) -> bool:
+    """Was the setting given, rather than left at its default?"""
+    return name in settings.model_fields_set
+
+
+def settings_table() -> str:
+    """All settings as a markdown table, for the README."""
+    lines = ["| variable | command line | default | what |", "|---|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        flag = f"--{name.replace('_', '-')}"
+        default = field.default
+        lines.append(f"| `{PREFIX}{name.upper()}` | `{flag}` | `{default}` | {field.description} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,96 @@
+"""Attention: "Attention Is All You Need" (Vaswani et al. 2017), section 3.2.
+
+The shape legend, used everywhere:
+
+    B batch · T queries · S keys · H heads · K head_dim · D d_model · V vocabulary · L layers · N slots
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.config import TransformerConfig
+
+KV = tuple[Tensor, Tensor]  # keys and values, each (B, H, S, K)
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (B, 1, T, K / 2)
+
+
+def scaled_dot_product_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention(Q, K, V) = softmax(Q Kᵀ / √K) V, equation 1 of the paper.
+
+    q (B, H, T, K); k and v (B, H, S, K); mask bool, True = may attend, broadcastable to (B, H, T, S).
+    Returns the output (B, H, T, K) and the weights (B, H, T, S). A query that may attend to nothing
+    gives zeros.
+    """
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(dim=-1)
+    if mask is not None:
+        weights = weights.masked_fill(~mask, 0.0)
+    return weights @ v, weights
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn each pair of coordinates of x (B, H, T, K) by its position's angle (RoFormer, Su et al. 2021)."""
+    cos, sin = rotation
+    left, right = x.chunk(2, dim=-1)  # each (B, H, T, K / 2)
+    return torch.cat((left * cos - right * sin, left * sin + right * cos), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention, section 3.2.2, for self- and cross-attention alike.
+
+    It never knows a mode: it takes the queries' source and a (k, v) pair. Who supplies the pair is
+    the caller's business: `project_kv` of the same input, a cache, or a projected memory.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        d_model, d_kv = config.d_model, config.kv_heads * config.head_dim
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.kv_heads, config.head_dim
+        self.q_proj = nn.Linear(d_model, d_model, bias=config.bias)
+        self.k_proj = nn.Linear(d_model, d_kv, bias=config.bias)
+        self.v_proj = nn.Linear(d_model, d_kv, bias=config.bias)
+        self.out_proj = nn.Linear(d_model, d_model, bias=config.bias)
+
+    def project_kv(self, x: Tensor, rotation: Rotation | None = None) -> KV:
+        """x (B, S, D) -> keys and values, each (B, H_kv, S, K)."""
+        k = self._split(self.k_proj(x), self.n_kv_heads)
+        v = self._split(self.v_proj(x), self.n_kv_heads)
+        return (k if rotation is None else rotate(k, rotation)), v
+
+    def forward(self, x: Tensor, kv: KV, mask: Tensor | None, rotation: Rotation | None = None) -> Tensor:
+        """x (B, T, D), kv each (B, H_kv, S, K), mask broadcastable to (B, 1, T, S) -> (B, T, D)."""
+        q, (k, v) = self.project_q(x, rotation), kv
+        grouped = self.n_kv_heads != self.n_heads
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        return self._merge(out)
+
+    def weights(self, x: Tensor, kv: KV, mask: Tensor | None, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
+        """The same as `forward` by the readable reference, with the attention weights (B, H, T, S) beside it."""
+        q, (k, v) = self.project_q(x, rotation), kv
+        group = self.n_heads // self.n_kv_heads
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        out, weights = scaled_dot_product_attention(q, k, v, mask)
+        return self._merge(out), weights
+
+    def project_q(self, x: Tensor, rotation: Rotation | None) -> Tensor:
+        """x (B, T, D) -> queries (B, H, T, K)."""
+        q = self._split(self.q_proj(x), self.n_heads)
+        return q if rotation is None else rotate(q, rotation)
+
+    def _split(self, x: Tensor, n_heads: int) -> Tensor:
+        batch, length, _ = x.shape
+        return x.view(batch, length, n_heads, self.head_dim).transpose(1, 2)  # (B, H, T, K)
+
+    def _merge(self, out: Tensor) -> Tensor:
+        batch, _, length, _ = out.shape
+        merged: Tensor = self.out_proj(out.transpose(1, 2).reshape(batch, length, -1))  # (B, T, D)
+        return merged

@@ -1,0 +1,90 @@
+"""The KV cache: what decoding remembers, a plain object that is passed in.
+
+Row n of the cache belongs to slot n. Active rows stay contiguous (0 .. n_active), so a step reads a
+slice of the buffers and never gathers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.attention import KV
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's part of a view: writes the new keys and values, returns all that may be read."""
+
+    k: Tensor  # (N, H, S_max, K)
+    v: Tensor
+    rows: Tensor  # (B, 1) the rows written
+    positions: Tensor  # (B, T) where in its row each new token goes
+    first: int
+    length: int
+
+    def update(self, k: Tensor, v: Tensor) -> KV:
+        """k and v (B, H, T, K) of the new tokens -> everything up to `length`, each (B, H, S, K)."""
+        self.k[self.rows, :, self.positions] = k.transpose(1, 2).to(self.k.dtype)
+        self.v[self.rows, :, self.positions] = v.transpose(1, 2).to(self.v.dtype)
+        last = self.first + self.rows.size(0)
+        return self.k[self.first : last, :, : self.length], self.v[self.first : last, :, : self.length]
+
+
+class KVCache:
+    """Static buffers for `n_slots` rows of `max_len` positions in every layer."""
+
+    def __init__(
+        self,
+        n_layers: int,
+        n_slots: int,
+        n_kv_heads: int,
+        max_len: int,
+        head_dim: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        shape = (n_layers, n_slots, n_kv_heads, max_len, head_dim)
+        # Zeros, not empty: a masked position still enters the product with v, and 0 * NaN is NaN.
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.n_layers, self.n_slots, self.max_len = n_layers, n_slots, max_len
+
+    @property
+    def n_bytes(self) -> int:
+        return 2 * self.k.numel() * self.k.element_size()
+
+    def view(self, first: int, positions: Tensor, length: int) -> list[LayerCache]:
+        """Rows first .. first + B, where `positions` (B, T) are written and `length` positions are read."""
+        n_rows = positions.size(0)
+        if first + n_rows > self.n_slots or length > self.max_len:
+            raise IndexError(
+                f"rows {first}..{first + n_rows} of {self.n_slots}, length {length} of {self.max_len}"
+            )
+        rows = torch.arange(first, first + n_rows, device=self.k.device).unsqueeze(1)
+        layers = range(self.n_layers)
+        return [LayerCache(self.k[i], self.v[i], rows, positions, first, length) for i in layers]
+
+    def write(self, first: int, layer_kvs: list[KV]) -> None:
+        """Store whole (k, v) pairs, each (B, H, S, K), into rows from `first` on: a projected memory."""
+        for layer, (k, v) in enumerate(layer_kvs):
+            rows, length = slice(first, first + k.size(0)), k.size(2)
+            self.k[layer, rows, :, :length] = k.to(self.k.dtype)
+            self.v[layer, rows, :, :length] = v.to(self.v.dtype)
+
+    def read(self, first: int, n_rows: int, length: int) -> list[KV]:
+        """The stored pairs of some rows, each (B, H, S, K): views, not copies."""
+        rows = slice(first, first + n_rows)
+        return [(self.k[i, rows, :, :length], self.v[i, rows, :, :length]) for i in range(self.n_layers)]
+
+    def copy_rows(self, sources: list[int], targets: list[int], length: int) -> None:
+        """targets[i] becomes what sources[i] was before the call, up to `length` positions."""
+        if not sources:
+            return
+        source = torch.tensor(sources, device=self.k.device)
+        target = torch.tensor(targets, device=self.k.device)
+        self.k[:, target, :, :length] = self.k[:, source, :, :length]
+        self.v[:, target, :, :length] = self.v[:, source, :, :length]

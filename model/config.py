@@ -1,0 +1,108 @@
+"""The shape of a model, frozen: what `config.json` holds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+Architecture = Literal["translator", "masked_lm", "causal_lm"]
+Norm = Literal["layer", "rms"]
+Activation = Literal["relu", "gelu", "silu"]
+Positions = Literal["sinusoidal", "learned", "rotary"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "architecture": get_args(Architecture),
+    "norm": get_args(Norm),
+    "activation": get_args(Activation),
+    "positions": get_args(Positions),
+}
+
+
+class ConfigError(ValueError):
+    """A configuration that no model can be built from; the message names the key."""
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes and parts of one model.
+
+    Token ids live here too, so that a folder describes itself. Raises `ConfigError` on values that
+    do not fit together.
+    """
+
+    architecture: Architecture
+    vocab_size: int
+    d_model: int = 256
+    n_heads: int = 4
+    n_kv_heads: int | None = None
+    d_ff: int = 1024
+    n_encoder_layers: int = 0
+    n_decoder_layers: int = 0
+    max_len: int = 512
+    dropout: float = 0.1
+    norm: Norm = "layer"
+    norm_first: bool = True
+    norm_eps: float = 1e-5
+    activation: Activation = "gelu"
+    gated: bool = False
+    positions: Positions = "sinusoidal"
+    rotary_base: float = 10_000.0
+    bias: bool = True
+    n_segments: int = 0
+    pad_id: int = 0
+    bos_id: int = 1
+    eos_id: int = 2
+    mask_id: int = 3
+    cls_id: int = 4
+    sep_id: int = 5
+    languages: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key, choices in _CHOICES.items():
+            if getattr(self, key) not in choices:
+                raise ConfigError(f"{key}: {getattr(self, key)!r} is not one of {', '.join(choices)}")
+        for key in ("vocab_size", "d_model", "n_heads", "d_ff", "max_len"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key}: {getattr(self, key)} is less than 1")
+        if self.d_model % self.n_heads:
+            raise ConfigError(f"d_model: {self.d_model} is not a multiple of n_heads {self.n_heads}")
+        if self.n_heads % self.kv_heads:
+            raise ConfigError(f"n_heads: {self.n_heads} is not a multiple of n_kv_heads {self.kv_heads}")
+        if self.positions != "learned" and (self.head_dim if self.positions == "rotary" else self.d_model) % 2:
+            raise ConfigError(f"positions: {self.positions} needs an even width")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout: {self.dropout} is not in [0, 1)")
+        self._check_layers()
+        for key in ("pad_id", "bos_id", "eos_id", "mask_id", "cls_id", "sep_id"):
+            if not 0 <= getattr(self, key) < self.vocab_size:
+                raise ConfigError(f"{key}: {getattr(self, key)} is outside the vocabulary of {self.vocab_size}")
+
+    def _check_layers(self) -> None:
+        wants_encoder = self.architecture in ("translator", "masked_lm")
+        wants_decoder = self.architecture in ("translator", "causal_lm")
+        if wants_encoder != (self.n_encoder_layers > 0):
+            raise ConfigError(f"n_encoder_layers: {self.n_encoder_layers} does not suit a {self.architecture}")
+        if wants_decoder != (self.n_decoder_layers > 0):
+            raise ConfigError(f"n_decoder_layers: {self.n_decoder_layers} does not suit a {self.architecture}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TransformerConfig:
+        """The inverse of `to_dict`. Raises `ConfigError` on unknown or missing keys and wrong types."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ConfigError(f"unknown key: {', '.join(unknown)}")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigError(str(error)) from None

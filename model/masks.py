@@ -1,0 +1,32 @@
+"""Attention masks: bool, True = may attend, broadcastable to (B, H, T, S)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def padding_mask(token_ids: Tensor, pad_id: int) -> Tensor:
+    """token_ids (B, S) -> (B, 1, 1, S): every query may attend to every real token."""
+    return (token_ids != pad_id)[:, None, None, :]
+
+
+def causal_mask(length: int, device: torch.device | None = None) -> Tensor:
+    """(1, 1, T, T): position t may attend to positions up to and including t (section 3.2.3)."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
+
+
+def length_mask(lengths: Tensor, size: int) -> Tensor:
+    """lengths (B,) -> (B, 1, 1, S): the first lengths[b] of `size` positions."""
+    return (torch.arange(size, device=lengths.device) < lengths[:, None])[:, None, None, :]
+
+
+def position_mask(positions: Tensor, size: int) -> Tensor:
+    """positions (B, T) of the queries in their rows -> (B, 1, T, S): everything up to themselves."""
+    return (torch.arange(size, device=positions.device) <= positions[..., None])[:, None]
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """documents (B, T), an id per token -> (B, 1, T, T): causal, within the own document only."""
+    same = documents[:, :, None] == documents[:, None, :]
+    return same[:, None] & causal_mask(documents.size(1), documents.device)

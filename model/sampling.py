@@ -1,0 +1,142 @@
+"""From logits to token ids: what a request may ask for, and one vectorised step over all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one generation draws its tokens. `temperature` 0 is greedy; `top_k` 0 and the ones are off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    max_new_tokens: int = 20
+    min_new_tokens: int = 0
+    seed: int | None = None
+    top_n_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class BeamParams:
+    """How one sentence is translated. `length_penalty` is the exponent of the length a score is divided by."""
+
+    num_beams: int = 4
+    num_return_sequences: int = 1
+    length_penalty: float = 1.0
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    no_repeat_ngram_size: int = 0
+    repetition_penalty: float = 1.0
+    return_alignment: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_return_sequences <= self.num_beams:
+            raise ValueError(f"num_return_sequences {self.num_return_sequences} is not in 1..num_beams {self.num_beams}")
+
+
+def penalise(logits: Tensor, history: Tensor, repetition: Tensor, frequency: Tensor | None = None) -> Tensor:
+    """Make tokens of the history less likely, out of place.
+
+    logits (B, V); history (B, S), token ids with -1 where there is none; repetition (B,) divides positive
+    and multiplies negative logits of every token that occurred (Keskar et al. 2019, section 4.1);
+    frequency (B,) is subtracted once per occurrence.
+    """
+    real = history >= 0
+    ids = history.clamp(min=0)
+    counts = torch.zeros_like(logits).scatter_add_(1, ids, real.to(logits.dtype))
+    if frequency is not None:
+        logits = logits - counts * frequency[:, None]
+    factor = repetition[:, None]
+    penalised = torch.where(logits > 0, logits / factor, logits * factor)
+    return torch.where(counts > 0, penalised, logits)
+
+
+def top_k_mask(logits: Tensor, top_k: Tensor) -> Tensor:
+    """logits (B, V), top_k (B,) with 0 for off -> bool (B, V), True = may be drawn."""
+    size = logits.size(-1)
+    wanted = torch.where(top_k > 0, top_k, size).clamp(max=size)
+    ordered = logits.sort(dim=-1, descending=True).values
+    return logits >= ordered.gather(1, (wanted - 1)[:, None])
+
+
+def top_p_mask(logits: Tensor, top_p: Tensor) -> Tensor:
+    """Nucleus (Holtzman et al. 2020): the fewest tokens whose probability reaches top_p (B,)."""
+    probs, order = logits.softmax(-1).sort(dim=-1, descending=True)
+    before = probs.cumsum(-1) - probs
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before < top_p[:, None])
+
+
+def typical_mask(logits: Tensor, typical_p: Tensor) -> Tensor:
+    """Locally typical sampling (Meister et al. 2023): tokens whose surprise is nearest the entropy."""
+    log_probs = logits.log_softmax(-1)
+    probs = log_probs.exp()
+    entropy = -(probs * log_probs.clamp(min=-1e4)).sum(-1, keepdim=True)
+    order = (-log_probs - entropy).abs().sort(dim=-1).indices
+    ordered = probs.gather(1, order)
+    before = ordered.cumsum(-1) - ordered
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before < typical_p[:, None])
+
+
+@dataclass(frozen=True)
+class SamplingRows:
+    """The parameters of B rows as tensors (B,), and as flags which work any row needs at all.
+
+    A flag only skips work that would change nothing, so a row's answer never depends on its neighbours.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    typical_p: Tensor
+    any_sampling: bool
+    any_top_k: bool
+    any_top_p: bool
+    any_typical: bool
+
+    @classmethod
+    def stack(cls, params: Sequence[SamplingParams], device: torch.device | str = "cpu") -> SamplingRows:
+        return cls(
+            temperature=torch.tensor([p.temperature for p in params], device=device),
+            top_k=torch.tensor([p.top_k for p in params], device=device),
+            top_p=torch.tensor([p.top_p for p in params], device=device),
+            typical_p=torch.tensor([p.typical_p for p in params], device=device),
+            any_sampling=any(p.temperature > 0 for p in params),
+            any_top_k=any(p.temperature > 0 and p.top_k > 0 for p in params),
+            any_top_p=any(p.temperature > 0 and p.top_p < 1 for p in params),
+            any_typical=any(p.temperature > 0 and p.typical_p < 1 for p in params),
+        )
+
+
+def sample(logits: Tensor, rows: SamplingRows, uniform: Tensor) -> Tensor:
+    """logits (B, V), one number in [0, 1) per row (B,) -> token ids (B,).
+
+    Greedy where the temperature is 0. Else the inverse of the cumulative distribution, in the order of
+    the vocabulary, at the row's own number: a seeded row draws the same whoever its neighbours are.
+    """
+    best = logits.argmax(-1)
+    if not rows.any_sampling:
+        return best
+    greedy = rows.temperature <= 0
+    scaled = logits.float() / torch.where(greedy, 1.0, rows.temperature)[:, None]
+    if rows.any_top_k:
+        scaled = scaled.masked_fill(~top_k_mask(scaled, rows.top_k), -torch.inf)
+    if rows.any_top_p:
+        # top_p 1 keeps all, in spite of rounding: such rows must not feel that a neighbour asked for less.
+        keep = top_p_mask(scaled, rows.top_p) | (rows.top_p >= 1)[:, None]
+        scaled = scaled.masked_fill(~keep, -torch.inf)
+    if rows.any_typical:
+        keep = typical_mask(scaled, rows.typical_p) | (rows.typical_p >= 1)[:, None]
+        scaled = scaled.masked_fill(~keep, -torch.inf)
+    cumulative = scaled.softmax(-1).double().cumsum(-1)
+    wanted = uniform.double()[:, None] * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, wanted, right=True).squeeze(1).clamp(max=logits.size(-1) - 1)
+    return torch.where(greedy, best, drawn)

@@ -1,0 +1,210 @@
+"""One subword tokenizer for English and Korean that loses nothing, and its incremental inverse.
+
+Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019): every piece is a run of UTF-8 bytes, so any
+Unicode text decodes back to itself.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+
+PAD, BOS, EOS, MASK, CLS, SEP = "<pad>", "<s>", "</s>", "[MASK]", "[CLS]", "[SEP]"
+LANGUAGES = ("en", "ko")
+# What kind of text a translation example comes from; in use the tag is always "everyday".
+TAGS = ("everyday", "docs", "back")
+SPECIAL_TOKENS = (
+    *(PAD, BOS, EOS, MASK, CLS, SEP),
+    *(f"<2{language}>" for language in LANGUAGES),
+    *(f"<tag:{tag}>" for tag in TAGS),
+)
+
+# Digits stand alone, so that numbers are copied digit by digit; Hangul and other letters part, so that
+# a particle after a Latin name is a piece of its own.
+_PIECES = (
+    r"'(?:[sdmtSDMT]|ll|LL|re|RE|ve|VE)(?!\p{L})"
+    r"| ?\p{Hangul}+"
+    r"| ?[\p{L}\p{M}&&[^\p{Hangul}]]+"
+    r"| ?\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+class TextError(ValueError):
+    """A text that cannot be encoded; the message says where."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A token of a text, with the characters [start, stop) it came from."""
+
+    id: int
+    text: str
+    start: int
+    stop: int
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The printable stand-in of every byte in a byte-level vocabulary, as `tokenizers` spells it.
+
+    Printable Latin-1 characters stand for themselves; the other bytes, in order, for U+0100 and on.
+    """
+    printable = [b for b in range(256) if 0x21 <= b <= 0x7E or (0xA1 <= b and b != 0xAD)]
+    others = [b for b in range(256) if b not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+class Tokenizer:
+    """Text to ids and back. Text that looks like a special token is ordinary text."""
+
+    def __init__(self, backend: Backend) -> None:
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.vocab_size = backend.get_vocab_size()
+        self.mask_token = MASK
+        self.pad_id, self.bos_id, self.eos_id = (self._id(token) for token in (PAD, BOS, EOS))
+        self.mask_id, self.cls_id, self.sep_id = (self._id(token) for token in (MASK, CLS, SEP))
+        self.languages = {language: self._id(f"<2{language}>") for language in LANGUAGES}
+        self.tags = {tag: self._id(f"<tag:{tag}>") for tag in TAGS}
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Tokenizer:
+        """Read tokenizer.json, or the folder that holds it. Raises OSError or ValueError, naming the file."""
+        path = Path(path)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        text = path.read_text(encoding="utf-8")
+        try:
+            return cls(Backend.from_str(text))
+        except Exception as error:  # the backend raises bare Exception
+            raise ValueError(f"{path}: not a tokenizer this project can use: {error}") from None
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Learn `vocab_size` pieces, special tokens included, from texts."""
+        backend = Backend(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[AddedToken(token, special=True) for token in SPECIAL_TOKENS],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer=trainer)
+        return cls(backend)
+
+    def save(self, folder: Path | str) -> None:
+        """Write tokenizer.json into a folder."""
+        self.backend.save(str(Path(folder) / "tokenizer.json"))
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, nothing added. Raises `TextError` on a lone surrogate."""
+        _check(text)
+        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts at once, in parallel."""
+        return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_with_offsets(self, text: str) -> list[Piece]:
+        """The pieces of a text with their character offsets; pieces of one character share its offsets."""
+        _check(text)
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        pairs = zip(encoding.ids, encoding.offsets, strict=True)
+        return [Piece(i, text[start:stop], start, stop) for i, (start, stop) in pairs]
+
+    def encode_masked(self, text: str) -> tuple[list[int], list[bool]]:
+        """The ids of a text in which the mask token is written literally, and per mask: was there a space?
+
+        The space before a mask belongs to the masked word, as in RoBERTa, because a piece carries the
+        space before it.
+        """
+        ids: list[int] = []
+        spaced: list[bool] = []
+        *before, last = text.split(self.mask_token)
+        for part in before:
+            spaced.append(part.endswith(" "))
+            ids += [*self.encode(part.removesuffix(" ")), self.mask_id]
+        return ids + self.encode(last), spaced
+
+    def source_ids(self, text_ids: Sequence[int], tgt_lang: str, tag: str = "everyday") -> list[int]:
+        """The translator's encoder input: tag, target language, text, end."""
+        return [self.tags[tag], self.languages[tgt_lang], *text_ids, self.eos_id]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special tokens and bytes that are no UTF-8 give nothing."""
+        return b"".join(self._bytes[i] for i in ids).decode("utf-8", errors="ignore")
+
+    def token_text(self, token_id: int) -> str:
+        """One token for display: a special token by its name, half a character as U+FFFD."""
+        if token_id in self.special_ids:
+            return str(self.backend.id_to_token(token_id))
+        return self._bytes[token_id].decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes of a token, empty for a special one."""
+        return self._bytes[token_id]
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        alphabet = _byte_alphabet()
+        table = [b""] * self.vocab_size
+        for token, token_id in self.backend.get_vocab(with_added_tokens=True).items():
+            if token_id not in self.special_ids:
+                table[token_id] = bytes(alphabet[character] for character in token)
+        return table
+
+    def _id(self, token: str) -> int:
+        token_id = self.backend.token_to_id(token)
+        if token_id is None:
+            raise ValueError(f"the vocabulary has no {token}")
+        return int(token_id)
+
+
+class TextStream:
+    """Turns ids into text one by one, never emitting half a character.
+
+    The pieces joined equal `Tokenizer.decode` of all ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
+
+    def push(self, token_id: int) -> str:
+        """The characters that this token completes, often "" in the midst of a character."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    def finish(self) -> str:
+        """The rest: nothing but what a broken end leaves, which is dropped."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _check(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TextError(f"lone surrogate at character {error.start}") from None
+
+
+def text_pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """The text that each id adds, as `TextStream` would give it."""
+    stream = TextStream(tokenizer)
+    return (stream.push(token_id) for token_id in ids)

@@ -1,0 +1,1 @@
+"""The only code that knows losses and optimisers; the service never imports it."""

@@ -1,0 +1,150 @@
+"""`python -m model.training COMMAND`: tokenizer, translate, masked, causal, evaluate."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from model.config import TransformerConfig
+from model.models import Translator, build_model
+from model.tokenizer import Tokenizer
+from model.training import prepare
+from model.training.causal import CausalTask
+from model.training.evaluate import add_evaluate_arguments, evaluate_command
+from model.training.loop import Options, Task, Trainer
+from model.training.masked import MaskedTask
+from model.training.shards import Shard, write_shard
+from model.training.translate import TranslateTask, start_from_encoder
+
+ARCHITECTURES = {"translate": "translator", "masked": "masked_lm", "causal": "causal_lm"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    if arguments.command == "tokenizer":
+        return _tokenizer(arguments)
+    if arguments.command == "evaluate":
+        return evaluate_command(arguments)
+    return _train(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m model.training", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    tokenizer = commands.add_parser("tokenizer", help="learn the shared tokenizer")
+    tokenizer.add_argument("--pairs", type=Path, nargs="+", default=[])
+    tokenizer.add_argument("--documents", type=Path, nargs="+", default=[])
+    tokenizer.add_argument("--vocab-size", type=int, default=16_000)
+    tokenizer.add_argument("--megabytes", type=float, default=40, help="of each document pack")
+    tokenizer.add_argument("--out", type=Path, required=True, help="folder for tokenizer.json")
+    for command in ARCHITECTURES:
+        train = commands.add_parser(command, help=f"train a {ARCHITECTURES[command]}")
+        train.add_argument("--recipe", type=Path, required=True, help="TOML with [model], [data], [train]")
+        train.add_argument("--tokenizer", type=Path, required=True)
+        train.add_argument("--data", type=Path, required=True, help="folder that holds the packs")
+        train.add_argument("--run", type=Path, required=True, help="folder for shards, checkpoint, model")
+        train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override [train]")
+        train.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+        if command == "translate":
+            train.add_argument("--start-from", type=Path, help="a masked model's folder: take its encoder")
+    add_evaluate_arguments(commands.add_parser("evaluate", help="measure a model and write its card"))
+    return parser
+
+
+def _tokenizer(arguments: argparse.Namespace) -> int:
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = prepare.train_tokenizer(
+        arguments.pairs, arguments.documents, arguments.vocab_size, arguments.megabytes
+    )
+    tokenizer.save(arguments.out)
+    print(f"{tokenizer.vocab_size} pieces -> {arguments.out / 'tokenizer.json'}")
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    recipe = tomllib.loads(arguments.recipe.read_text(encoding="utf-8"))
+    tokenizer = Tokenizer.load(arguments.tokenizer)
+    options = _options(recipe["train"], arguments.set)
+    config = model_config(arguments.command, recipe["model"], tokenizer)
+    torch.manual_seed(options.seed)
+    model = build_model(config)
+    if getattr(arguments, "start_from", None) and isinstance(model, Translator):
+        copied = start_from_encoder(model, load_file(arguments.start_from / "model.safetensors"))
+        print(f"{copied} tensors taken from {arguments.start_from}")
+    task, held = (make_task(arguments, recipe["data"], tokenizer, options.seed, held=h) for h in (False, True))
+    total = sum(p.numel() for p in model.parameters())
+    print(f"{total / 1e6:.1f} M parameters, {len(task.batches(0))} batches in the first epoch")
+    Trainer(model, tokenizer, task, held, options, arguments.run).run()
+    return 0
+
+
+def _options(values: dict[str, Any], overrides: list[str]) -> Options:
+    known = {f.name for f in fields(Options)}
+    for override in overrides:
+        key, _, text = override.partition("=")
+        values[key] = tomllib.loads(f"value = {text}")["value"]
+    if unknown := set(values) - known:
+        raise SystemExit(f"unknown key in [train]: {', '.join(sorted(unknown))}")
+    return Options(**values)
+
+
+def model_config(command: str, values: dict[str, Any], tokenizer: Tokenizer) -> TransformerConfig:
+    """The configuration of a recipe's [model] with the tokenizer's own ids."""
+    t = tokenizer
+    ids = {
+        **{"pad_id": t.pad_id, "bos_id": t.bos_id, "eos_id": t.eos_id},
+        **{"mask_id": t.mask_id, "cls_id": t.cls_id, "sep_id": t.sep_id},
+    }
+    languages = t.languages if command == "translate" else {}
+    fixed = {"architecture": ARCHITECTURES[command], "vocab_size": t.vocab_size, "languages": languages}
+    return TransformerConfig.from_dict(values | ids | fixed)
+
+
+def make_task(
+    arguments: argparse.Namespace, data: dict[str, Any], tokenizer: Tokenizer, seed: int, *, held: bool
+) -> Task:
+    """The task over its shard, which is written when it is not there yet."""
+    shard = _shard(arguments, data, tokenizer, held=held)
+    common: dict[str, Any] = {"budget": data["batch_tokens"], "max_len": data["max_len"], "seed": seed}
+    if arguments.command == "translate":
+        weights = {"": 1.0} if held else data["weights"]
+        noise = 0.0 if held else data.get("noise", 0.15)
+        return TranslateTask(shard, tokenizer, weights=weights, noise=noise, **common)
+    if arguments.command == "masked":
+        return MaskedTask(shard, tokenizer, **common)
+    return CausalTask(shard, tokenizer, **common)
+
+
+def _shard(
+    arguments: argparse.Namespace, data: dict[str, Any], tokenizer: Tokenizer, *, held: bool
+) -> Shard:
+    folder = arguments.run / ("held" if held else "train")
+    if (folder / "meta.json").exists():
+        return Shard(folder)
+    pairs = [arguments.data / name for name in data.get("pairs", [])]
+    texts = [arguments.data / name for name in data.get("documents", [])]
+
+    def documents() -> Any:
+        if arguments.command == "translate":
+            yield from prepare.pair_documents(pairs, held=held)
+            return
+        yield from prepare.passages(texts, held=held, share=data.get("share", 1.0))
+        sources = tuple(data.get("sentences", []))
+        if sources:
+            yield from prepare.single_sentences(pairs, held=held, sources=sources)
+
+    return write_shard(folder, tokenizer, documents())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

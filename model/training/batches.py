@@ -1,0 +1,47 @@
+"""Which examples go into which batch: pure functions of a seed and an epoch, so that a run can resume."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+WIDTH_STEP = 8  # batches are padded to multiples of this, so that few distinct shapes occur
+
+
+def padded_width(length: int) -> int:
+    """The width that a batch with this longest row is padded to."""
+    return -(-max(1, length) // WIDTH_STEP) * WIDTH_STEP
+
+
+def token_budget_batches(lengths: Indices, budget: int, rng: np.random.Generator) -> list[Indices]:
+    """Cut examples into batches of at most `budget` padded tokens, neighbours of similar length together.
+
+    Every example occurs exactly once (one longer than the budget is a batch of its own); batches come in
+    random order.
+    """
+    widths = -(-np.maximum(lengths, 1) // WIDTH_STEP) * WIDTH_STEP
+    order = np.lexsort((rng.random(len(lengths)), -widths))  # long first; random among equals
+    batches, start = [], 0
+    while start < len(order):
+        rows = max(1, budget // int(widths[order[start]]))
+        batches.append(order[start : start + rows])
+        start += rows
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def pad(rows: Sequence[Sequence[int] | NDArray[np.uint16] | Indices], value: int) -> Indices:
+    """Rows of ids -> (B, T), padded to a multiple of `WIDTH_STEP`."""
+    out = np.full((len(rows), padded_width(max(map(len, rows)))), value, dtype=np.int64)
+    for target, row in zip(out, rows, strict=True):
+        target[: len(row)] = row
+    return out
+
+
+def sample_by_weight(weights: NDArray[np.float64], rng: np.random.Generator) -> Indices:
+    """Indices in which i occurs weights[i] times: the whole part always, the fraction by chance."""
+    copies = np.floor(weights).astype(np.int64)
+    copies += rng.random(len(weights)) < (weights - copies)
+    return np.repeat(np.arange(len(weights), dtype=np.int64), copies)

@@ -1,0 +1,87 @@
+"""Learning the next token: documents packed into windows, no attention across their boundaries."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.masks import document_mask
+from model.models import CausalLM
+from model.tokenizer import Tokenizer
+from model.training.batches import Indices
+from model.training.loss import linear_cross_entropy
+from model.training.shards import Shard
+
+Batch = dict[str, Tensor]
+
+
+class CausalTask:
+    """Windows of `max_len` tokens cut from begin, document, end, begin, document, end, ..."""
+
+    def __init__(
+        self,
+        shard: Shard,
+        tokenizer: Tokenizer,
+        *,
+        budget: int,
+        max_len: int = 256,
+        seed: int = 0,
+    ) -> None:
+        self.shard, self.tokenizer, self.max_len, self.seed = shard, tokenizer, max_len, seed
+        self.rows = max(1, budget // max_len)
+        units = np.asarray(shard.units)
+        docs = np.asarray(shard.docs)
+        self.starts, self.sizes = units[docs[:-1]], units[docs[1:]] - units[docs[:-1]]
+
+    def batches(self, epoch: int) -> list[Indices]:
+        """Batches of windows, (B, 2 columns: epoch's stream offset, epoch); the last partial batch is left out."""
+        rng = np.random.default_rng((self.seed, epoch))
+        total = int((self.sizes + 2).sum())
+        windows = np.arange((total - 1) // self.max_len, dtype=np.int64)
+        rng.shuffle(windows)
+        n_batches = max(1, len(windows) // self.rows)
+        columns = np.stack((windows * self.max_len, np.full_like(windows, epoch)), axis=1)
+        return [columns[i * self.rows : (i + 1) * self.rows] for i in range(n_batches)]
+
+    def collate(self, batch: Indices, rng: np.random.Generator) -> Batch:
+        """token_ids and labels (B, T); documents (B, T), a number per document."""
+        windows = np.stack([self._window(int(offset), int(epoch)) for offset, epoch in batch])
+        token_ids, labels = windows[:, :-1], windows[:, 1:]
+        # The label of an end token would be the next document's begin: nothing to learn there.
+        labels = np.where(token_ids == self.tokenizer.eos_id, self.tokenizer.pad_id, labels)
+        documents = np.cumsum(token_ids == self.tokenizer.bos_id, axis=1)
+        arrays = {"token_ids": token_ids, "labels": labels, "documents": documents}
+        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+
+    def _window(self, offset: int, epoch: int) -> Indices:
+        """max_len + 1 tokens of the epoch's stream from `offset` on."""
+        order, ends = self._stream(epoch)
+        size = self.max_len + 1
+        out = np.full(size, self.tokenizer.pad_id, dtype=np.int64)
+        place = int(np.searchsorted(ends, offset, side="right"))
+        filled = 0
+        skip = offset - (int(ends[place - 1]) if place else 0)
+        while filled < size and place < len(order):
+            document = order[place]
+            start = int(self.starts[document])
+            tokens = np.asarray(self.shard.tokens[start : start + int(self.sizes[document])], dtype=np.int64)
+            framed = np.concatenate(([self.tokenizer.bos_id], tokens, [self.tokenizer.eos_id]))[skip:]
+            part = framed[: size - filled]
+            out[filled : filled + len(part)] = part
+            filled += len(part)
+            place, skip = place + 1, 0
+        return out
+
+    def _stream(self, epoch: int) -> tuple[Indices, Indices]:
+        if getattr(self, "_epoch", None) != epoch:
+            order = np.random.default_rng((self.seed, epoch, 1)).permutation(len(self.sizes))
+            self._order, self._ends, self._epoch = order, np.cumsum(self.sizes[order] + 2), epoch
+        return self._order, self._ends
+
+    def loss(self, model: CausalLM, batch: Batch) -> tuple[Tensor, int]:
+        """Mean cross-entropy of the next token, and the number of tokens."""
+        hidden = model.hidden(batch["token_ids"], document_mask(batch["documents"]))
+        real = batch["labels"] != self.tokenizer.pad_id
+        labels = batch["labels"][real]
+        return linear_cross_entropy(hidden[real], model.embeddings.tokens.weight, labels), len(labels)

@@ -1,0 +1,291 @@
+"""The training loop: one place for optimisers, precision, checkpoints, several processes and progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from model import checkpoint
+from model.block import Block
+from model.models import Model
+from model.tokenizer import Tokenizer
+from model.training.batches import Indices
+from model.training.schedule import Schedule
+
+Batch = dict[str, Tensor]
+
+
+class Task(Protocol):
+    """What a kind of training has to say; batches are pure functions of the epoch."""
+
+    def batches(self, epoch: int) -> list[Indices]: ...
+    def collate(self, batch: Indices, rng: np.random.Generator) -> Batch: ...
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, int]: ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to train; everything but the data and the model."""
+
+    steps: int
+    lr: float = 1e-3
+    warmup: int = 400
+    decay: float = 0.4
+    weight_decay: float = 0.05
+    optimizer: str = "adamw"
+    clip: float = 1.0
+    accumulate: int = 1
+    seed: int = 0
+    device: str = "cpu"
+    bf16: bool = False
+    compile: bool = False
+    checkpoint_every: int = 500
+    evaluate_every: int = 500
+    log_every: int = 50
+
+
+def make_optimizers(model: nn.Module, options: Options) -> list[torch.optim.Optimizer]:
+    """AdamW (Loshchilov and Hutter 2019); with "muon", Muon (Jordan et al. 2024) for the maps inside the layers.
+
+    Embeddings, norms, biases and heads stay with AdamW in both; norms and biases are never decayed.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    maps = [p for name, p in named if p.ndim == 2 and ".blocks." in name]
+    inside = {id(p) for p in maps} if options.optimizer == "muon" else set()
+    decayed = [p for _, p in named if p.ndim >= 2 and id(p) not in inside]
+    plain = [p for _, p in named if p.ndim < 2]
+    groups = [
+        {"params": decayed, "weight_decay": options.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    fused = options.device.startswith("cuda")
+    adamw = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98), fused=fused)
+    if not inside:
+        return [adamw]
+    muon = torch.optim.Muon(
+        maps, lr=options.lr, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return [adamw, muon]
+
+
+class _TaskLoss(nn.Module):
+    """Model and loss as one module, so that several processes meet in its forward."""
+
+    def __init__(self, model: Model, task: Task) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, batch: Batch) -> tuple[Tensor, int]:
+        return self.task.loss(self.model, batch)
+
+
+def _compile_blocks(model: Model) -> None:
+    """Compile each layer on its own: equal layers share one compilation."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile(dynamic=True)
+
+
+class Trainer:
+    """Runs a task from wherever its folder's checkpoint left off.
+
+    Everything that happens at a step follows from (seed, step, rank), so a resumed run repeats the
+    unbroken one exactly on the same machine.
+    """
+
+    def __init__(
+        self, model: Model, tokenizer: Tokenizer, task: Task, held: Task, options: Options, folder: Path
+    ) -> None:
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = torch.device(options.device)
+        if self.world > 1:
+            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            if self.device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+        self.model: Model = model.to(self.device)
+        self.tokenizer, self.task, self.held, self.options, self.folder = tokenizer, task, held, options, folder
+        if options.compile:
+            _compile_blocks(model)
+        self.runner: nn.Module = _TaskLoss(model, task)
+        if self.world > 1:
+            # A batch without a second sentence leaves the next-sentence head unused.
+            self.runner = DistributedDataParallel(self.runner, find_unused_parameters=True)
+        self.optimizers = make_optimizers(model, options)
+        self.schedule = Schedule(options.steps, options.warmup, options.decay)
+        self.step = 0
+        self.tokens = 0
+        self.seconds = 0.0
+        self.losses: list[float] = []
+
+    def run(self, on_evaluate: Callable[[int, float], None] | None = None) -> None:
+        """Train to the last step, resuming from the folder's checkpoint where there is one."""
+        self.resume()
+        options = self.options
+        batches = self._batches_from(self.step)
+        hidden = self.rank > 0
+        with tqdm(total=options.steps, initial=self.step, disable=hidden, mininterval=5, unit="step") as bar:
+            while self.step < options.steps:
+                started = time.monotonic()
+                loss, tokens = self.train_step(batches)
+                self.tokens += tokens
+                self.seconds += time.monotonic() - started
+                bar.update()
+                if self.step % options.log_every == 0 or self.step == options.steps:
+                    self._log(bar, loss, tokens / (time.monotonic() - started))
+                last = self.step == options.steps
+                if self.step % options.evaluate_every == 0 or last:
+                    held = self.evaluate()
+                    self._record({"step": self.step, "held_loss": held})
+                    bar.write(f"step {self.step}: held-out loss {held:.4f}")
+                    if on_evaluate:
+                        on_evaluate(self.step, held)
+                if self.step % options.checkpoint_every == 0 or last:
+                    self.save()
+        if self.world > 1:
+            torch.distributed.destroy_process_group()
+
+    def train_step(self, batches: Iterator[tuple[int, Indices]]) -> tuple[float, int]:
+        """One optimiser step over `accumulate` batches; returns the mean loss and the tokens of this process."""
+        options = self.options
+        self.runner.train()
+        torch.manual_seed(_mix(options.seed, self.step, self.rank))
+        total, tokens = 0.0, 0
+        for part in range(options.accumulate):
+            index, batch = next(batches)
+            rng = np.random.default_rng((options.seed, 2, index))
+            arrays = self._to_device(self.task.collate(batch, rng))
+            last = part == options.accumulate - 1
+            sync = nullcontext() if last or self.world == 1 else self.runner.no_sync()  # type: ignore[operator]
+            with sync:
+                with self._autocast():
+                    loss, count = self.runner(arrays)
+                (loss / options.accumulate).backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach()) / options.accumulate
+            tokens += count
+        nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
+        factor = self.schedule(self.step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = options.lr * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.losses.append(total)
+        return total, tokens
+
+    @torch.no_grad()
+    def evaluate(self, max_batches: int = 20) -> float:
+        """Mean loss over the same held-out batches every time."""
+        self.model.eval()
+        total, count = 0.0, 0
+        for index, batch in enumerate(self.held.batches(0)[:max_batches]):
+            arrays = self._to_device(self.held.collate(batch, np.random.default_rng((0, index))))
+            with self._autocast():
+                loss, tokens = self.held.loss(self.model, arrays)
+            total += float(loss) * tokens
+            count += tokens
+        return total / max(1, count)
+
+    def save(self) -> None:
+        """Write the checkpoint (one file, replaced at once) and the model as a folder that can be served."""
+        if self.rank:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"model.{name}": p.detach().cpu().clone() for name, p in self.model.named_parameters()}
+        for number, optimizer in enumerate(self.optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                for key, value in state.items():
+                    tensors[f"optimizer.{number}.{index}.{key}"] = torch.as_tensor(value).cpu().clone()
+        state = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
+        part = self.folder / "checkpoint.part"
+        save_file(tensors, part, metadata={"state": json.dumps(state)})
+        part.replace(self.folder / "checkpoint.safetensors")
+        checkpoint.save(self.folder / "model", self.model, self.tokenizer)
+        (self.folder / "options.json").write_text(json.dumps(asdict(self.options), indent=2) + "\n")
+
+    def resume(self) -> None:
+        """Take up the folder's checkpoint; without one, begin at step 0."""
+        path = self.folder / "checkpoint.safetensors"
+        if not path.exists():
+            return
+        with safe_open(path, framework="pt") as file:
+            state = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                p.copy_(tensors[f"model.{name}"])
+        for number, optimizer in enumerate(self.optimizers):
+            current = optimizer.state_dict()
+            current["state"] = _optimizer_state(tensors, f"optimizer.{number}.")
+            optimizer.load_state_dict(current)
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+
+    def _batches_from(self, step: int) -> Iterator[tuple[int, Indices]]:
+        """(global index, batch) for this process, from a step on: epoch after epoch."""
+        per_step = self.options.accumulate * self.world
+        first, index, epoch = step * per_step, 0, 0
+        while True:
+            batches = self.task.batches(epoch)
+            if not batches:
+                raise ValueError("the training data holds no batch: is the shard empty?")
+            for offset in range(max(0, first - index), len(batches)):
+                position = index + offset
+                if position % self.world == self.rank:
+                    yield position, batches[offset]
+            index += len(batches)
+            epoch += 1
+
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        # The fused kernel's backward in bf16 is several times slower than plain products on a CPU.
+        kernel = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
+        with kernel, torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.options.bf16):
+            yield
+
+    def _to_device(self, batch: Batch) -> Batch:
+        if self.device.type != "cuda":
+            return batch
+        return {name: t.pin_memory().to(self.device, non_blocking=True) for name, t in batch.items()}
+
+    def _log(self, bar: Any, loss: float, rate: float) -> None:
+        mean = float(np.mean(self.losses[-self.options.log_every :]))
+        bar.set_postfix(loss=f"{mean:.3f}", tok_s=f"{rate * self.world:.0f}", refresh=False)
+        self._record(
+            {"step": self.step, "loss": mean, "tokens": self.tokens, "seconds": round(self.seconds, 1)}
+        )
+
+    def _record(self, row: dict[str, Any]) -> None:
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def _optimizer_state(tensors: dict[str, Tensor], prefix: str) -> dict[int, dict[str, Tensor]]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            index, key = name.removeprefix(prefix).split(".", 1)
+            state.setdefault(int(index), {})[key] = tensor
+    return state
+
+
+def _mix(*numbers: int) -> int:
+    """One seed out of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

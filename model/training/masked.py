@@ -1,0 +1,213 @@
+"""Self-supervised pre-training of the encoder: masked tokens and next sentence (Devlin et al. 2018, 3.1)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.models import MaskedLM
+from model.tokenizer import Tokenizer
+from model.training.batches import Indices, pad, padded_width, token_budget_batches
+from model.training.loss import linear_cross_entropy
+from model.training.shards import Shard
+
+Batch = dict[str, Tensor]
+IGNORE = -100
+
+
+class MaskedTask:
+    """Passages of consecutive sentences, [CLS] A [SEP] B [SEP]; B is the real continuation half the time.
+
+    A document of one sentence gives [CLS] A [SEP], which takes no part in next-sentence prediction.
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        tokenizer: Tokenizer,
+        *,
+        budget: int,
+        max_len: int = 128,
+        mask_ratio: float = 0.15,
+        whole_word: float = 0.5,
+        short: float = 0.3,
+        split_particles: float = 0.4,
+        seed: int = 0,
+    ) -> None:
+        self.shard, self.tokenizer, self.budget, self.max_len = shard, tokenizer, budget, max_len
+        self.mask_ratio, self.whole_word, self.short, self.seed = mask_ratio, whole_word, short, seed
+        self.split_particles, self.particles = split_particles, particle_splits(tokenizer)
+        self.sizes = np.diff(np.asarray(shard.units))
+        self.newline = tokenizer.encode("\n")[0]
+        self.starts_word = word_starts(tokenizer)
+        self.of_label = [np.flatnonzero(np.asarray(shard.labels) == i) for i in range(len(shard.label_names))]
+
+    def batches(self, epoch: int) -> list[Indices]:
+        """Batches of passages; a passage is (first unit, first unit of B, end, unit that replaces B or -1)."""
+        rng = np.random.default_rng((self.seed, epoch))
+        passages = self._passages(rng)
+        ends = np.concatenate(([0], np.cumsum(self.sizes)))
+        a = ends[passages[:, 1]] - ends[passages[:, 0]]
+        b = np.where(passages[:, 3] >= 0, self.sizes[passages[:, 3]], ends[passages[:, 2]] - ends[passages[:, 1]])
+        lengths = np.minimum(a + b + 3, self.max_len)
+        return [passages[batch] for batch in token_budget_batches(lengths, self.budget, rng)]
+
+    def _passages(self, rng: np.random.Generator) -> Indices:
+        found: list[tuple[int, int, int, int]] = []
+        room = self.max_len - 3
+        for document in rng.permutation(len(self.shard)):
+            first, end = int(self.shard.docs[document]), int(self.shard.docs[document + 1])
+            while first < end:
+                # Some passages are just two sentences, the length at which people ask.
+                limit = 2 if rng.random() < self.short else end - first
+                last, total = first + 1, int(self.sizes[first])
+                while last < end and last - first < limit and total + self.sizes[last] <= room:
+                    total += int(self.sizes[last])
+                    last += 1
+                found.append(self._passage(first, last, int(document), rng))
+                first = last
+        return np.array(found, dtype=np.int64).reshape(-1, 4)
+
+    def _passage(self, first: int, last: int, document: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        if last - first < 2:
+            return first, last, last, -1
+        split = int(rng.integers(first + 1, last))
+        if rng.random() < 0.5:
+            return first, split, last, -1
+        # Another document of the same kind, or language and style would give the answer away.
+        others = self.of_label[self.shard.labels[document]]
+        other = int(others[rng.integers(len(others))])
+        if other == document:
+            return first, split, last, -1
+        unit = int(rng.integers(self.shard.docs[other], self.shard.docs[other + 1]))
+        return first, split, last, unit
+
+    def collate(self, batch: Indices, rng: np.random.Generator) -> Batch:
+        """token_ids and segment_ids (B, T); slots (B, M) of masked positions, labels (B, M); follows (B,)."""
+        rows, segments, follows = [], [], []
+        for first, split, last, other in batch.tolist():
+            parted = rng.random() < self.split_particles
+            a = self._text(first, split, parted)
+            b = self._text(other, other + 1, parted) if other >= 0 else self._text(split, last, parted)
+            a, b = _fit(a, b, self.max_len - 3)
+            row = [self.tokenizer.cls_id, *a, self.tokenizer.sep_id]
+            segment = [0] * len(row)
+            if split < last or other >= 0:
+                row += [*b, self.tokenizer.sep_id]
+                segment += [1] * (len(row) - len(segment))
+                follows.append(int(other < 0))
+            else:
+                follows.append(IGNORE)
+            rows.append(row)
+            segments.append(segment)
+        token_ids = pad(rows, self.tokenizer.pad_id)
+        slots, labels = self.mask(token_ids, rng)
+        arrays = {
+            "token_ids": token_ids,
+            "segment_ids": pad(segments, 0),
+            "slots": slots,
+            "labels": labels,
+            "follows": np.array(follows),
+        }
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def mask(self, token_ids: Indices, rng: np.random.Generator) -> tuple[Indices, Indices]:
+        """Choose positions and put 80% masks, 10% random tokens, 10% nothing there, in place.
+
+        Returns slots and labels, each (B, M); a slot without a label is padding (`IGNORE`).
+        """
+        t = self.tokenizer
+        real = ~np.isin(token_ids, (t.pad_id, t.cls_id, t.sep_id))
+        noise = np.where(real, rng.random(token_ids.shape), 2.0)
+        whole = rng.random(len(token_ids)) < self.whole_word
+        noise[whole] = self._word_noise(token_ids[whole], noise[whole])
+        counts = np.maximum(1, np.round(real.sum(1) * self.mask_ratio)).astype(np.int64)
+        width = padded_width(int(counts.max()))
+        # Ties share a word: a stable sort keeps a word's pieces together, in order.
+        slots = np.argsort(noise, axis=1, kind="stable")[:, :width].astype(np.int64)
+        chosen = np.arange(slots.shape[1]) < counts[:, None]
+        labels = np.where(chosen, np.take_along_axis(token_ids, slots, 1), IGNORE)
+        fate = rng.random(slots.shape)
+        replaced = np.where(fate < 0.8, t.mask_id, np.take_along_axis(token_ids, slots, 1))
+        ordinary = rng.integers(max(t.special_ids) + 1, t.vocab_size, slots.shape)
+        replaced = np.where(fate >= 0.9, ordinary, replaced)
+        kept = np.take_along_axis(token_ids, slots, 1)
+        np.put_along_axis(token_ids, slots, np.where(chosen, replaced, kept), 1)
+        return slots, labels
+
+    def _word_noise(self, token_ids: Indices, noise: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Every piece of a word gets the noise of the word's first piece, so that they are chosen together."""
+        positions = np.arange(token_ids.shape[1])
+        starts = np.where(self.starts_word[token_ids] | (noise > 1.0), positions, 0)
+        first = np.maximum.accumulate(starts, axis=1)
+        return np.where(noise > 1.0, noise, np.take_along_axis(noise, first, 1))
+
+    def loss(self, model: MaskedLM, batch: Batch) -> tuple[Tensor, int]:
+        """Mean cross-entropy of masked tokens plus that of next sentence, and the tokens read."""
+        hidden = model.encode(batch["token_ids"], batch["segment_ids"])
+        chosen = batch["labels"] != IGNORE
+        rows = torch.arange(len(hidden), device=hidden.device)[:, None]
+        features = model.mlm_head.features(hidden[rows, batch["slots"]][chosen])  # (masked, D)
+        weight, bias = model.embeddings.tokens.weight, model.mlm_head.bias
+        loss = linear_cross_entropy(features, weight, batch["labels"][chosen], bias=bias)
+        known = batch["follows"] != IGNORE
+        if bool(known.any()):
+            loss = loss + F.cross_entropy(model.nsp_head(hidden)[known].float(), batch["follows"][known])
+        return loss, int((batch["token_ids"] != self.tokenizer.pad_id).sum())
+
+    def _text(self, first: int, last: int, parted: bool) -> list[int]:
+        ids = [i for unit in range(first, last) for i in self.shard.unit(unit).tolist() if i != self.newline]
+        return [part for i in ids for part in self.particles.get(i, (i,))] if parted else ids
+
+
+# Case, topic and subject markers, and the plain postpositions, longest first.
+PARTICLES = (
+    *("에서는", "으로는", "에서", "에는", "으로", "까지", "부터", "에게", "이나", "처럼", "보다", "하고"),
+    *("은", "는", "이", "가", "을", "를", "에", "의", "도", "로", "와", "과", "만"),
+)
+
+
+def particle_splits(tokenizer: Tokenizer) -> dict[int, tuple[int, int]]:
+    """Korean pieces that are a stem with its particle, and the two pieces that say the same.
+
+    People write a mask for the stem and leave its particle ("[MASK]를 마신다"); unless training parts
+    them now and then, the model never sees a stem before a particle of its own.
+    """
+    ids = {tokenizer.token_bytes(i): i for i in range(tokenizer.vocab_size) if i not in tokenizer.special_ids}
+    splits: dict[int, tuple[int, int]] = {}
+    for raw, token_id in ids.items():
+        for particle in PARTICLES:
+            tail = particle.encode()
+            stem = raw.removesuffix(tail)
+            if stem != raw and len(stem) > 3 and stem in ids and tail in ids:
+                splits[token_id] = (ids[stem], ids[tail])
+                break
+    return splits
+
+
+def word_starts(tokenizer: Tokenizer) -> NDArray[np.bool_]:
+    """Per token: does it begin a word? Pieces that go on with a letter in the midst of a word do not."""
+    starts = np.ones(tokenizer.vocab_size, dtype=np.bool_)
+    for token_id in range(tokenizer.vocab_size):
+        raw = tokenizer.token_bytes(token_id)
+        first = raw[:1]
+        inside = first.isalpha() or first >= b"\x80"
+        starts[token_id] = not raw or not inside
+    return starts
+
+
+def _fit(a: list[int], b: list[int], room: int) -> tuple[list[int], list[int]]:
+    """Drop tokens from the front of A and the end of B until both fit, the longer one first."""
+    over = len(a) + len(b) - room
+    while over > 0:
+        if len(a) > len(b):
+            cut = min(over, len(a) - len(b))
+            a = a[cut:]
+        else:
+            cut = min(over, max(1, len(b) - len(a)))
+            b = b[: len(b) - cut]
+        over -= cut
+    return a, b

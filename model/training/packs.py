@@ -1,0 +1,96 @@
+"""Readers of text packs: pairs (`source TAB english TAB korean`) and documents (a paragraph a line).
+
+A pack may be compressed with xz. A blank line ends a document.
+"""
+
+from __future__ import annotations
+
+import lzma
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+
+class Pair(NamedTuple):
+    """One sentence in two languages."""
+
+    source: str
+    en: str
+    ko: str
+
+
+class PackError(ValueError):
+    """A pack that cannot be read; the message names the file and the line."""
+
+
+def open_pack(path: Path) -> TextIO:
+    """Open a text or an xz file for reading as UTF-8, lines ended by \\n only."""
+    if path.suffix == ".xz":
+        return lzma.open(path, "rt", encoding="utf-8", newline="\n")
+    return path.open(encoding="utf-8", newline="\n")
+
+
+def read_pairs(path: Path) -> Iterator[Pair]:
+    """The pairs of a pack. Raises `PackError` on a line without exactly three columns."""
+    with open_pack(path) as file:
+        for number, line in enumerate(file, 1):
+            columns = line.rstrip("\n").split("\t")
+            if len(columns) != 3:
+                raise PackError(f"{path}:{number}: {len(columns)} columns, not 3")
+            yield Pair(*columns)
+
+
+def read_documents(path: Path) -> Iterator[list[str]]:
+    """The documents of a pack, each a list of paragraphs."""
+    paragraphs: list[str] = []
+    with open_pack(path) as file:
+        for line in file:
+            text = line.strip()
+            if text:
+                paragraphs.append(text)
+            elif paragraphs:
+                yield paragraphs
+                paragraphs = []
+    if paragraphs:
+        yield paragraphs
+
+
+# Good enough for training passages: an end mark, closing quotes, white space. Abbreviations split wrongly
+# now and then, which costs a passage boundary and nothing else.
+_SENTENCE_END = re.compile(r"(?<=[.!?…。])[\"'”’)\]]*\s+(?=[\"'“‘(\[]?[A-Z0-9가-힣])")
+
+
+def split_sentences(paragraph: str) -> list[str]:
+    """Rough sentences of a paragraph."""
+    sentences, start = [], 0
+    for match in _SENTENCE_END.finditer(paragraph):
+        sentences.append(paragraph[start : match.end()].strip())
+        start = match.end()
+    return [s for s in [*sentences, paragraph[start:].strip()] if s]
+
+
+_HANGUL = re.compile(r"[가-힣]")
+_LATIN = re.compile(r"[A-Za-z]")
+
+
+def clean_pair(pair: Pair, max_ratio: float = 3.0) -> bool:
+    """Is this pair worth learning? Language, length and length ratio are judged, in characters."""
+    if not 1 <= len(pair.en) <= 400 or not 1 <= len(pair.ko) <= 300:
+        return False
+    if not _HANGUL.search(pair.ko) or not _LATIN.search(pair.en) or _HANGUL.search(pair.en):
+        return False
+    # Korean takes about half the characters; short texts vary, so ten characters are free.
+    en, ko = len(pair.en) + 10, 2 * len(pair.ko) + 10
+    return max(en, ko) <= max_ratio * min(en, ko)
+
+
+_MARKUP = re.compile(r"[|{}=<>*_\\]|https?:")
+
+
+def clean_paragraph(text: str) -> bool:
+    """Is this paragraph prose? Lists, tables and boilerplate are not."""
+    if len(text) < 40 or not text.rstrip("\"'”’)").endswith((".", "!", "?", "…", "다")):
+        return False
+    marks = sum(not (c.isalpha() or c.isspace() or c in ".,'\"“”‘’!?;:-—()") for c in text)
+    return marks <= 0.15 * len(text) and len(_MARKUP.findall(text)) <= 1

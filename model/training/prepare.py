@@ -1,0 +1,105 @@
+"""From packs to a tokenizer and shards: what is read, what is kept, what is held out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from model.tokenizer import Tokenizer
+from model.training.packs import (
+    Pair,
+    clean_paragraph,
+    clean_pair,
+    read_documents,
+    read_pairs,
+    split_sentences,
+)
+from model.training.shards import Document, held_out
+
+SOFTWARE = ("msdocs", "ms-cpp", "tensorflow")  # many, alike: a small part is enough for the tokenizer
+
+
+def tokenizer_texts(pairs: Iterable[Path], documents: Iterable[Path], megabytes: float) -> Iterator[str]:
+    """Both sides of the pairs (little of the software text), then about `megabytes` of each document pack."""
+    for path in pairs:
+        for pair in read_pairs(path):
+            if not pair.source.startswith(SOFTWARE) or held_out(pair.en, 0.05):
+                yield pair.en
+                yield pair.ko
+    for path in documents:
+        share = min(1.0, megabytes * 1e6 / _text_bytes(path))
+        for paragraphs in read_documents(path):
+            if held_out(paragraphs[0], share):
+                yield from paragraphs
+
+
+def pair_documents(paths: Iterable[Path], *, held: bool) -> Iterator[Document]:
+    """Clean pairs as documents of (English, Korean), everyday ones with noisy twins; the held-out or the rest.
+
+    Held out is a slice of the sources that begin with "written" or "wiki", by the English side.
+    """
+    seen: set[int] = set()
+    for path in paths:
+        for pair in read_pairs(path):
+            key = hash((pair.en.casefold(), pair.ko))
+            if key in seen or not clean_pair(pair):
+                continue
+            seen.add(key)
+            precious = pair.source.startswith(("written", "wiki"))
+            if held:
+                if precious and held_out(pair.en):
+                    yield pair.source, [pair.en, pair.ko]
+            # A held-out sentence must not come back through another source.
+            elif not held_out(pair.en):
+                yield pair.source, _units(pair)
+
+
+def passages(paths: Iterable[Path], *, held: bool, share: float = 1.0) -> Iterator[Document]:
+    """Documents as lists of sentences, each with the white space before it; `share` keeps a sample by hash."""
+    for path in paths:
+        label = path.name.split(".txt")[0]
+        for paragraphs in read_documents(path):
+            if held_out(paragraphs[0]) != held or not held_out(paragraphs[0] + "sample", share):
+                continue
+            units: list[str] = []
+            for paragraph in filter(clean_paragraph, paragraphs):
+                first, *rest = split_sentences(paragraph)
+                units += ["\n" + first if units else first, *(" " + sentence for sentence in rest)]
+            if units:
+                yield label, units
+
+
+def single_sentences(paths: Iterable[Path], *, held: bool, sources: tuple[str, ...]) -> Iterator[Document]:
+    """Each side of each pair of some sources as a document of its own."""
+    for label, units in pair_documents(paths, held=held):
+        if label.startswith(sources):
+            yield "sentences.en", units[:1]
+            yield "sentences.ko", units[1:2]
+
+
+def _units(pair: Pair) -> list[str]:
+    if pair.source.startswith(("written", "tatoeba", "grammar", "xpersona", "korsts")):
+        return [pair.en, pair.ko, noisy_english(pair.en), noisy_korean(pair.ko)]
+    return [pair.en, pair.ko]
+
+
+def noisy_english(text: str) -> str:
+    """As people type it: small letters, no full stop."""
+    return text.lower().removesuffix(".")
+
+
+def noisy_korean(text: str) -> str:
+    """As people type it: no full stop, and in a third of the texts without the spaces."""
+    bare = text.removesuffix(".")
+    return bare.replace(" ", "") if len(bare) < 20 and held_out(bare, 1 / 3) else bare
+
+
+def _text_bytes(path: Path) -> int:
+    return sum(len(p.encode()) for paragraphs in read_documents(path) for p in paragraphs)
+
+
+def train_tokenizer(
+    pairs: list[Path], documents: list[Path], vocab_size: int, megabytes: float = 40
+) -> Tokenizer:
+    """The shared English and Korean tokenizer."""
+    return Tokenizer.train(tokenizer_texts(pairs, documents, megabytes), vocab_size)

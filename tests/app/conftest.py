@@ -1,0 +1,48 @@
+"""An application on fake lanes, and a client that talks to it without a socket."""
+
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from app.main import create_app
+from tests.app.fakes import FakeBatchLane, FakeDecodeLane, load_fakes, make_settings
+
+
+@pytest.fixture
+def settings_values() -> dict[str, object]:
+    """Settings that differ from the defaults; a test module may override this."""
+    return {}
+
+
+@pytest.fixture
+async def app(settings_values: dict[str, object]) -> AsyncIterator[FastAPI]:
+    app = create_app(make_settings(**settings_values), load_fakes)
+    async with app.router.lifespan_context(app):
+        yield app
+
+
+@pytest.fixture
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
+
+
+@pytest.fixture
+def generate_lane(app: FastAPI) -> FakeDecodeLane:
+    lane: FakeDecodeLane = app.state.services.generate.lane
+    return lane
+
+
+@pytest.fixture
+def translate_lane(app: FastAPI) -> FakeDecodeLane:
+    lane: FakeDecodeLane = app.state.services.translate.lane
+    return lane
+
+
+@pytest.fixture
+def fill_mask_lane(app: FastAPI) -> FakeBatchLane:
+    lane: FakeBatchLane = app.state.services.fill_mask.lane
+    return lane

@@ -1,0 +1,32 @@
+"""`python tests/app/fake_server.py PORT PAUSE_SECONDS GRACE_SECONDS`: fake lanes in a process."""
+
+import sys
+
+import uvicorn
+
+from app.__main__ import DrainingServer
+from app.api.deps import Services
+from app.lifecycle import Lifecycle
+from app.logs import configure_logs
+from app.main import create_app
+from app.settings import Settings
+from tests.app.fakes import FakeDecodeLane, load_fakes, make_settings
+
+
+def main(port: int, pause_seconds: float, grace_seconds: float) -> None:
+    def load(settings: Settings, lifecycle: Lifecycle) -> Services:
+        services = load_fakes(settings, lifecycle)
+        for task in (services.translate, services.generate):
+            assert task is not None
+            assert isinstance(task.lane, FakeDecodeLane)
+            task.lane.pause_seconds = pause_seconds
+        return services
+
+    configure_logs("info")
+    app = create_app(make_settings(shutdown_seconds=grace_seconds), load)
+    config = uvicorn.Config(app, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+    DrainingServer(config, app, grace_seconds).run()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]))

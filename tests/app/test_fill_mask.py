@@ -1,0 +1,116 @@
+"""POST /fill-mask and /next-sentence on the lane that ranks a fixed list."""
+
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.app.fakes import FakeBatchLane, word_tokenizer
+
+Client = httpx.AsyncClient
+
+
+async def fill(client: Client, inputs: object, **parameters: object) -> Any:
+    answer = await client.post("/fill-mask", json={"inputs": inputs, "parameters": parameters})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+async def refusal(client: Client, path: str, body: object) -> str:
+    answer = await client.post(path, json=body)
+    assert (answer.status_code, answer.json()["error_type"]) == (422, "validation"), answer.text
+    error: str = answer.json()["error"]
+    return error
+
+
+async def test_one_mask_gives_a_flat_list(client: Client) -> None:
+    answer = await fill(client, "I go [MASK].")
+    assert [entry["token_str"] for entry in answer] == ["home", "school", "집", "학교"]
+    token = word_tokenizer().encode(" home")[0]
+    assert answer[0] == {"score": 0.5, "token": token, "token_str": "home", "sequence": "I go home."}
+
+
+async def test_without_a_space_before_the_mask(client: Client) -> None:
+    answer = await fill(client, "I go ([MASK])", top_k=1)
+    token = word_tokenizer().encode("home")[0]
+    assert answer == [{"score": 0.5, "token": token, "token_str": "home", "sequence": "I go (home)"}]
+
+
+async def test_the_item_is_what_the_model_was_trained_on(
+    client: Client, fill_mask_lane: FakeBatchLane
+) -> None:
+    await fill(client, "home [MASK] ([MASK]")
+    item, tokenizer = fill_mask_lane.submitted[-1], word_tokenizer()
+    ids, _ = tokenizer.encode_masked("home [MASK] ([MASK]")
+    assert item.token_ids == [tokenizer.cls_id, *ids, tokenizer.sep_id]
+    assert set(item.segment_ids) == {0}
+    assert item.allowed == ["space", "no_space"]
+
+
+async def test_several_masks_give_a_list_each(client: Client) -> None:
+    first, second = await fill(client, "[MASK] and [MASK]", top_k=1)
+    assert first[0]["sequence"] == "home and [MASK]"
+    assert second[0]["sequence"] == "[MASK] and home"
+
+
+async def test_a_list_gives_a_list(client: Client) -> None:
+    one, two = await fill(client, ["a [MASK]", "[MASK] [MASK]"], top_k=2)
+    assert [entry["sequence"] for entry in one] == ["a home", "a school"]
+    assert [[entry["sequence"] for entry in mask] for mask in two] == [
+        ["home [MASK]", "school [MASK]"],
+        ["[MASK] home", "[MASK] school"],
+    ]
+
+
+async def test_targets(client: Client) -> None:
+    answer = await fill(client, "나는 [MASK]에 간다", targets=["학교", "집", "학교"], top_k=5)
+    assert [entry["sequence"] for entry in answer] == ["나는 학교에 간다", "나는 집에 간다"]
+    assert [entry["sequence"] for entry in await fill(client, "[MASK]!", targets="집")] == ["집!"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "parameters", "message"),
+    [
+        ("no mask", {}, "inputs has no mask; write [MASK] where a word is missing"),
+        (["[MASK]", ""], {}, "inputs[1] has no mask; write [MASK] where a word is missing"),
+        ("a [MASK]", {"targets": ["homely"]}, "targets: 'homely' after a space is 3 tokens, it must be one"),
+        ("[MASK]", {"targets": [""]}, "targets: '' without a space before it is 0 tokens, it must be one"),
+        ("[MASK]", {"targets": []}, "targets has 0 words, the limit is 1 to 256"),
+        ("[MASK]", {"targets": ["a"] * 257}, "targets has 257 words, the limit is 1 to 256"),
+        ("[MASK]", {"top_k": 0}, "top_k is 0, the limit is 1 to 1000"),
+        ("[MASK]", {"top_k": 1001}, "top_k is 1001, the limit is 1 to 1000"),
+        ("[MASK]", {"topk": 1}, "unknown parameter: parameters.topk"),
+        ("[MASK]" * 65, {}, "the number of masks in inputs is 65, the limit is 1 to 64"),
+        ("[MASK] " + "x" * 31, {}, "inputs has 35 tokens, the limit is 32"),
+    ],
+)
+async def test_refusals(client: Client, inputs: object, parameters: object, message: str) -> None:
+    assert await refusal(client, "/fill-mask", {"inputs": inputs, "parameters": parameters}) == message
+
+
+async def test_next_sentence(client: Client, fill_mask_lane: FakeBatchLane) -> None:
+    answer = await client.post("/next-sentence", json={"inputs": {"first": "ab", "second": "cd"}})
+    assert answer.json() == {"follows": True, "score": 0.75}
+    item, tokenizer = fill_mask_lane.submitted[-1], word_tokenizer()
+    first, second = tokenizer.encode("ab"), tokenizer.encode("cd")
+    assert item.token_ids == [tokenizer.cls_id, *first, tokenizer.sep_id, *second, tokenizer.sep_id]
+    assert item.segment_ids == [0, 0, 0, 0, 1, 1, 1]
+    assert answer.headers["x-prompt-tokens"] == "7"
+
+
+async def test_next_sentence_list(client: Client) -> None:
+    pairs = [{"first": "a", "second": "bc"}, {"first": "", "second": ""}]
+    answer = await client.post("/next-sentence", json={"inputs": pairs, "parameters": {}})
+    assert answer.json() == [{"follows": False, "score": 0.25}, {"follows": True, "score": 0.75}]
+
+
+async def test_next_sentence_refusals(client: Client) -> None:
+    path, pair = "/next-sentence", {"first": "x" * 20, "second": "y" * 20}
+    assert await refusal(client, path, {"inputs": pair}) == "inputs has 43 tokens together, the limit is 32"
+    assert await refusal(client, path, {"inputs": []}) == "inputs has 0 pairs, the limit is 1 to 64"
+    many = {"inputs": [pair] * 65}
+    assert await refusal(client, path, many) == "inputs has 65 pairs, the limit is 1 to 64"
+    long = {"inputs": [{"first": "a", "second": "b" * 20_001}]}
+    assert await refusal(client, path, long) == "inputs[0].second has 20001 characters, the limit is 20000"
+    assert "inputs.second" in await refusal(client, path, {"inputs": {"first": "a"}})
+    assert "parameters.top_k" in await refusal(client, path, {"inputs": pair, "parameters": {"top_k": 1}})

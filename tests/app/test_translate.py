@@ -1,0 +1,183 @@
+"""POST /translate on the lane that shouts."""
+
+from typing import Any
+
+import httpx
+import pytest
+
+from app.api.translate import detect_language
+from tests.app.fakes import FakeDecodeLane, byte_tokenizer
+
+Client = httpx.AsyncClient
+
+
+async def translate(client: Client, inputs: object, **parameters: object) -> Any:
+    answer = await client.post("/translate", json={"inputs": inputs, "parameters": parameters})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+async def refusal(client: Client, inputs: object, **parameters: object) -> str:
+    answer = await client.post("/translate", json={"inputs": inputs, "parameters": parameters})
+    assert (answer.status_code, answer.json()["error_type"]) == (422, "validation"), answer.text
+    error: str = answer.json()["error"]
+    return error
+
+
+async def test_a_string_gives_a_list(client: Client) -> None:
+    assert await translate(client, "I go home") == [{"translation_text": "I GO HOME"}]
+
+
+async def test_a_list_gives_a_list(client: Client) -> None:
+    answer = await translate(client, ["one", "two"])
+    assert answer == [{"translation_text": "ONE"}, {"translation_text": "TWO"}]
+
+
+async def test_n_best(client: Client) -> None:
+    one = await translate(client, "a", num_return_sequences=2)
+    assert [entry["translation_text"] for entry in one] == ["A", "A!"]
+    two = await translate(client, ["a", "b. c."], num_return_sequences=2)
+    assert [[entry["translation_text"] for entry in text] for text in two] == [
+        ["A", "A!"],
+        ["B. C.", "B.! C.!"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "\n", "\t \u3000\r\n", "a", "A b.  C d!\n\n\n - e?\r\n", "\ufeffa", "🙂 x"]
+)
+async def test_white_space_is_kept(client: Client, translate_lane: FakeDecodeLane, text: str) -> None:
+    assert await translate(client, text) == [{"translation_text": text.upper()}]
+    assert text.strip() or not translate_lane.submitted
+
+
+async def test_all_sentences_are_submitted_at_once(client: Client, translate_lane: FakeDecodeLane) -> None:
+    answer = await translate(client, ["One here. Two here.\nThree here.", "Four here."])
+    assert [entry["translation_text"] for entry in answer] == [
+        "ONE HERE. TWO HERE.\nTHREE HERE.",
+        "FOUR HERE.",
+    ]
+    assert len(translate_lane.submitted) == 4
+
+
+async def test_a_sentence_over_the_limit_is_not_cut(client: Client, translate_lane: FakeDecodeLane) -> None:
+    text = "word " * 30 + "x" * 100 + ", and a clause, and another"
+    assert await translate(client, text) == [{"translation_text": text.upper()}]
+    assert len(translate_lane.submitted) > 4
+    assert all(len(sequence.prompt_ids) <= 64 for sequence in translate_lane.submitted)
+
+
+@pytest.mark.parametrize(
+    ("text", "parameters", "target"),
+    [
+        ("I go home", {}, "ko"),
+        ("나는 집에 간다", {}, "en"),
+        ("123", {}, "ko"),
+        ("나는 집에 간다", {"src_lang": "en"}, "ko"),
+        ("나는 집에 간다", {"tgt_lang": "ko"}, "ko"),
+        ("I go home", {"tgt_lang": "en"}, "en"),
+        ("I go home", {"src_lang": "ko", "tgt_lang": "en"}, "en"),
+        ("I go home", {"src_lang": None, "tgt_lang": None}, "ko"),
+    ],
+)
+async def test_languages(
+    client: Client, translate_lane: FakeDecodeLane, text: str, parameters: dict[str, object], target: str
+) -> None:
+    await translate(client, text, **parameters)
+    tokenizer = byte_tokenizer()
+    assert translate_lane.submitted[-1].prompt_ids == tokenizer.source_ids(tokenizer.encode(text), target)
+
+
+async def test_each_text_has_its_own_language(client: Client, translate_lane: FakeDecodeLane) -> None:
+    await translate(client, ["home", "집"])
+    targets = [sequence.prompt_ids[1] for sequence in translate_lane.submitted]
+    assert targets == [byte_tokenizer().languages[code] for code in ("ko", "en")]
+
+
+def test_script_decides() -> None:
+    assert detect_language("iPhone을 샀다") == "ko"
+    assert detect_language("I love 김치 very much") == "en"
+    assert detect_language("ㅋㅋㅋ") == "ko"
+    assert detect_language("") == "en"
+
+
+async def test_parameters_reach_the_lane_from_both_places(
+    client: Client, translate_lane: FakeDecodeLane
+) -> None:
+    await translate(
+        client,
+        "abc",
+        generate_parameters={"num_beams": 2, "length_penalty": 0.5},
+        max_new_tokens=7,
+        num_beams=2,
+        no_repeat_ngram_size=3,
+        repetition_penalty=1.5,
+        clean_up_tokenization_spaces=None,
+        truncation=None,
+    )
+    beams: Any = translate_lane.submitted[-1].params
+    assert (beams.num_beams, beams.length_penalty, beams.max_new_tokens) == (2, 0.5, 7)
+    assert (beams.no_repeat_ngram_size, beams.repetition_penalty, beams.num_return_sequences) == (3, 1.5, 1)
+
+
+async def test_default_beams_and_length(client: Client, translate_lane: FakeDecodeLane) -> None:
+    await translate(client, "abc. " + "d" * 40)
+    params: list[Any] = [sequence.params for sequence in translate_lane.submitted]
+    assert [p.num_beams for p in params] == [4, 4]
+    assert [p.max_new_tokens for p in params] == [3 * 7 + 20, 100]  # tag, language and end are tokens too
+
+
+async def test_what_ended_for_its_length_says_so(client: Client) -> None:
+    answer = await translate(client, ["abcdef", "ab"], max_new_tokens=3)
+    assert answer == [{"translation_text": "ABC", "finish_reason": "length"}, {"translation_text": "AB"}]
+
+
+async def test_scores(client: Client) -> None:
+    answer = await translate(client, "One here. Two here.", return_scores=True, num_return_sequences=2)
+    assert [entry["score"] for entry in answer] == [-0.5, -1.5]
+    assert (await translate(client, " ", return_scores=True))[0]["score"] == 0
+
+
+async def test_alignment_of_each_sentence(client: Client) -> None:
+    first, second = (await translate(client, "ab. Cd.", return_alignment=True))[0]["alignment"]
+    assert first["source_tokens"] == ["<tag:everyday>", "<2ko>", "a", "b", ".", "</s>"]
+    assert first["target_tokens"] == ["A", "B", "."]
+    assert len(first["weights"]) == 3
+    assert second["target_tokens"] == ["C", "D", "."]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"src_lang": "xx"}, "src_lang: no language 'xx'; there are en, ko"),
+        ({"src_lang": "en", "tgt_lang": "fr"}, "tgt_lang: no language 'fr'; there are en, ko"),
+        ({"src_lang": "ko", "tgt_lang": "ko"}, "src_lang and tgt_lang are both 'ko'; they must differ"),
+        ({"num_beams": 0}, "num_beams is 0, the limit is 1 to 8"),
+        ({"num_beams": 9}, "num_beams is 9, the limit is 1 to 8"),
+        ({"num_return_sequences": 5}, "num_return_sequences is 5, the limit is 1 to 4"),
+        ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences is 3, the limit is 1 to 2"),
+        ({"length_penalty": 6.0}, "length_penalty is 6, the limit is -5 to 5"),
+        ({"max_new_tokens": 101}, "max_new_tokens is 101, the limit is 1 to 100"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, the limit is 1 to 100"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1, the limit is 0 to 16"),
+        ({"repetition_penalty": 11}, "repetition_penalty is 11, the limit is 0.1 to 10"),
+        ({"nope": 1}, "unknown parameter: parameters.nope"),
+        ({"generate_parameters": {"nope": 1}}, "unknown parameter: parameters.generate_parameters.nope"),
+        (
+            {"num_beams": 2, "generate_parameters": {"num_beams": 3}},
+            "num_beams is 2 in parameters but 3 in generate_parameters",
+        ),
+    ],
+)
+async def test_refusals(client: Client, parameters: dict[str, object], message: str) -> None:
+    assert await refusal(client, "a", **parameters) == message
+
+
+async def test_refusal_of_more_sentences_than_the_queue_holds(client: Client) -> None:
+    text = "One here. " * 17
+    assert await refusal(client, text) == "the request has 17 items in all, the limit is 16"
+
+
+async def test_headers(client: Client) -> None:
+    answer = await client.post("/translate", json={"inputs": ["ab", " "]})
+    assert (answer.headers["x-prompt-tokens"], answer.headers["x-generated-tokens"]) == ("5", "2")
