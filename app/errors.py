@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,6 +57,8 @@ TABLE: tuple[tuple[type[Exception], int, str], ...] = (
     (Exception, 500, "generation"),
 )
 _HTTP_TYPES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+# pydantic names the branch of a union in its path ("str", "list[str]", "Pair"); clients know no branches.
+_BRANCH = re.compile(r"str|[A-Z]\w*|\w+\[.*\]")
 _UNPARSABLE = "the body is not valid JSON"
 
 
@@ -120,9 +123,7 @@ def _describe_fault(fault: Mapping[str, Any]) -> str:
     if fault["type"] == "json_invalid":
         return f"{_UNPARSABLE}: {fault['ctx']['error']} at character {fault['loc'][-1]}"
     path = [str(part) for part in fault["loc"] if part != "body"]
-    # pydantic appends the branch of a union ("str", "list[str]") to the path; clients know no branches.
-    names = [part for part in path if part.isidentifier() or part.isdigit()] or path
-    where = ".".join(part for part in names if part not in ("str", "list", "body"))
+    where = ".".join(part for part in path if not _BRANCH.fullmatch(part))
     if fault["type"] == "extra_forbidden":
         return f"unknown parameter: {'.'.join(path)}"
     if not where:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import platform
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from app import __version__, metrics
 from app.api import fill_mask, generate, next_sentence, system, translate
 from app.api.deps import GeneratingLane, OneShotLane, Services, Task, gather
 from app.engine.batch import BatchItem, BatchLane
-from app.engine.decode import DecodeLane
+from app.engine.decode import make_decode_lane
+from app.engine.lane import Lane
 from app.engine.sequence import Sequence
 from app.engine.worker import DeviceWorker
 from app.errors import add_handlers
@@ -36,6 +37,8 @@ ENDPOINTS = {
     "/generate_stream": "generate",
     "/next-sentence": "next-sentence",
 }
+
+_WARM_UP_SECONDS = 600.0  # a device that does not answer ends the start, not the patience of whoever waits
 
 Load = Callable[[Settings, Lifecycle], Services]
 
@@ -59,16 +62,22 @@ def load_services(settings: Settings, lifecycle: Lifecycle) -> Services:
     device, dtype = resolve_device(settings)
     queue = {"max_queue_items": settings.max_queue_items, "max_queue_tokens": settings.max_queue_tokens}
 
+    lanes: list[Lane] = []
+
     def decoding(name: str, checkpoint: Checkpoint | None, n_slots: int) -> Task[GeneratingLane] | None:
         if checkpoint is None:
             return None
-        lane = DecodeLane(name, checkpoint, n_slots=n_slots, prefill_tokens=settings.prefill_tokens, **queue)
+        lane = make_decode_lane(
+            name, checkpoint, n_slots=n_slots, prefill_tokens=settings.prefill_tokens, **queue
+        )
+        lanes.append(lane)
         return Task(lane, checkpoint.tokenizer, checkpoint.config, checkpoint.name, checkpoint.sha256)
 
     def one_shot(name: str, checkpoint: Checkpoint | None) -> Task[OneShotLane] | None:
         if checkpoint is None:
             return None
         lane = BatchLane(name, checkpoint, max_batch_tokens=settings.max_batch_tokens, **queue)
+        lanes.append(lane)
         return Task(lane, checkpoint.tokenizer, checkpoint.config, checkpoint.name, checkpoint.sha256)
 
     def checkpoint(setting: str) -> Checkpoint | None:
@@ -79,9 +88,8 @@ def load_services(settings: Settings, lifecycle: Lifecycle) -> Services:
         one_shot("fill-mask", checkpoint("fill_mask_model")),
         decoding("generate", checkpoint("generate_model"), settings.generate_slots),
     )
-    worker = DeviceWorker([task.lane for task in found if task is not None])
-    name = str(dtype).removeprefix("torch.")
-    return Services(*found, worker, settings, lifecycle, device=str(device), dtype=name)
+    dtype_name = str(dtype).removeprefix("torch.")
+    return Services(*found, DeviceWorker(lanes), settings, lifecycle, device=str(device), dtype=dtype_name)
 
 
 def resolve_device(settings: Settings) -> tuple[torch.device, torch.dtype]:
@@ -110,7 +118,7 @@ def load_checkpoint(
 
 async def warm_up(services: Services) -> None:
     """Send a small job through every lane, so that the first client finds it warm."""
-    jobs = []
+    jobs: list[Coroutine[Any, Any, Any]] = []
     if services.translate is not None:
         task = services.translate
         ids = task.tokenizer.source_ids(task.tokenizer.encode("Hello."), next(iter(task.tokenizer.languages)))
@@ -147,11 +155,17 @@ def announce(services: Services) -> None:
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings, lifecycle = app.state.settings, app.state.lifecycle
-    services: Services = await asyncio.to_thread(app.state.load, settings, lifecycle)
+    try:
+        services: Services = await asyncio.to_thread(app.state.load, settings, lifecycle)
+    except CheckpointError as error:
+        log.critical("cannot start: %s", error)  # in one line, before the traceback
+        raise
     app.state.services = services
     services.worker.start(asyncio.get_running_loop())
     try:
-        await warm_up(services)
+        async with asyncio.timeout(_WARM_UP_SECONDS):
+            await warm_up(services)
+        metrics.forget_warm_up()
         announce(services)
         lifecycle.phase = Phase.SERVING
         log.info("ready", extra={"fields": {"tasks": list(services.tasks), "device": services.device}})

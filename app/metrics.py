@@ -28,24 +28,32 @@ _LANE_PHASE = {"endpoint": LANES, "phase": PHASES}
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
-def _counter(name: str, help_text: str, labels: Labels) -> Counter:
-    metric = Counter(PREFIX + name, help_text, tuple(labels))
+# Everything that counts or observes, with its known labels, for `forget_warm_up`.
+_started: list[tuple[Counter | Histogram, Labels]] = []
+
+
+def _start(metric: Counter | Gauge | Histogram, labels: Labels) -> None:
     for values in product(*labels.values()):
         metric.labels(*values)
+
+
+def _counter(name: str, help_text: str, labels: Labels) -> Counter:
+    metric = Counter(PREFIX + name, help_text, tuple(labels))
+    _started.append((metric, labels))
+    _start(metric, labels)
     return metric
 
 
 def _gauge(name: str, help_text: str, labels: Labels) -> Gauge:
     metric = Gauge(PREFIX + name, help_text, tuple(labels))
-    for values in product(*labels.values()):
-        metric.labels(*values)
+    _start(metric, labels)
     return metric
 
 
 def _histogram(name: str, help_text: str, labels: Labels, buckets: tuple[float, ...]) -> Histogram:
     metric = Histogram(PREFIX + name, help_text, tuple(labels), buckets=buckets)
-    for values in product(*labels.values()):
-        metric.labels(*values)
+    _started.append((metric, labels))
+    _start(metric, labels)
     return metric
 
 
@@ -89,3 +97,10 @@ build_info = Gauge(
     PREFIX + "build_info", "What runs; always 1.", ("version", "python", "torch", "device", "dtype")
 )
 ready = Gauge(PREFIX + "ready", "1 while the service takes new work.")
+
+
+def forget_warm_up() -> None:
+    """Counters and histograms back to 0: what warmed the models up was no client's work."""
+    for metric, labels in _started:
+        metric.clear()
+        _start(metric, labels)

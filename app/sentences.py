@@ -13,6 +13,8 @@ _LINE_BREAK = re.compile(r"(\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*)")
 _EDGES = re.compile(r"(\s*)(.*?)(\s*)", re.DOTALL)
 _CLAUSE_END = re.compile(r"[,;:)\]—–…,、;:]\s*")
 _SPACE = re.compile(r"\s+")
+# Text beyond so many characters for each token is not looked at before it is that text's turn.
+_CHARS_PER_TOKEN = 8
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,13 @@ def _trim(piece: str) -> Iterator[Part]:
 def _shorten(sentence: str, tokenizer: Tokenizer, max_tokens: int) -> Iterator[str]:
     """Cut what is too long after a clause, else after a space, else anywhere."""
     while True:
-        pieces = tokenizer.encode_with_offsets(sentence)
-        if len(pieces) <= max_tokens:
+        head = sentence[: _CHARS_PER_TOKEN * max_tokens]
+        pieces = tokenizer.encode_with_offsets(head)
+        fits = len(pieces) <= max_tokens
+        if fits and len(head) == len(sentence):
             yield sentence
             return
-        end = max(pieces[max_tokens - 1].stop, 1)
+        end = len(head) if fits else max(pieces[max_tokens - 1].stop, 1)
         # Less text may be more tokens where a cut parts what one token held together.
         while end > 1 and len(tokenizer.encode(sentence[:end])) > max_tokens:
             end -= 1

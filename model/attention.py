@@ -73,8 +73,10 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
         return self._merge(out)
 
-    def weights(self, x: Tensor, kv: KV, mask: Tensor | None, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
-        """The same as `forward` by the readable reference, with the attention weights (B, H, T, S) beside it."""
+    def weights(
+        self, x: Tensor, kv: KV, mask: Tensor | None, rotation: Rotation | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The same as `forward` by the readable reference, and the attention weights (B, H, T, S)."""
         q, (k, v) = self.project_q(x, rotation), kv
         group = self.n_heads // self.n_kv_heads
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)

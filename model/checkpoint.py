@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,16 +36,21 @@ class Checkpoint:
 
 
 def save(folder: Path | str, model: Model, tokenizer: Tokenizer, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a model in the layout that `load` reads, weights in `dtype`; each file appears whole or not at all."""
+    """Write a folder that `load` reads, weights in `dtype`; each file appears whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()}
-    part = folder / f"{WEIGHTS}.part"
-    save_file(tensors, part, metadata={"format": "pt"})
-    part.replace(folder / WEIGHTS)
     text = json.dumps(model.config.to_dict(), indent=2) + "\n"
-    (folder / CONFIG).write_text(text, encoding="utf-8")
-    tokenizer.save(folder)
+    _replace(folder / WEIGHTS, lambda part: save_file(tensors, part, metadata={"format": "pt"}))
+    _replace(folder / CONFIG, lambda part: part.write_text(text, encoding="utf-8"))
+    _replace(folder / TOKENIZER, lambda part: tokenizer.backend.save(str(part)))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    part = path.with_name(f"{path.name}.part")
+    write(part)
+    part.chmod(0o644)  # safetensors makes it private; a service may run as another user
+    part.replace(path)
 
 
 def load(
@@ -88,6 +94,10 @@ def _load_tokenizer(folder: Path, config: TransformerConfig) -> Tokenizer:
         raise CheckpointError(
             f"{path}: {tokenizer.vocab_size} tokens, but {CONFIG} says vocab_size {config.vocab_size}"
         )
+    for key in ("pad_id", "bos_id", "eos_id", "mask_id", "cls_id", "sep_id"):
+        if getattr(tokenizer, key) != getattr(config, key):
+            found, wanted = getattr(tokenizer, key), getattr(config, key)
+            raise CheckpointError(f"{path}: {key} is {found}, but {CONFIG} says {wanted}")
     return tokenizer
 
 

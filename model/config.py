@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,14 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "norm": get_args(Norm),
     "activation": get_args(Activation),
     "positions": get_args(Positions),
+}
+# What a value of JSON must be for a field annotated so; the rest is checked against `_CHOICES`.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "int | None": (int, type(None)),
+    "float": (int, float),
+    "bool": (bool,),
+    "dict[str, int]": (dict,),
 }
 
 
@@ -61,29 +70,46 @@ class TransformerConfig:
         for key, choices in _CHOICES.items():
             if getattr(self, key) not in choices:
                 raise ConfigError(f"{key}: {getattr(self, key)!r} is not one of {', '.join(choices)}")
-        for key in ("vocab_size", "d_model", "n_heads", "d_ff", "max_len"):
+        for key in ("vocab_size", "d_model", "n_heads", "kv_heads", "d_ff", "max_len"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key}: {getattr(self, key)} is less than 1")
+        for key in ("n_segments", "n_encoder_layers", "n_decoder_layers"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"{key}: {getattr(self, key)} is less than 0")
+        for key in ("norm_eps", "rotary_base"):
+            if not 0.0 < getattr(self, key) < math.inf:
+                raise ConfigError(f"{key}: {getattr(self, key)} is not a positive number")
         if self.d_model % self.n_heads:
             raise ConfigError(f"d_model: {self.d_model} is not a multiple of n_heads {self.n_heads}")
         if self.n_heads % self.kv_heads:
             raise ConfigError(f"n_heads: {self.n_heads} is not a multiple of n_kv_heads {self.kv_heads}")
-        if self.positions != "learned" and (self.head_dim if self.positions == "rotary" else self.d_model) % 2:
+        if (
+            self.positions != "learned"
+            and (self.head_dim if self.positions == "rotary" else self.d_model) % 2
+        ):
             raise ConfigError(f"positions: {self.positions} needs an even width")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout: {self.dropout} is not in [0, 1)")
         self._check_layers()
-        for key in ("pad_id", "bos_id", "eos_id", "mask_id", "cls_id", "sep_id"):
-            if not 0 <= getattr(self, key) < self.vocab_size:
-                raise ConfigError(f"{key}: {getattr(self, key)} is outside the vocabulary of {self.vocab_size}")
+        ids = {
+            key: getattr(self, key) for key in ("pad_id", "bos_id", "eos_id", "mask_id", "cls_id", "sep_id")
+        }
+        ids |= {f"languages.{language}": token_id for language, token_id in self.languages.items()}
+        for key, token_id in ids.items():
+            if not 0 <= token_id < self.vocab_size:
+                raise ConfigError(f"{key}: {token_id} is outside the vocabulary of {self.vocab_size}")
 
     def _check_layers(self) -> None:
         wants_encoder = self.architecture in ("translator", "masked_lm")
         wants_decoder = self.architecture in ("translator", "causal_lm")
         if wants_encoder != (self.n_encoder_layers > 0):
-            raise ConfigError(f"n_encoder_layers: {self.n_encoder_layers} does not suit a {self.architecture}")
+            raise ConfigError(
+                f"n_encoder_layers: {self.n_encoder_layers} does not suit a {self.architecture}"
+            )
         if wants_decoder != (self.n_decoder_layers > 0):
-            raise ConfigError(f"n_decoder_layers: {self.n_decoder_layers} does not suit a {self.architecture}")
+            raise ConfigError(
+                f"n_decoder_layers: {self.n_decoder_layers} does not suit a {self.architecture}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -91,7 +117,7 @@ class TransformerConfig:
 
     @property
     def kv_heads(self) -> int:
-        return self.n_kv_heads or self.n_heads
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -102,7 +128,16 @@ class TransformerConfig:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ConfigError(f"unknown key: {', '.join(unknown)}")
+        for known in fields(cls):
+            if known.name in values and not _fits(values[known.name], str(known.type)):
+                raise ConfigError(f"{known.name}: {values[known.name]!r} is not {known.type}")
         try:
             return cls(**values)
         except TypeError as error:
             raise ConfigError(str(error)) from None
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    wanted = _TYPES.get(annotation, (object,))
+    # To Python a bool is an int; to a configuration it is a mistake.
+    return isinstance(value, wanted) and (not isinstance(value, bool) or bool in wanted or object in wanted)

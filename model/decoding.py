@@ -61,9 +61,7 @@ def causal_scorer(model: CausalLM) -> Scorer:
     """Next-token logits of prefixes that begin with their prompts."""
 
     def score(prefixes: list[list[int]], _: list[int]) -> Tensor:
-        rows = [
-            model(torch.tensor([prefix]), causal_mask(len(prefix)))[:, -1] for prefix in prefixes
-        ]
+        rows = [model(torch.tensor([prefix]), causal_mask(len(prefix)))[:, -1] for prefix in prefixes]
         return torch.cat(rows)
 
     return score
@@ -117,9 +115,7 @@ def beam_search(
             own = [n for n, (owner, _) in enumerate(rows) if owner == i]
             if own:
                 _advance(search, log_probs[own], len(prompts[i]), eos_id, params)
-    return [
-        _ranked(search, len(prompt), params) for search, prompt in zip(searches, prompts, strict=True)
-    ]
+    return [_ranked(search, len(prompt), params) for search, prompt in zip(searches, prompts, strict=True)]
 
 
 def _advance(search: _Search, log_probs: Tensor, n_prompt: int, eos_id: int, params: BeamParams) -> None:

@@ -119,5 +119,11 @@ def make_cache(
 ) -> KVCache:
     """A cache that fits a model's decoder (its self-attention, or its projected memory)."""
     return KVCache(
-        config.n_decoder_layers, n_slots, config.kv_heads, max_len, config.head_dim, device=device, dtype=dtype
+        config.n_decoder_layers,
+        n_slots,
+        config.kv_heads,
+        max_len,
+        config.head_dim,
+        device=device,
+        dtype=dtype,
     )

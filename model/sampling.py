@@ -27,7 +27,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class BeamParams:
-    """How one sentence is translated. `length_penalty` is the exponent of the length a score is divided by."""
+    """How one sentence is translated. A score is divided by the length to the power of `length_penalty`."""
 
     num_beams: int = 4
     num_return_sequences: int = 1
@@ -40,7 +40,9 @@ class BeamParams:
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_return_sequences <= self.num_beams:
-            raise ValueError(f"num_return_sequences {self.num_return_sequences} is not in 1..num_beams {self.num_beams}")
+            raise ValueError(
+                f"num_return_sequences {self.num_return_sequences} is not in 1..num_beams {self.num_beams}"
+            )
 
 
 def penalise(logits: Tensor, history: Tensor, repetition: Tensor, frequency: Tensor | None = None) -> Tensor:

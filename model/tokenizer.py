@@ -56,7 +56,7 @@ def _byte_alphabet() -> dict[str, int]:
 
     Printable Latin-1 characters stand for themselves; the other bytes, in order, for U+0100 and on.
     """
-    printable = [b for b in range(256) if 0x21 <= b <= 0x7E or (0xA1 <= b and b != 0xAD)]
+    printable = [b for b in range(256) if 0x21 <= b <= 0x7E or (b >= 0xA1 and b != 0xAD)]
     others = [b for b in range(256) if b not in set(printable)]
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
@@ -83,11 +83,13 @@ class Tokenizer:
         """Read tokenizer.json, or the folder that holds it. Raises OSError or ValueError, naming the file."""
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
-        text = path.read_text(encoding="utf-8")
+        raw = path.read_bytes()
         try:
-            return cls(Backend.from_str(text))
+            tokenizer = cls(Backend.from_buffer(raw))
+            tokenizer.token_bytes(tokenizer.pad_id)  # builds the table, which needs a vocabulary of bytes
         except Exception as error:  # the backend raises bare Exception
             raise ValueError(f"{path}: not a tokenizer this project can use: {error}") from None
+        return tokenizer
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:

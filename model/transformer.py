@@ -59,16 +59,15 @@ class NoPositions(nn.Module):
 class Rotary(nn.Module):
     """The angles by which queries and keys turn (RoFormer, Su et al. 2021, section 3.2.2)."""
 
-    rates: Tensor
-
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        self.register_buffer("rates", config.rotary_base**-exponents, persistent=False)
+        self.base, self.head_dim = config.rotary_base, config.head_dim
 
     def forward(self, positions: Tensor) -> Rotation:
         """positions (B, T) -> cosines and sines, each (B, 1, T, K / 2), in float32."""
-        angles = positions[:, None, :, None].float() * self.rates.float()
+        # No buffer: in a model cast to bfloat16 its rounding would turn far positions by whole radians.
+        exponents = torch.arange(0, self.head_dim, 2, device=positions.device) / self.head_dim
+        angles = positions[:, None, :, None].float() * self.base**-exponents
         return angles.cos(), angles.sin()
 
 
@@ -99,7 +98,9 @@ class Embeddings(nn.Module):
 class _Stack(nn.Module):
     """Blocks between an embedding and a last norm."""
 
-    def __init__(self, config: TransformerConfig, embeddings: Embeddings, n_layers: int, *, cross: bool) -> None:
+    def __init__(
+        self, config: TransformerConfig, embeddings: Embeddings, n_layers: int, *, cross: bool
+    ) -> None:
         super().__init__()
         self.embeddings = embeddings
         self.rotary = Rotary(config) if config.positions == "rotary" else None
@@ -153,7 +154,9 @@ class Decoder(_Stack):
         x = self.embeddings(token_ids, positions)
         rotation = self._rotation(positions)
         nothing = [None] * len(self.blocks)
-        for block, layer_cache, layer_memory in zip(self.blocks, cache or nothing, memory or nothing, strict=True):
+        for block, layer_cache, layer_memory in zip(
+            self.blocks, cache or nothing, memory or nothing, strict=True
+        ):
             x = block(x, mask, layer_cache, layer_memory, memory_mask, rotation)
         hidden: Tensor = self.norm(x)
         return hidden

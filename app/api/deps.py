@@ -12,8 +12,9 @@ from starlette.types import Receive
 from app.engine.batch import BatchItem, BatchLimits
 from app.engine.decode import DecodeLimits
 from app.engine.errors import Draining
+from app.engine.lane import DRAIN_RETRY_SECONDS
 from app.engine.sequence import Sequence
-from app.errors import ClientGone, InvalidRequest, NotLoaded, TimedOut
+from app.errors import ClientGone, NotLoaded, TimedOut
 from app.lifecycle import Lifecycle
 from app.middleware import RequestRecord
 from app.settings import Settings
@@ -24,20 +25,8 @@ T = TypeVar("T")
 Item = TypeVar("Item")
 
 
-class QueueLimits(Protocol):
-    """How much may wait in a lane."""
-
-    @property
-    def max_queue_items(self) -> int: ...
-    @property
-    def max_queue_tokens(self) -> int: ...
-
-
 class Lane(Protocol[Item]):
     """Where work is handed to the engine; all methods are called on the event loop."""
-
-    @property
-    def limits(self) -> QueueLimits: ...
 
     def submit(self, items: list[Item], /) -> None:
         """All or nothing; raises Overloaded, PromptTooLong, Draining."""
@@ -126,21 +115,10 @@ RecordDep = Annotated[RequestRecord, Depends(get_record)]
 
 
 @asynccontextmanager
-async def admitted(
-    services: Services, lane: Lane[Item], items: list[Item], n_tokens: int
-) -> AsyncIterator[None]:
-    """Submit on enter, abort on exit. Enter it in a `yield` dependency: its exit runs in every case.
-
-    Raises InvalidRequest for what even an empty queue could not hold, as no retry would help.
-    """
+async def admitted(services: Services, lane: Lane[Item], items: list[Item]) -> AsyncIterator[None]:
+    """Submit on enter, abort on exit. Enter it in a `yield` dependency: its exit runs in every case."""
     if services.lifecycle.draining:
-        raise Draining(services.settings.shutdown_seconds)
-    for n, limit, unit in (
-        (len(items), lane.limits.max_queue_items, "items"),
-        (n_tokens, lane.limits.max_queue_tokens, "tokens"),
-    ):
-        if n > limit:
-            raise InvalidRequest(f"the request has {n} {unit} in all, the limit is {limit}")
+        raise Draining(DRAIN_RETRY_SECONDS)
     lane.submit(items)
     try:
         yield
@@ -222,20 +200,16 @@ async def prepare(n_chars: int, work: Callable[..., T], *args: Any) -> T:
 
 
 class Timed(Protocol):
-    """A piece of work that has ended in the engine."""
+    """A piece of work in the engine."""
 
     @property
-    def queue_seconds(self) -> float | None: ...
+    def queue_seconds(self) -> float: ...
     @property
-    def inference_seconds(self) -> float | None: ...
+    def inference_seconds(self) -> float: ...
 
 
 def note_times(record: RequestRecord, items: Iterable[Timed]) -> None:
     """The times of a request are those of its slowest item."""
     for item in items:
-        record.queue_seconds = _slower(record.queue_seconds, item.queue_seconds)
-        record.inference_seconds = _slower(record.inference_seconds, item.inference_seconds)
-
-
-def _slower(a: float | None, b: float | None) -> float | None:
-    return b if a is None else a if b is None else max(a, b)
+        record.queue_seconds = max(record.queue_seconds or 0.0, item.queue_seconds)
+        record.inference_seconds = max(record.inference_seconds or 0.0, item.inference_seconds)

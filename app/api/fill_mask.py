@@ -20,7 +20,7 @@ from app.api.deps import (
     note_times,
     prepare,
 )
-from app.engine.batch import BatchItem
+from app.engine.batch import BatchItem, Filled
 from app.errors import InvalidRequest, Json
 from app.settings import Settings
 from model.tokenizer import Tokenizer
@@ -87,7 +87,7 @@ async def admit(
     top_k = DEFAULT_TOP_K if parameters.top_k is None else parameters.top_k
     items = [_item(text, task.tokenizer, targets, top_k) for text in masked]
     record.n_prompt_tokens = sum(len(item.token_ids) for item in items)
-    async with admitted(services, task.lane, items, record.n_prompt_tokens):
+    async with admitted(services, task.lane, items):
         yield FillMaskWork(task, masked, items, isinstance(body.inputs, list))
 
 
@@ -96,7 +96,7 @@ async def fill_mask(
     work: Annotated[FillMaskWork, Depends(admit)], attendance: AttendanceDep, record: RecordDep
 ) -> Json:
     """The most probable words for each mask."""
-    results = await attendance.wait_for(gather(item.result() for item in work.items))
+    results = await attendance.wait_for(gather(_filled(item) for item in work.items))
     note_times(record, work.items)
     record.n_generated_tokens = 0
     answers = [
@@ -105,6 +105,12 @@ async def fill_mask(
     ]
     flat = [answer[0] if len(answer) == 1 else answer for answer in answers]
     return Json(flat if work.is_list else flat[0])
+
+
+async def _filled(item: BatchItem) -> Filled:
+    filled = await item.result()
+    assert isinstance(filled, list)
+    return filled
 
 
 def _check(parameters: FillMaskParameters, settings: Settings) -> list[str] | None:

@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -146,14 +145,13 @@ class Generation:
 
     async def steps(self) -> AsyncGenerator[Token, None]:
         """One token for each event of the sequence, until it ends or a stop string is complete."""
-        async with aclosing(self.sequence.events()) as events:
-            async for event in events:
-                token = self._take(event)
-                if self.finish_reason is FinishReason.STOP:
-                    self.lane.abort([self.sequence])
-                yield token
-                if self.finish_reason is not None:
-                    return
+        async for event in self.sequence.events():
+            token = self._take(event)
+            if self.finish_reason is FinishReason.STOP:
+                self.lane.abort([self.sequence])
+            yield token
+            if self.finish_reason is not None:
+                return
 
     def _take(self, event: TokenEvent) -> Token:
         text = self._stream.push(event.token_id)
@@ -225,8 +223,7 @@ async def admit(
     )
     sequences = [generation.sequence for generation in work.flat]
     record.n_prompt_tokens = sum(map(len, prompts))
-    n_tokens = sum(len(sequence.prompt_ids) for sequence in sequences)
-    async with admitted(services, task.lane, sequences, n_tokens):
+    async with admitted(services, task.lane, sequences):
         yield work
 
 

@@ -72,7 +72,7 @@ async def admit(
         BatchItem(token_ids=ids, segment_ids=segments, task="next-sentence") for ids, segments in encoded
     ]
     record.n_prompt_tokens = sum(len(item.token_ids) for item in items)
-    async with admitted(services, task.lane, items, record.n_prompt_tokens):
+    async with admitted(services, task.lane, items):
         yield NextSentenceWork(items, isinstance(body.inputs, list))
 
 
@@ -81,11 +81,17 @@ async def next_sentence(
     work: Annotated[NextSentenceWork, Depends(admit)], attendance: AttendanceDep, record: RecordDep
 ) -> Json:
     """Whether the second sentence follows the first, and how probable that is."""
-    scores = await attendance.wait_for(gather(item.result() for item in work.items))
+    scores = await attendance.wait_for(gather(_score(item) for item in work.items))
     note_times(record, work.items)
     record.n_generated_tokens = 0
     answers = [NextSentenceAnswer(follows=score >= 0.5, score=score) for score in scores]
     return Json(answers if work.is_list else answers[0])
+
+
+async def _score(item: BatchItem) -> float:
+    score = await item.result()
+    assert isinstance(score, float)
+    return score
 
 
 def _check(inputs: Pair | list[Pair], settings: Settings) -> dict[str, Pair]:

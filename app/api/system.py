@@ -10,6 +10,7 @@ from starlette.responses import Response
 from app import __version__, metrics
 from app.api.deps import Services, ServicesDep
 from app.engine.errors import Draining
+from app.engine.lane import DRAIN_RETRY_SECONDS
 from app.errors import Json, error_response
 from app.lifecycle import Lifecycle, Phase
 
@@ -27,8 +28,8 @@ async def ready(request: Request) -> Response:
     """The models are warm, their loop beats, and new work is welcome."""
     lifecycle: Lifecycle = request.app.state.lifecycle
     services: Services | None = getattr(request.app.state, "services", None)
-    if lifecycle.draining and services is not None:
-        return error_response(Draining(services.settings.shutdown_seconds))
+    if lifecycle.draining:
+        return error_response(Draining(DRAIN_RETRY_SECONDS))
     if is_ready(lifecycle, services) and services is not None:
         return Json({"ready": True, "tasks": list(services.tasks)})
     reason = "loading" if lifecycle.phase is Phase.LOADING else "the device thread does not answer"

@@ -26,7 +26,7 @@ from app.errors import InvalidRequest, Json
 from app.sentences import split_text
 from app.settings import Settings
 from model.sampling import BeamParams
-from model.tokenizer import Tokenizer
+from model.tokenizer import TextStream, Tokenizer
 
 router = APIRouter()
 
@@ -143,7 +143,7 @@ async def admit(
     n_best = search.beams.num_return_sequences
     work = TranslateWork(task.tokenizer, pieces, n_best, parameters, isinstance(body.inputs, list))
     record.n_prompt_tokens = sum(len(sequence.prompt_ids) for sequence in work.sequences)
-    async with admitted(services, task.lane, work.sequences, record.n_prompt_tokens):
+    async with admitted(services, task.lane, work.sequences):
         yield work
 
 
@@ -187,14 +187,15 @@ def _resolve(parameters: TranslateParameters, settings: Settings, task: Task[Gen
     limit = min(settings.max_new_tokens, task.lane.limits.max_new_tokens)
     max_beams = min(settings.max_beams, task.lane.limits.n_slots)
     num_beams = min(settings.default_beams, max_beams) if asked.num_beams is None else asked.num_beams
+    n_best = 1 if asked.num_return_sequences is None else asked.num_return_sequences
     check_count("num_beams", num_beams, 1, max_beams)
+    check_count("num_return_sequences", n_best, 1, num_beams)
     given = {name: value for name, value in asked.model_dump().items() if value is not None}
     beams = BeamParams(
         return_alignment=bool(parameters.return_alignment),
         **(given | {"num_beams": num_beams, "max_new_tokens": given.get("max_new_tokens", limit)}),
     )
     check_count("max_new_tokens", beams.max_new_tokens, 1, limit)
-    check_count("num_return_sequences", beams.num_return_sequences, 1, num_beams)
     check_range(
         "length_penalty", beams.length_penalty, -settings.max_length_penalty, settings.max_length_penalty
     )
@@ -281,7 +282,13 @@ def _alignment(sequence: Sequence, hypothesis: Hypothesis, tokenizer: Tokenizer)
     target_ids = hypothesis.token_ids
     weights = (hypothesis.alignment or [])[: len(target_ids)]
     return Alignment(
-        source_tokens=[tokenizer.token_text(i) for i in sequence.prompt_ids],
-        target_tokens=[tokenizer.token_text(i) for i in target_ids],
+        source_tokens=_token_texts(sequence.prompt_ids, tokenizer),
+        target_tokens=_token_texts(target_ids, tokenizer),
         weights=[[round(weight, 4) for weight in row] for row in weights],
     )
+
+
+def _token_texts(ids: list[int], tokenizer: Tokenizer) -> list[str]:
+    """Special tokens by their names; a character of several tokens stands whole at its last."""
+    stream = TextStream(tokenizer)
+    return [tokenizer.token_text(i) if i in tokenizer.special_ids else stream.push(i) for i in ids]

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 from app import metrics
 from app.engine.errors import Aborted, EngineError, Overloaded, PromptTooLong, StepFailed
-from app.engine.lane import Door, Handover
+from app.engine.lane import Door, Failures, Handover, Handovers, halving
 from app.engine.runner import MaskedRunner
 from model.checkpoint import Checkpoint
-
-log = logging.getLogger("app.engine")
 
 Filled = list[list[tuple[int, float]]]  # per mask: token ids with scores, best first
 BatchResult = Filled | float
@@ -49,7 +49,15 @@ class BatchItem:
     started_at: float | None = None
     ended_at: float | None = None
     _outcome: BatchResult | EngineError | None = None
-    _waiter: asyncio.Future[None] | None = None
+    _ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        if not self.token_ids or len(self.token_ids) != len(self.segment_ids):
+            raise ValueError(f"{len(self.token_ids)} token_ids with {len(self.segment_ids)} segment_ids")
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.token_ids)
 
     @property
     def queue_seconds(self) -> float:
@@ -61,25 +69,25 @@ class BatchItem:
 
     async def result(self) -> BatchResult:
         """What the model says. Raises `EngineError`."""
-        if self._outcome is None:
-            if self._waiter is None:
-                self._waiter = asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._waiter)
+        await self._ended.wait()
         assert self._outcome is not None
         if isinstance(self._outcome, EngineError):
-            raise self._outcome
+            raise self._outcome.with_traceback(None)
         return self._outcome
 
-    def deliver(self, delivery: object, /) -> None:
-        """On the event loop."""
-        assert isinstance(delivery, list | float | EngineError)
-        self._outcome = delivery
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+    def deliver(self, delivery: BatchResult | EngineError) -> None:
+        """On the event loop; what comes after the end is dropped."""
+        if self._outcome is None:
+            self._outcome = delivery
+            self._ended.set()
 
 
 class BatchLane:
-    """Whatever waits when the device is free is a batch, within `max_batch_tokens` of longest x count."""
+    """Whatever waits when the device is free is a batch, within `max_batch_tokens` of longest x count.
+
+    `submit` and `abort` are called on the event loop, everything else on the device thread; the lock
+    guards only what both touch, the queue.
+    """
 
     def __init__(
         self,
@@ -95,29 +103,37 @@ class BatchLane:
         self.mask_id = checkpoint.tokenizer.mask_id
         self.limits = BatchLimits(checkpoint.config.max_len, max_queue_items, max_queue_tokens)
         self.door = Door()
+        self.failures = Failures(name, self.runner.responds)
         self.wake: Callable[[], None] = lambda: None  # set by the worker
-        self._waiting: list[BatchItem] = []
         self._lock = threading.Lock()
+        self._waiting: list[BatchItem] = []
+        self._waiting_tokens = 0
+        self._running: list[BatchItem] = []
+        self._out: Handovers = []
 
     # On the event loop
 
     def submit(self, items: list[BatchItem]) -> None:
         """Queue all or nothing. Raises `Draining`, `PromptTooLong` or `Overloaded`."""
-        self.door.check()
         for item in items:
-            if len(item.token_ids) > self.limits.max_item_tokens:
-                raise PromptTooLong(len(item.token_ids), self.limits.max_item_tokens)
-        tokens = sum(len(item.token_ids) for item in items)
+            self._check(item)
+        tokens = sum(item.n_tokens for item in items)
+        now = time.monotonic()
         with self._lock:
+            self.door.check()
             full = len(self._waiting) + len(items) > self.limits.max_queue_items
-            heavy = self._waiting_tokens() + tokens > self.limits.max_queue_tokens
+            heavy = self._waiting_tokens + tokens > self.limits.max_queue_tokens
             # A request larger than the whole queue may wait when nothing else does.
             if self._waiting and (full or heavy):
                 raise Overloaded(self.door.retry_after(len(self._waiting)))
+            for item in items:
+                item.submitted_at = now
             self._waiting += items
+            self._waiting_tokens += tokens
             self._measure_queue()
+        self.door.enter(len(items))
         for item in items:
-            metrics.prompt_tokens_total.labels(item.task).inc(len(item.token_ids))
+            metrics.prompt_tokens_total.labels(item.task).inc(item.n_tokens)
         self.wake()
 
     def abort(self, items: list[BatchItem]) -> None:
@@ -126,82 +142,96 @@ class BatchLane:
             item.aborted = True
         self.wake()
 
-    def begin_drain(self) -> None:
-        self.door.draining = True
+    def _check(self, item: BatchItem) -> None:
+        if item.n_tokens > self.limits.max_item_tokens:
+            raise PromptTooLong(item.n_tokens, self.limits.max_item_tokens)
+        # On a GPU an index out of range would take the device down, and everybody with it.
+        known = range(self.runner.model.config.vocab_size)
+        ids = (*item.token_ids, *(target for wanted in item.targets for target in wanted or ()))
+        if min(ids) not in known or max(ids) not in known:
+            raise ValueError(f"a token id is outside the vocabulary of {len(known)}")
+
+    # On the device thread
 
     def has_work(self) -> bool:
         return bool(self._waiting)
 
-    # On the device thread
-
-    def turn(self) -> list[Handover]:
+    def turn(self) -> Handovers:
         """One batch; returns its answers."""
-        with self._lock:
-            departed = [item for item in self._waiting if item.aborted]
-            self._waiting = [item for item in self._waiting if not item.aborted]
-            batch = choose_batch(self._waiting, self.max_batch_tokens)
-            chosen = set(map(id, batch))
-            self._waiting = [item for item in self._waiting if id(item) not in chosen]
-            self._measure_queue()
-        out = [self._ended(item, Aborted()) for item in departed]
-        return out + (self._run_halving(batch) if batch else [])
+        # Only this thread takes out, so what is chosen from a copy is still there afterwards.
+        waiting = list(self._waiting)
+        departed = [item for item in waiting if item.aborted]
+        batch = choose_batch([item for item in waiting if not item.aborted], self.max_batch_tokens)
+        self._take([*departed, *batch])
+        for item in departed:
+            self._end(item, Aborted())
+        if batch:
+            self._run(batch)
+        return self._take_out()
 
-    def fail_all(self, error: EngineError) -> list[Handover]:
+    def fail_all(self, error: Callable[[], EngineError]) -> Handovers:
         """End everything with an error."""
+        self._take(list(self._waiting))
+        for item in list(self._running):
+            self._end(item, error())
+        return self._take_out()
+
+    def _take(self, items: list[BatchItem]) -> None:
+        """Move items from the queue to those that a turn must end."""
+        taken = set(map(id, items))
         with self._lock:
-            waiting, self._waiting = self._waiting, []
+            self._waiting = [item for item in self._waiting if id(item) not in taken]
+            self._waiting_tokens -= sum(item.n_tokens for item in items)
             self._measure_queue()
-        return [self._ended(item, error) for item in waiting]
+        self._running += items
 
-    def _run_halving(self, batch: list[BatchItem]) -> list[Handover]:
-        """A failure is tried again in halves, so that only the cause of it fails."""
-        try:
-            return self._run(batch)
-        except Exception as error:
-            log.error("a batch failed", exc_info=error)
-            metrics.step_failures_total.labels(self.name).inc()
-            if len(batch) == 1:
-                return [self._ended(batch[0], StepFailed())]
-            middle = len(batch) // 2
-            return self._run_halving(batch[:middle]) + self._run_halving(batch[middle:])
+    def _take_out(self) -> Handovers:
+        out, self._out = self._out, []
+        return out
 
-    def _run(self, batch: list[BatchItem]) -> list[Handover]:
+    def _run(self, batch: list[BatchItem]) -> None:
         now = time.monotonic()
-        lengths = [len(item.token_ids) for item in batch]
+        lengths = [item.n_tokens for item in batch]
         for item in batch:
-            item.started_at = item.started_at or now
+            item.started_at = now
             metrics.queue_seconds.labels(item.task).observe(item.queue_seconds)
         metrics.batch_rows.labels(self.name, "batch").observe(len(batch))
         padding = 1 - sum(lengths) / (max(lengths) * len(batch))
         metrics.batch_padding_ratio.labels(self.name, "batch").observe(padding)
-        hidden = self.runner.encode([i.token_ids for i in batch], [i.segment_ids for i in batch])
-        follows = self.runner.follows(hidden) if any(i.task == "next-sentence" for i in batch) else None
-        results: list[BatchResult] = []
-        for row, item in enumerate(batch):
-            if item.task == "next-sentence":
-                assert follows is not None
-                results.append(follows[row])
-            else:
-                slots = [p for p, token in enumerate(item.token_ids) if token == self.mask_id]
-                wishes = zip(slots, item.allowed, item.targets, strict=True)
-                results.append(
-                    [self.runner.fill(hidden[row, p], a, item.top_k, targets) for p, a, targets in wishes]
-                )
-        return [self._ended(item, result) for item, result in zip(batch, results, strict=True)]
+        _, failed = halving(batch, self._answer, self.failures.note)
+        for item in failed:
+            self._end(item, StepFailed())
 
-    def _ended(self, item: BatchItem, outcome: BatchResult | EngineError) -> Handover:
+    def _answer(self, batch: Sequence[BatchItem]) -> None:
+        hidden = self.runner.encode([i.token_ids for i in batch], [i.segment_ids for i in batch])
+        follows = self.runner.follows(hidden) if any(i.task == "next-sentence" for i in batch) else []
+        results: list[BatchResult] = [
+            follows[row] if item.task == "next-sentence" else self._fill(hidden[row], item)
+            for row, item in enumerate(batch)
+        ]
+        for item, result in zip(batch, results, strict=True):
+            self._end(item, result if _is_sound(result) else StepFailed("the model gave no number"))
+
+    def _fill(self, hidden: Tensor, item: BatchItem) -> Filled:
+        slots = [slot for slot, token in enumerate(item.token_ids) if token == self.mask_id]
+        wishes = zip(slots, item.allowed, item.targets, strict=True)
+        return [self.runner.fill(hidden[slot], a, item.top_k, targets) for slot, a, targets in wishes]
+
+    def _end(self, item: BatchItem, outcome: BatchResult | EngineError) -> None:
         item.ended_at = time.monotonic()
         if item.started_at is not None:
             metrics.inference_seconds.labels(item.task).observe(item.inference_seconds)
-        self.door.note_end()
-        return Handover(item, outcome)
-
-    def _waiting_tokens(self) -> int:
-        return sum(len(item.token_ids) for item in self._waiting)
+        self._running.remove(item)
+        self._out.append(Handover(item, outcome, self.door))
 
     def _measure_queue(self) -> None:
         metrics.queue_items.labels(self.name).set(len(self._waiting))
-        metrics.queue_tokens.labels(self.name).set(self._waiting_tokens())
+        metrics.queue_tokens.labels(self.name).set(self._waiting_tokens)
+
+
+def _is_sound(result: BatchResult) -> bool:
+    scores = [result] if isinstance(result, float) else [score for ranked in result for _, score in ranked]
+    return not any(map(math.isnan, scores))
 
 
 def choose_batch(waiting: list[BatchItem], max_batch_tokens: int) -> list[BatchItem]:
@@ -209,10 +239,10 @@ def choose_batch(waiting: list[BatchItem], max_batch_tokens: int) -> list[BatchI
     if not waiting:
         return []
     oldest = waiting[0]
-    size = len(oldest.token_ids)
+    size = oldest.n_tokens
     batch, longest = [oldest], size
-    for item in sorted(waiting[1:], key=lambda other: abs(len(other.token_ids) - size)):
-        longest = max(longest, len(item.token_ids))
+    for item in sorted(waiting[1:], key=lambda other: abs(other.n_tokens - size)):
+        longest = max(longest, item.n_tokens)
         if longest * (len(batch) + 1) > max_batch_tokens:
             break
         batch.append(item)

@@ -22,7 +22,9 @@ class Ended:
 
 
 @dataclass
-class _Beam:
+class Beam:
+    """A hypothesis that still grows."""
+
     row: int  # index into the sequence's rows
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -38,7 +40,7 @@ class BeamGroup:
 
     def __init__(self, params: BeamParams, eos_id: int) -> None:
         self.params, self.eos_id = params, eos_id
-        self.live = [_Beam(0)]
+        self.live = [Beam(0)]
         self.ended: list[Ended] = []
         self.n_steps = 0
         self.done = False
@@ -47,10 +49,6 @@ class BeamGroup:
     def live_rows(self) -> list[int]:
         """The row of each live beam, in the order that `advance` expects."""
         return [beam.row for beam in self.live]
-
-    def tokens_in(self, row: int) -> list[int]:
-        """What the beam in a row has said; nothing where no beam lives."""
-        return next((beam.tokens for beam in self.live if beam.row == row), [])
 
     def guards(self) -> Iterator[tuple[int, list[int], set[int]]]:
         """Per live beam: its row, its tokens, and those it may not take next."""
@@ -74,7 +72,7 @@ class BeamGroup:
             ),
             reverse=True,
         )[: 2 * width]
-        chosen: list[tuple[_Beam, int, float]] = []
+        chosen: list[tuple[Beam, int, float]] = []
         for rank, (_, negative, token, logprob) in enumerate(ranked):
             beam = self.live[-negative]
             if token != self.eos_id:
@@ -82,13 +80,16 @@ class BeamGroup:
                     chosen.append((beam, token, logprob))
             elif rank < width:
                 self._finish(beam, logprob)
-        copies = self._grow(chosen)
         self.n_steps += 1
+        if not chosen and not self.ended:  # nothing may follow: what there is must do
+            self.done = True
+            return []
+        copies = self._grow(chosen)
         self.done = self._is_done()
         return copies
 
     def results(self) -> list[Ended]:
-        """The best `num_return_sequences`, finished ones first."""
+        """The best `num_return_sequences`, finished ones first; at least one, fewer where beams ran out."""
         open_ends = [
             Ended(b.tokens, b.logprobs, normalise(b.total, len(b.tokens), self.params), False)
             for b in self.live
@@ -96,13 +97,13 @@ class BeamGroup:
         ranked = [*self.ended, *sorted(open_ends, key=lambda e: -e.score)]
         return ranked[: self.params.num_return_sequences]
 
-    def _finish(self, beam: _Beam, logprob: float) -> None:
+    def _finish(self, beam: Beam, logprob: float) -> None:
         score = normalise(beam.total + logprob, len(beam.tokens) + 1, self.params)
         self.ended.append(Ended(beam.tokens, beam.logprobs, score, True))
         self.ended.sort(key=lambda e: -e.score)
         del self.ended[self.params.num_beams :]
 
-    def _grow(self, chosen: list[tuple[_Beam, int, float]]) -> list[tuple[int, int]]:
+    def _grow(self, chosen: list[tuple[Beam, int, float]]) -> list[tuple[int, int]]:
         parents = {id(beam) for beam, _, _ in chosen}
         kept = {beam.row for beam in self.live if id(beam) in parents}
         free = [row for row in range(self.params.num_beams) if row not in kept]
@@ -115,7 +116,7 @@ class BeamGroup:
                 copies.append((beam.row, row))
             at_home.add(row)
             total = beam.total + logprob
-            grown.append(_Beam(row, [*beam.tokens, token], [*beam.logprobs, logprob], total))
+            grown.append(Beam(row, [*beam.tokens, token], [*beam.logprobs, logprob], total))
         self.live = grown
         return copies
 

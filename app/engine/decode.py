@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from typing import Generic, TypeVar
 
 from app import metrics
-from app.engine.beams import BeamGroup, Ended
+from app.engine.beams import BeamGroup, Candidate, Ended
 from app.engine.errors import Aborted, EngineError, Overloaded, PromptTooLong, StepFailed
-from app.engine.lane import Door, Handover
+from app.engine.lane import Door, Failures, Handover, Handovers, halving
 from app.engine.runner import DecodeRunner, Drawn, GenerateRunner, Guards, TranslateRunner
-from app.engine.scheduler import Scheduler
-from app.engine.sequence import FinishReason, Hypothesis, Outcome, Sequence, TokenEvent
+from app.engine.scheduler import Moves, Scheduler
+from app.engine.sequence import FinishReason, Hypothesis, Outcome, Sequence, SequenceStatus, TokenEvent
 from model.checkpoint import Checkpoint
 from model.models import Translator
 from model.sampling import BeamParams, SamplingParams, SamplingRows
 
-log = logging.getLogger("app.engine")
+Choice = TypeVar("Choice")  # what a step chose for a row
 
 
 @dataclass(frozen=True)
@@ -40,12 +37,15 @@ class DecodeLimits:
     max_queue_tokens: int
 
 
-class DecodeLane(ABC):
+class DecodeLane(ABC, Generic[Choice]):
     """A turn: forget the departed, admit, prefill the admitted, one step for every active row.
 
     `submit` and `abort` are called on the event loop, everything else on the device thread; the lock
     guards only what both touch, the queue.
     """
+
+    prefill_phase: str
+    params_type: type[SamplingParams] | type[BeamParams]
 
     def __init__(self, name: str, runner: DecodeRunner, limits: DecodeLimits, prefill_tokens: int) -> None:
         self.name, self.runner, self.limits = name, runner, limits
@@ -56,46 +56,62 @@ class DecodeLane(ABC):
             max_queue_tokens=limits.max_queue_tokens,
         )
         self.door = Door()
+        self.failures = Failures(name, runner.responds)
         self.wake: Callable[[], None] = lambda: None  # set by the worker
         self._lock = threading.Lock()
-        self._out: list[Handover] = []
+        self._departures = False
+        self._out: Handovers = []
 
     # On the event loop
 
     def submit(self, sequences: list[Sequence]) -> None:
-        """Queue all or nothing. Raises `Draining`, `PromptTooLong` or `Overloaded`."""
-        self.door.check()
+        """Queue all or nothing. Raises `Draining`, `PromptTooLong` or `Overloaded`.
+
+        ValueError for what a route should never let through: other parameters, more beams than rows,
+        tokens outside the vocabulary.
+        """
         for sequence in sequences:
-            self.check_size(sequence)
+            self._check(sequence)
+        now = time.monotonic()
         with self._lock:
+            self.door.check()
             if not self.scheduler.has_room(sequences):
                 raise Overloaded(self.door.retry_after(len(self.scheduler.waiting)))
+            for sequence in sequences:
+                sequence.submitted_at = now
             self.scheduler.add(sequences)
             self._measure_queue()
+        self.door.enter(len(sequences))
         metrics.prompt_tokens_total.labels(self.name).inc(sum(s.n_prompt_tokens for s in sequences))
+        if any(sequence.aborted for sequence in sequences):
+            self._departures = True
         self.wake()
 
     def abort(self, sequences: list[Sequence]) -> None:
         """Give up sequences, ended ones included; their rows are free at the next turn."""
         for sequence in sequences:
             sequence.aborted = True
+        self._departures = True
         self.wake()
 
-    def begin_drain(self) -> None:
-        self.door.draining = True
+    def _check(self, sequence: Sequence) -> None:
+        if not isinstance(sequence.params, self.params_type):
+            raise TypeError(f"{self.name} wants {self.params_type.__name__}, not {sequence.params!r}")
+        if sequence.n_rows > self.limits.n_slots:
+            raise ValueError(f"num_beams {sequence.n_rows} exceeds the {self.limits.n_slots} rows")
+        # On a GPU an index out of range would take the device down, and everybody with it.
+        if min(sequence.prompt_ids) < 0 or max(sequence.prompt_ids) >= self.runner.config.vocab_size:
+            raise ValueError(f"a token id is outside the vocabulary of {self.runner.config.vocab_size}")
+        self._check_length(sequence)
+
+    # On the device thread
 
     def has_work(self) -> bool:
         return bool(self.scheduler.waiting or self.scheduler.running)
 
-    # On the device thread
-
-    def turn(self) -> list[Handover]:
+    def turn(self) -> Handovers:
         """One step; returns what it produced."""
-        self._out = []
-        with self._lock:
-            departed = self.scheduler.drop_aborted()
-        departed += [sequence for sequence in self.scheduler.running if sequence.aborted]
-        self._end(departed, Aborted())
+        self._forget_departed()
         with self._lock:
             admitted = self.scheduler.admit()
             self._measure_queue()
@@ -103,91 +119,92 @@ class DecodeLane(ABC):
             self._admit(admitted)
         if self.scheduler.running:
             self._step()
+        return self._take_out()
+
+    def fail_all(self, error: Callable[[], EngineError]) -> Handovers:
+        """End everything with an error; the queue, the rows and the cache's owners are as new."""
+        with self._lock:
+            sequences = self.scheduler.clear()
+            self._measure_queue()
+        for sequence in sequences:
+            if sequence.status is not SequenceStatus.ENDED:
+                self._conclude(sequence, lambda _: error())
+        return self._take_out()
+
+    def _take_out(self) -> Handovers:
         metrics.rows_in_use.labels(self.name).set(self.scheduler.n_active)
         metrics.kv_cache_usage_ratio.labels(self.name).set(self._cache_usage())
-        return self._out
+        out, self._out = self._out, []
+        return out
 
-    def fail_all(self, error: EngineError) -> list[Handover]:
-        """End everything with an error."""
-        self._out = []
+    def _forget_departed(self) -> None:
+        if not self._departures:
+            return
+        # Cleared before looking: who departs meanwhile is found at the next turn.
+        self._departures = False
         with self._lock:
-            for sequence in self.scheduler.waiting:
-                sequence.aborted = True
-            waiting = self.scheduler.drop_aborted()
+            departed = self.scheduler.drop_aborted()
             self._measure_queue()
-        self._end([*waiting, *self.scheduler.running], error)
-        metrics.rows_in_use.labels(self.name).set(self.scheduler.n_active)
-        return self._out
+        departed += [sequence for sequence in self.scheduler.running if sequence.aborted]
+        self._end(departed, lambda _: Aborted())
 
     def _admit(self, admitted: list[Sequence]) -> None:
         now = time.monotonic()
         for sequence in admitted:
             sequence.admitted_at = now
             metrics.queue_seconds.labels(self.name).observe(sequence.queue_seconds)
-        failed = self._prefill_halving(admitted)
-        self._end(failed, StepFailed())
-
-    def _prefill_halving(self, admitted: list[Sequence]) -> list[Sequence]:
-        """Prefill; a failure is tried again in halves, so that only the cause of it fails."""
-        try:
-            self._prefill(admitted)
-        except Exception as error:
-            self._note_failure(error)
-            if len(admitted) == 1:
-                return admitted
-            middle = len(admitted) // 2
-            return self._prefill_halving(admitted[:middle]) + self._prefill_halving(admitted[middle:])
-        return []
+            self._open(sequence)
+        self._note_padding([sequence.n_prompt_tokens for sequence in admitted])
+        _, failed = halving(admitted, self._prefill, self.failures.note)
+        self._end(failed, _step_failed)
 
     def _step(self) -> None:
-        inputs = [self._row_input(sequence, row) for row, sequence in enumerate(self.scheduler.owners)]
-        token_ids, positions = [token for token, _ in inputs], [position for _, position in inputs]
-        failed_rows: list[int] = []
-        parts = self._logits_halving(0, token_ids, positions, failed_rows)
-        metrics.batch_rows.labels(self.name, "decode").observe(len(inputs))
-        if failed_rows:
-            # The survivors' logits are dropped too: their rows move now, and the next turn repeats the step.
-            owners = self.scheduler.owners
-            self._end(list({id(owners[row]): owners[row] for row in failed_rows}.values()), StepFailed())
-            return
-        self._commit(torch.cat(parts))
+        rows = range(self.scheduler.n_active)
+        metrics.batch_rows.labels(self.name, "decode").observe(len(rows))
+        parts, failed = halving(rows, self._choose, self.failures.note)
+        lost = self._owners(failed)
+        chosen = {row: choice for part in parts for row, choice in part.items()}
+        self._commit(chosen, [sequence for sequence in self.scheduler.running if sequence not in lost])
+        self._end(lost, _step_failed)
 
-    def _logits_halving(
-        self, first: int, token_ids: list[int], positions: list[int], failed: list[int]
-    ) -> list[Tensor]:
-        try:
-            return [self.runner.step(first, token_ids, positions)]
-        except Exception as error:
-            self._note_failure(error)
-            if len(token_ids) == 1:
-                failed.append(first)
-                return []
-            middle = len(token_ids) // 2
-            return self._logits_halving(first, token_ids[:middle], positions[:middle], failed) + (
-                self._logits_halving(first + middle, token_ids[middle:], positions[middle:], failed)
-            )
-
-    def _end(self, sequences: Items[Sequence], outcome: Outcome | Callable[[Sequence], Outcome]) -> None:
-        """Take sequences off their rows and hand over their outcomes."""
-        if not sequences:
+    def _end(self, sequences: Iterable[Sequence], outcome: Callable[[Sequence], Outcome]) -> None:
+        """Hand over the outcomes of sequences, those that have ended before left out, and free their rows."""
+        ending = [s for s in dict.fromkeys(sequences) if s.status is not SequenceStatus.ENDED]
+        if not ending:
             return
         length = max((self._row_length(s) for s in self.scheduler.running), default=0)
-        moves = self.scheduler.release(s for s in sequences if s.rows)
-        if moves:
-            self.runner.move(moves, length)
-        for sequence in sequences:
-            sequence.end()
-            if sequence.admitted_at is not None:
-                metrics.inference_seconds.labels(self.name).observe(sequence.inference_seconds)
-            self.door.note_end()
-            self._out.append(Handover(sequence, outcome(sequence) if callable(outcome) else outcome))
-            self._forget(sequence)
+        # First the outcomes: whatever happens to the rows, nobody is left waiting.
+        for sequence in ending:
+            self._conclude(sequence, outcome)
+        moves = self.scheduler.release(ending)
+        lost = self._copy(moves, lambda part: self.runner.move(part, length))
+        self._end(lost, _step_failed)
 
-    def _note_failure(self, error: Exception) -> None:
-        log.error("a model step failed", exc_info=error)
-        metrics.step_failures_total.labels(self.name).inc()
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
+    def _copy(self, moves: Moves, run: Callable[[Items[tuple[int, int]]], None]) -> list[Sequence]:
+        """Copy rows; returns those whose rows could not be filled."""
+        _, failed = halving(moves, run, self.failures.note) if moves else ([], [])
+        return self._owners(target for _, target in failed)
+
+    def _conclude(self, sequence: Sequence, outcome: Callable[[Sequence], Outcome]) -> None:
+        try:
+            delivery = outcome(sequence)
+        except Exception as error:
+            self.failures.note(error, 1)
+            delivery = StepFailed()
+        sequence.end()
+        if sequence.admitted_at is not None:
+            metrics.inference_seconds.labels(self.name).observe(sequence.inference_seconds)
+        self._forget(sequence)
+        self._out.append(Handover(sequence, delivery, self.door))
+
+    def _wipe(self, sequences: list[Sequence]) -> None:
+        """Clean rows that hold no numbers, before they move or find another owner."""
+        rows = [row for sequence in sequences for row in sequence.rows]
+        if rows:
+            halving(rows, self.runner.wipe, self.failures.note)
+
+    def _owners(self, rows: Iterable[int]) -> list[Sequence]:
+        return list(dict.fromkeys(self.scheduler.owners[row] for row in rows))
 
     def _measure_queue(self) -> None:
         metrics.queue_items.labels(self.name).set(len(self.scheduler.waiting))
@@ -197,32 +214,38 @@ class DecodeLane(ABC):
         used = sum(self._row_length(s) * s.n_rows for s in self.scheduler.running)
         return used / (self.runner.n_slots * self.runner.max_len)
 
-    def _note_padding(self, phase: str, lengths: Items[int]) -> None:
-        metrics.batch_rows.labels(self.name, phase).observe(len(lengths))
+    def _note_padding(self, lengths: Items[int]) -> None:
+        metrics.batch_rows.labels(self.name, self.prefill_phase).observe(len(lengths))
         padded = 1 - sum(lengths) / (max(lengths) * len(lengths))
-        metrics.batch_padding_ratio.labels(self.name, phase).observe(padded)
+        metrics.batch_padding_ratio.labels(self.name, self.prefill_phase).observe(padded)
 
     @abstractmethod
-    def check_size(self, sequence: Sequence) -> None:
+    def _check_length(self, sequence: Sequence) -> None:
         """Raises `PromptTooLong` for what the cache cannot hold."""
 
     @abstractmethod
-    def _prefill(self, admitted: list[Sequence]) -> None: ...
+    def _open(self, sequence: Sequence) -> None:
+        """Begin to remember a sequence."""
 
     @abstractmethod
-    def _row_input(self, sequence: Sequence, row: int) -> tuple[int, int]:
-        """The token that a row reads next, and its position."""
+    def _forget(self, sequence: Sequence) -> None:
+        """The inverse of `_open`; nothing happens where nothing is remembered."""
+
+    @abstractmethod
+    def _prefill(self, admitted: Items[Sequence]) -> None:
+        """Read the prompts of sequences in neighbouring rows. May be tried again."""
+
+    @abstractmethod
+    def _choose(self, rows: Items[int]) -> dict[int, Choice]:
+        """One step over neighbouring rows: what it chose for each. May be tried again."""
+
+    @abstractmethod
+    def _commit(self, chosen: dict[int, Choice], running: list[Sequence]) -> None:
+        """Take what was chosen for sequences, hand it over, end what has ended."""
 
     @abstractmethod
     def _row_length(self, sequence: Sequence) -> int:
-        """How much of its rows a sequence uses."""
-
-    @abstractmethod
-    def _commit(self, logits: Tensor) -> None:
-        """Choose tokens from logits (active rows, V), hand them over, end what has ended."""
-
-    @abstractmethod
-    def _forget(self, sequence: Sequence) -> None: ...
+        """How much of its rows a running sequence uses."""
 
 
 @dataclass
@@ -231,99 +254,108 @@ class _Generation:
 
     params: SamplingParams
     noise: random.Random
+    uniform: float = 0.0  # for the next token; drawn ahead, so that a step tried again draws the same
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
+    def take(self, drawn: Drawn) -> None:
+        self.token_ids.append(drawn.token_id)
+        self.logprobs.append(drawn.logprob)
+        self.uniform = self.noise.random()
 
-class GenerateLane(DecodeLane):
+
+class GenerateLane(DecodeLane[Drawn]):
     """Next-token generation: a row a sequence, sampled on the device."""
 
     runner: GenerateRunner
+    prefill_phase, params_type = "prefill", SamplingParams
 
     def __init__(self, name: str, runner: GenerateRunner, limits: DecodeLimits, prefill_tokens: int) -> None:
         super().__init__(name, runner, limits, prefill_tokens)
-        self.eos_id = runner.model.config.eos_id
-        self._running: dict[int, _Generation] = {}
+        self._generations: dict[Sequence, _Generation] = {}
         self._rows: tuple[list[Sequence], SamplingRows] | None = None
 
-    def check_size(self, sequence: Sequence) -> None:
+    def _check_length(self, sequence: Sequence) -> None:
         n_tokens = sequence.n_prompt_tokens + sequence.params.max_new_tokens
         if n_tokens > self.runner.max_len:
             raise PromptTooLong(n_tokens, self.runner.max_len)
 
-    def _prefill(self, admitted: list[Sequence]) -> None:
+    def _open(self, sequence: Sequence) -> None:
+        assert isinstance(sequence.params, SamplingParams)
+        noise = random.Random(sequence.seed)
+        self._generations[sequence] = _Generation(sequence.params, noise, noise.random())
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._generations.pop(sequence, None)
+        self._rows = None
+
+    def _prefill(self, admitted: Items[Sequence]) -> None:
         for sequence in admitted:
-            assert isinstance(sequence.params, SamplingParams)
             if sequence.prompt_logprobs:
                 sequence.prompt_logprobs_out = self.runner.prompt_logprobs(sequence.prompt_ids)
-            self._running[id(sequence)] = _Generation(sequence.params, random.Random(sequence.seed))
         # The last prompt token is left to the step, which reads one token a row in any case.
         prompts = [sequence.prompt_ids[:-1] for sequence in admitted]
         if any(prompts):
-            self._note_padding("prefill", [len(prompt) for prompt in prompts])
             self.runner.prefill(admitted[0].rows[0], prompts)
 
-    def _row_input(self, sequence: Sequence, row: int) -> tuple[int, int]:
-        new = self._running[id(sequence)].token_ids
-        return (new or sequence.prompt_ids)[-1], sequence.n_prompt_tokens - 1 + len(new)
-
     def _row_length(self, sequence: Sequence) -> int:
-        state = self._running.get(id(sequence))
-        return sequence.n_prompt_tokens + (len(state.token_ids) if state else 0)
+        return sequence.n_prompt_tokens + len(self._generations[sequence].token_ids)
 
-    def _commit(self, logits: Tensor) -> None:
-        owners = list(self.scheduler.owners)
-        states = [self._running[id(sequence)] for sequence in owners]
+    def _choose(self, rows: Items[int]) -> dict[int, Drawn]:
+        owners = self.scheduler.owners[rows[0] : rows[-1] + 1]
+        states = [self._generations[sequence] for sequence in owners]
+        pairs = list(zip(owners, states, strict=True))
+        token_ids = [(state.token_ids or sequence.prompt_ids)[-1] for sequence, state in pairs]
+        positions = [sequence.n_prompt_tokens - 1 + len(state.token_ids) for sequence, state in pairs]
+        logits = self.runner.step(rows[0], token_ids, positions)
         guards = Guards()
-        for row, (sequence, state) in enumerate(zip(owners, states, strict=True)):
+        for row, (sequence, state) in enumerate(pairs):
             self._guard(guards, row, sequence, state)
+        logits = self.runner.guard(logits, guards)
         n_top = max(state.params.top_n_tokens for state in states)
-        uniform = [s.noise.random() if s.params.temperature > 0 else 0.0 for s in states]
-        drawn = self.runner.draw(
-            self.runner.guard(logits, guards), self._sampling_rows(owners), uniform, n_top
+        uniform = [state.uniform for state in states]
+        return dict(
+            zip(rows, self.runner.draw(logits, self._sampling_rows(owners), uniform, n_top), strict=True)
         )
-        self._hand_over(owners, states, drawn)
 
     def _guard(self, guards: Guards, row: int, sequence: Sequence, state: _Generation) -> None:
         params = state.params
         if len(state.token_ids) < params.min_new_tokens:
-            guards.banned.append((row, self.eos_id))
+            guards.banned.append((row, self.runner.config.eos_id))
         if params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0:
             history = [*sequence.prompt_ids, *state.token_ids]
             guards.penalty(row, history, params.repetition_penalty, params.frequency_penalty)
 
     def _sampling_rows(self, owners: list[Sequence]) -> SamplingRows:
         if self._rows is None or self._rows[0] != owners:
-            params = [self._running[id(sequence)].params for sequence in owners]
+            params = [self._generations[sequence].params for sequence in owners]
             self._rows = owners, SamplingRows.stack(params, self.runner.device)
         return self._rows[1]
 
-    def _hand_over(self, owners: list[Sequence], states: list[_Generation], drawn: Drawn) -> None:
-        ended: dict[int, FinishReason] = {}
-        broken: list[Sequence] = []
+    def _commit(self, chosen: dict[int, Drawn], running: list[Sequence]) -> None:
         now = time.monotonic()
-        for row, (sequence, state) in enumerate(zip(owners, states, strict=True)):
-            token_id, logprob = drawn.token_ids[row], drawn.logprobs[row]
-            if math.isnan(logprob):
-                broken.append(sequence)
-                continue
-            state.token_ids.append(token_id)
-            state.logprobs.append(logprob)
-            sequence.n_generated_tokens = len(state.token_ids)
-            self._time(sequence, now)
-            reason = self._finish_reason(state)
-            top = tuple(drawn.top[row][: state.params.top_n_tokens])
-            event = TokenEvent(len(state.token_ids), token_id, logprob, top, reason)
-            self._out.append(Handover(sequence, event))
-            if reason is not None:
-                ended[id(sequence)] = reason
-        metrics.generated_tokens_total.labels(self.name).inc(len(owners) - len(broken))
-        self._end(broken, StepFailed("the model gave no number"))
-        done = [sequence for sequence in owners if id(sequence) in ended]
-        self._end(done, lambda sequence: [self._hypothesis(sequence, ended[id(sequence)])])
+        broken = [s for s in running if math.isnan(chosen[s.rows[0]].logprob)]
+        sound = [s for s in running if s not in broken]
+        reasons = {s: self._hand_over(s, chosen[s.rows[0]], now) for s in sound}
+        metrics.generated_tokens_total.labels(self.name).inc(len(sound))
+        self._wipe(broken)
+        self._end([*broken, *(s for s in sound if reasons[s])], lambda s: self._outcome(s, reasons.get(s)))
+
+    def _outcome(self, sequence: Sequence, reason: FinishReason | None) -> Outcome:
+        return _no_number() if reason is None else [self._hypothesis(sequence, reason)]
+
+    def _hand_over(self, sequence: Sequence, drawn: Drawn, now: float) -> FinishReason | None:
+        state = self._generations[sequence]
+        state.take(drawn)
+        index = sequence.n_generated_tokens = len(state.token_ids)
+        self._time(sequence, now)
+        reason = self._finish_reason(state)
+        top = tuple(drawn.top[: state.params.top_n_tokens])
+        self._out.append(Handover(sequence, TokenEvent(index, drawn.token_id, drawn.logprob, top, reason)))
+        return reason
 
     def _finish_reason(self, state: _Generation) -> FinishReason | None:
-        if state.token_ids[-1] == self.eos_id:
+        if state.token_ids[-1] == self.runner.config.eos_id:
             return FinishReason.EOS
         return FinishReason.LENGTH if len(state.token_ids) >= state.params.max_new_tokens else None
 
@@ -335,96 +367,103 @@ class GenerateLane(DecodeLane):
         sequence.last_token_at = now
 
     def _hypothesis(self, sequence: Sequence, reason: FinishReason) -> Hypothesis:
-        state = self._running[id(sequence)]
-        token_ids = state.token_ids[:-1] if reason is FinishReason.EOS else state.token_ids
+        state = self._generations[sequence]
         score = sum(state.logprobs) / len(state.logprobs)
-        return Hypothesis(token_ids, score, state.logprobs, reason)
-
-    def _forget(self, sequence: Sequence) -> None:
-        self._running.pop(id(sequence), None)
-        self._rows = None
+        n_tokens = len(state.token_ids) - (reason is FinishReason.EOS)
+        return Hypothesis(state.token_ids[:n_tokens], score, state.logprobs[:n_tokens], reason)
 
 
-class TranslateLane(DecodeLane):
-    """Beam search under continuous batching: a sentence takes a row per beam and gives all back at its end."""
+class TranslateLane(DecodeLane[list[Candidate]]):
+    """Beam search under continuous batching: a sentence takes a row per beam, gives all back at its end."""
 
     runner: TranslateRunner
+    prefill_phase, params_type = "encode", BeamParams
 
     def __init__(self, name: str, runner: TranslateRunner, limits: DecodeLimits, prefill_tokens: int) -> None:
         super().__init__(name, runner, limits, prefill_tokens)
-        self.config = runner.model.config
-        self._groups: dict[int, BeamGroup] = {}
+        self._languages = frozenset(runner.config.languages.values())
+        self._groups: dict[Sequence, BeamGroup] = {}
 
-    def check_size(self, sequence: Sequence) -> None:
+    def _check_length(self, sequence: Sequence) -> None:
         if sequence.n_prompt_tokens > self.limits.max_prompt_tokens:
             raise PromptTooLong(sequence.n_prompt_tokens, self.limits.max_prompt_tokens)
         if sequence.params.max_new_tokens > self.limits.max_new_tokens:
             raise PromptTooLong(sequence.params.max_new_tokens, self.limits.max_new_tokens)
-        if sequence.n_rows > self.limits.n_slots:
-            raise ValueError(f"num_beams {sequence.n_rows} exceeds the {self.limits.n_slots} rows")
 
-    def _prefill(self, admitted: list[Sequence]) -> None:
-        self._note_padding("encode", [sequence.n_prompt_tokens for sequence in admitted])
+    def _open(self, sequence: Sequence) -> None:
+        assert isinstance(sequence.params, BeamParams)
+        self._groups[sequence] = BeamGroup(sequence.params, self.runner.config.eos_id)
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._groups.pop(sequence, None)
+
+    def _prefill(self, admitted: Items[Sequence]) -> None:
         sources = [sequence.prompt_ids for sequence in admitted]
         self.runner.encode(admitted[0].rows[0], sources, [sequence.n_rows for sequence in admitted])
-        for sequence in admitted:
-            assert isinstance(sequence.params, BeamParams)
-            self._groups[id(sequence)] = BeamGroup(sequence.params, self.config.eos_id)
+
+    def _row_length(self, sequence: Sequence) -> int:
+        return self._groups[sequence].n_steps + 1
 
     def start_token(self, sequence: Sequence) -> int:
         """The decoder begins with the target language's token, which stands second in the source."""
-        language = sequence.prompt_ids[1] if sequence.n_prompt_tokens > 1 else self.config.bos_id
-        return language if language in self.config.languages.values() else self.config.bos_id
+        second = sequence.prompt_ids[1] if sequence.n_prompt_tokens > 1 else None
+        return second if second in self._languages else self.runner.config.bos_id
 
-    def _row_input(self, sequence: Sequence, row: int) -> tuple[int, int]:
-        group = self._groups[id(sequence)]
-        tokens = group.tokens_in(sequence.rows.index(row))
-        # A row without a live beam repeats the first position; nothing reads what it writes.
-        return (tokens[-1] if tokens else self.start_token(sequence)), len(tokens)
+    def _choose(self, rows: Items[int]) -> dict[int, list[Candidate]]:
+        running = self._owners(rows)
+        inputs = self._inputs(running)
+        token_ids, positions = zip(*(inputs[row] for row in rows), strict=True)
+        logits = self.runner.step(rows[0], list(token_ids), list(positions))
+        logits = self.runner.guard(logits, self._guards(running, rows))
+        width = 2 * max(sequence.n_rows for sequence in running)
+        return dict(zip(rows, self.runner.rank(logits, width), strict=True))
 
-    def _row_length(self, sequence: Sequence) -> int:
-        group = self._groups.get(id(sequence))
-        return group.n_steps + 1 if group else 1
+    def _inputs(self, running: list[Sequence]) -> dict[int, tuple[int, int]]:
+        """Per row the token that it reads next, and its position."""
+        inputs: dict[int, tuple[int, int]] = {}
+        for sequence in running:
+            # A row without a live beam repeats the first position; nothing reads what it writes.
+            inputs |= dict.fromkeys(sequence.rows, (self.start_token(sequence), 0))
+            for beam in self._groups[sequence].live:
+                if beam.tokens:
+                    inputs[sequence.rows[beam.row]] = beam.tokens[-1], len(beam.tokens)
+        return inputs
 
-    def _commit(self, logits: Tensor) -> None:
-        running = list(self.scheduler.running)
+    def _guards(self, running: list[Sequence], rows: Items[int]) -> Guards:
         guards = Guards()
         for sequence in running:
-            self._guard(guards, sequence)
-        width = 2 * max(sequence.n_rows for sequence in running)
-        ranked = self.runner.rank(self.runner.guard(logits, guards), width)
-        copies: list[tuple[int, int]] = []
-        broken: list[Sequence] = []
-        for sequence in running:
-            group = self._groups[id(sequence)]
-            candidates = [ranked[sequence.rows[row]] for row in group.live_rows]
-            if any(math.isnan(logprob) for own in candidates for _, logprob in own):
-                broken.append(sequence)
-                continue
-            moved = group.advance(candidates)
-            copies += [(sequence.rows[source], sequence.rows[target]) for source, target in moved]
-        length = max(self._row_length(sequence) for sequence in running)
-        self.runner.copy_beams(copies, length)
-        self._end(broken, StepFailed("the model gave no number"))
-        self._end([s for s in running if s not in broken and self._groups[id(s)].done], self._outcome)
+            group = self._groups[sequence]
+            for index, tokens, banned in group.guards():
+                row = sequence.rows[index]
+                if row in rows:
+                    guards.banned += [(row - rows[0], token) for token in banned]
+                    guards.penalty(row - rows[0], tokens, group.params.repetition_penalty)
+        return guards
 
-    def _guard(self, guards: Guards, sequence: Sequence) -> None:
-        group = self._groups[id(sequence)]
-        for index, tokens, banned in group.guards():
-            row = sequence.rows[index]
-            guards.banned += [(row, token) for token in banned]
-            guards.penalty(row, tokens, group.params.repetition_penalty)
+    def _commit(self, chosen: dict[int, list[Candidate]], running: list[Sequence]) -> None:
+        best = {s: [chosen[s.rows[index]] for index in self._groups[s].live_rows] for s in running}
+        broken = [s for s in running if any(math.isnan(own[0][1]) for own in best[s])]
+        sound = [s for s in running if s not in broken]
+        lost = self._copy_beams({s: self._groups[s].advance(best[s]) for s in sound})
+        done = [s for s in sound if self._groups[s].done]
+        self._wipe(broken)
+        self._end([*broken, *lost, *done], lambda s: self._outcome(s) if s in done else _no_number())
+
+    def _copy_beams(self, moved: dict[Sequence, Moves]) -> list[Sequence]:
+        """Let beams follow their parents, but for groups that are done; returns those where that failed."""
+        going_on = {s: moves for s, moves in moved.items() if not self._groups[s].done}
+        copies = [
+            (s.rows[source], s.rows[target]) for s, moves in going_on.items() for source, target in moves
+        ]
+        length = max(map(self._row_length, going_on), default=0)
+        return self._copy(copies, lambda part: self.runner.copy_beams(part, length))
 
     def _outcome(self, sequence: Sequence) -> Outcome:
         """The hypotheses, with alignments where they were asked for."""
-        ended = self._groups[id(sequence)].results()
-        sequence.n_generated_tokens = sum(len(e.tokens) for e in ended)
+        hypotheses = [self._hypothesis(sequence, ended) for ended in self._groups[sequence].results()]
+        sequence.n_generated_tokens = sum(len(hypothesis.token_ids) for hypothesis in hypotheses)
         metrics.generated_tokens_total.labels(self.name).inc(sequence.n_generated_tokens)
-        try:
-            return [self._hypothesis(sequence, e) for e in ended]
-        except Exception as error:  # the alignment is a model step like any other
-            self._note_failure(error)
-            return StepFailed()
+        return hypotheses
 
     def _hypothesis(self, sequence: Sequence, ended: Ended) -> Hypothesis:
         assert isinstance(sequence.params, BeamParams)
@@ -435,8 +474,13 @@ class TranslateLane(DecodeLane):
         reason = FinishReason.EOS if ended.finished else FinishReason.LENGTH
         return Hypothesis(ended.tokens, ended.score, ended.logprobs, reason, alignment)
 
-    def _forget(self, sequence: Sequence) -> None:
-        self._groups.pop(id(sequence), None)
+
+def _no_number() -> StepFailed:
+    return StepFailed("the model gave no number")
+
+
+def _step_failed(_: Sequence) -> StepFailed:
+    return StepFailed()
 
 
 def make_decode_lane(

@@ -2,57 +2,43 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
+from app import metrics
 from app.engine.errors import Draining, EngineError
 
+log = logging.getLogger("app.engine")
+
 DRAIN_RETRY_SECONDS = 5.0
+MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 60.0
+
+T = TypeVar("T")
+R = TypeVar("R")
+D = TypeVar("D")
+D_contra = TypeVar("D_contra", contravariant=True)
 
 
-class Lane(Protocol):
-    """The small face that the device worker sees."""
-
-    name: str
-
-    def has_work(self) -> bool:
-        """Does anything wait or run? Any thread."""
-
-    def turn(self) -> list[Handover]:
-        """One step or one batch, on the device thread; what it produced."""
-
-    def fail_all(self, error: EngineError) -> list[Handover]:
-        """Give up everything that waits or runs, on the device thread."""
-
-    def begin_drain(self) -> None:
-        """Refuse new work from now on; what is accepted goes on. Any thread."""
-
-
-class Receiver(Protocol):
+class Receiver(Protocol[D_contra]):
     """A piece of work that takes what the device produced for it, on the event loop."""
 
-    def deliver(self, delivery: object, /) -> None: ...
-
-
-class Handover:
-    """Something for a receiver, carried from the device thread to the event loop."""
-
-    __slots__ = ("delivery", "receiver")
-
-    def __init__(self, receiver: Receiver, delivery: object) -> None:
-        self.receiver, self.delivery = receiver, delivery
-
-    def complete(self) -> None:
-        """On the event loop."""
-        self.receiver.deliver(self.delivery)
+    def deliver(self, delivery: D_contra, /) -> None: ...
 
 
 class Door:
-    """Open, or draining; and how long a refused client should wait."""
+    """Open, or draining; how many are inside; how long a refused client should wait.
+
+    Lives on the event loop, all but `draining`, which any thread may set. It is read under the lane's
+    lock, so that nothing slips in behind the last look into the queue.
+    """
 
     def __init__(self) -> None:
         self.draining = False
+        self.n_inside = 0  # accepted, and not yet handed its end
+        self._busy_since = 0.0
         self._ends: deque[float] = deque(maxlen=64)
 
     def check(self) -> None:
@@ -60,14 +46,98 @@ class Door:
         if self.draining:
             raise Draining(DRAIN_RETRY_SECONDS)
 
-    def note_end(self) -> None:
-        """An item ended: the pace from which waits are estimated."""
+    def enter(self, n_items: int) -> None:
+        """Items were accepted."""
+        if self.n_inside == 0:  # a pace from before a pause would tell nothing
+            self._busy_since = time.monotonic()
+            self._ends.clear()
+        self.n_inside += n_items
+
+    def leave(self) -> None:
+        """An item was handed its end."""
+        self.n_inside -= 1
         self._ends.append(time.monotonic())
 
     def retry_after(self, n_waiting: int) -> float:
         """Seconds until as many items as wait now have probably ended, between 1 and 60."""
-        ends = list(self._ends)
-        if len(ends) < 2:
-            return 1.0
-        pace = (time.monotonic() - ends[0]) / len(ends)
-        return min(60.0, max(1.0, pace * n_waiting))
+        since = self._ends[0] if len(self._ends) == self._ends.maxlen else self._busy_since
+        # As if one more ended now: before the first end the guess grows with the time that passes.
+        pace = (time.monotonic() - since) / (len(self._ends) + 1)
+        return min(MAX_RETRY_SECONDS, max(MIN_RETRY_SECONDS, pace * n_waiting))
+
+
+class Handover(Generic[D]):
+    """Something for a receiver, carried from the device thread to the event loop.
+
+    A receiver's last one names the door by which it leaves.
+    """
+
+    __slots__ = ("_delivery", "_door", "_receiver")
+
+    def __init__(self, receiver: Receiver[D], delivery: D, door: Door | None = None) -> None:
+        self._receiver, self._delivery, self._door = receiver, delivery, door
+
+    def complete(self) -> None:
+        """On the event loop."""
+        if self._door is not None:
+            self._door.leave()
+        self._receiver.deliver(self._delivery)
+
+
+Handovers = list[Handover[Any]]
+
+
+class Failures:
+    """What happens when a step raises: it is counted, logged, and the device is asked whether it still lives."""
+
+    def __init__(self, name: str, responds: Callable[[], bool]) -> None:
+        self.name, self._responds = name, responds
+        self.broken = False  # the device answers no more: every later step would fail too
+
+    def note(self, error: Exception, n_items: int) -> bool:
+        """Note a failed step over some items; does trying again with fewer of them make sense?"""
+        metrics.step_failures_total.labels(self.name).inc()
+        self.broken = not self._responds()
+        # The halves of a failed step fail in the same way; the last of them tells the whole story.
+        story = error if n_items == 1 or self.broken else None
+        log.error("%s: a step over %d items failed: %r", self.name, n_items, error, exc_info=story)
+        return not self.broken
+
+
+class Lane(Protocol):
+    """The small face that the device worker sees."""
+
+    name: str
+    door: Door
+    wake: Callable[[], None]  # set by the worker
+    failures: Failures
+
+    def has_work(self) -> bool:
+        """Does anything wait or run? On the device thread."""
+
+    def turn(self) -> Handovers:
+        """One step or one batch, on the device thread; what it produced."""
+
+    def fail_all(self, error: Callable[[], EngineError]) -> Handovers:
+        """Give up everything that waits or runs, on the device thread, whatever state a turn left behind."""
+
+
+def halving(
+    items: Sequence[T], run: Callable[[Sequence[T]], R], note: Callable[[Exception, int], bool]
+) -> tuple[list[R], list[T]]:
+    """Run over the items; a failure is tried again in halves, so that only the cause of it fails.
+
+    `note` is told of each failure and its number of items, and says whether trying again makes sense.
+    Returns what the runs that succeeded returned, in order, and the items that failed.
+    """
+    try:
+        return [run(items)], []
+    except Exception as error:
+        again = note(error, len(items))
+    # Outside of the handler: the exception keeps alive what the failed attempt had allocated.
+    if len(items) == 1 or not again:
+        return [], list(items)
+    middle = len(items) // 2
+    results, failed = halving(items[:middle], run, note)
+    more_results, more_failed = halving(items[middle:], run, note)
+    return results + more_results, failed + more_failed

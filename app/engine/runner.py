@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ class DecodeRunner:
         model = checkpoint.model
         assert isinstance(model, CausalLM | Translator)
         self.model: CausalLM | Translator = model
+        self.config = checkpoint.config
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.n_slots, self.max_len = n_slots, max_len
@@ -71,6 +73,15 @@ class DecodeRunner:
         """Copy rows (source, target) up to `length` positions."""
         self.cache.copy_rows([source for source, _ in moves], [target for _, target in moves], length)
 
+    def wipe(self, rows: Sequence[int]) -> None:
+        """Forget what rows hold. NaN in them would reach their next owner: 0 x NaN is NaN, masked or not."""
+        self.cache.k[:, list(rows)] = 0
+        self.cache.v[:, list(rows)] = 0
+
+    def responds(self) -> bool:
+        """Does the device still answer?"""
+        return responds(self.device)
+
     def guard(self, logits: Tensor, guards: Guards) -> Tensor:
         """Apply penalties, then bans, to logits (B, V)."""
         if guards.histories:
@@ -85,13 +96,12 @@ class DecodeRunner:
         return logits
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """What one step drew for each row: the token, its log-probability, the likeliest tokens beside it."""
+class Drawn(NamedTuple):
+    """What one step drew for a row: the token, its log-probability, the likeliest tokens beside it."""
 
-    token_ids: list[int]
-    logprobs: list[float]
-    top: list[list[tuple[int, float]]]
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
 
 
 class GenerateRunner(DecodeRunner):
@@ -117,17 +127,20 @@ class GenerateRunner(DecodeRunner):
             out += logprobs.gather(1, wanted).squeeze(1).tolist()
         return out
 
-    def draw(self, logits: Tensor, rows: SamplingRows, uniform: list[float], n_top: int) -> Drawn:
-        """Draw a token per row of guarded logits (B, V); log-probabilities are the model's after the guards."""
+    def draw(self, logits: Tensor, rows: SamplingRows, uniform: list[float], n_top: int) -> list[Drawn]:
+        """Draw a token per row of guarded logits (B, V); log-probabilities are those after the guards.
+
+        `uniform` holds a number in [0, 1) per row. A row that holds no numbers has NaN for its logprob.
+        """
         token_ids = sample(logits, rows, torch.tensor(uniform, dtype=torch.float64, device=self.device))
         logprobs = logits.log_softmax(-1)
         chosen = logprobs.gather(1, token_ids[:, None]).squeeze(1)
         top: list[list[tuple[int, float]]] = [[] for _ in uniform]
         if n_top:
-            best = logprobs.topk(n_top, dim=-1)
+            best = logprobs.topk(min(n_top, logits.size(1)), dim=-1)
             pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             top = [list(zip(ids, values, strict=True)) for ids, values in pairs]
-        return Drawn(token_ids.tolist(), chosen.tolist(), top)
+        return list(map(Drawn, token_ids.tolist(), chosen.tolist(), top))
 
 
 class TranslateRunner(DecodeRunner):
@@ -177,10 +190,21 @@ class TranslateRunner(DecodeRunner):
         """Copy rows within their groups, where the memory is the same anyway."""
         super().move(copies, length)
 
+    def wipe(self, rows: Sequence[int]) -> None:
+        """Forget what rows hold, with their memories."""
+        super().wipe(rows)
+        self.memory.k[:, list(rows)] = 0
+        self.memory.v[:, list(rows)] = 0
+
     def rank(self, logits: Tensor, n_best: int) -> list[list[tuple[int, float]]]:
-        """The n best continuations of each row of guarded logits (B, V), with log-probabilities."""
-        best = logits.log_softmax(-1).topk(min(n_best, logits.size(1)), dim=-1)
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        """The n best continuations of each row of guarded logits (B, V), with log-probabilities.
+
+        Those of a row where everything is banned have -inf, those of one that holds no numbers NaN.
+        """
+        best = logits.topk(min(n_best, logits.size(1)), dim=-1)
+        logprobs = best.values - logits.logsumexp(-1, keepdim=True)
+        logprobs.masked_fill_(best.values == -torch.inf, -torch.inf)
+        pairs = zip(best.indices.tolist(), logprobs.tolist(), strict=True)
         return [list(zip(ids, values, strict=True)) for ids, values in pairs]
 
     def align(self, source: Sequence[int], target: Sequence[int]) -> list[list[float]]:
@@ -210,6 +234,7 @@ class MaskedRunner:
             "space": _fillable(self.tokenizer, True).to(self.device),
             "no_space": _fillable(self.tokenizer, False).to(self.device),
         }
+        self.n_allowed = {name: int(mask.sum()) for name, mask in self.allowed.items()}
 
     def encode(self, token_ids: Sequence[Sequence[int]], segment_ids: Sequence[Sequence[int]]) -> Tensor:
         """Rows of ids -> hidden states (B, S, D)."""
@@ -225,13 +250,27 @@ class MaskedRunner:
         if targets is not None:
             picked = probs[list(targets)].tolist()
             return sorted(zip(targets, picked, strict=True), key=lambda pair: -pair[1])[:top_k]
-        best = probs.topk(min(top_k, probs.numel()))
+        best = probs.topk(min(top_k, self.n_allowed[allowed]))
         return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
     def follows(self, hidden: Tensor) -> list[float]:
         """hidden (B, S, D) -> the probability, per row, that B follows A."""
         probs: list[float] = self.model.nsp_head(hidden).float().softmax(-1)[:, 1].tolist()
         return probs
+
+    def responds(self) -> bool:
+        """Does the device still answer?"""
+        return responds(self.device)
+
+
+def responds(device: torch.device) -> bool:
+    """Does a device still answer? After some faults of a GPU all that a process asks of it fails."""
+    try:
+        return bool(torch.zeros(1, device=device).item() == 0)
+    except torch.OutOfMemoryError:
+        return True
+    except Exception:
+        return False
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:

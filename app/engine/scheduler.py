@@ -77,25 +77,33 @@ class Scheduler:
 
     def release(self, sequences: Iterable[Sequence]) -> Moves:
         """Give back the rows of sequences that ended; returns the moves that close the holes."""
-        gone = list(sequences)
+        gone = set(sequences)
         freed = {row for sequence in gone for row in sequence.rows}
         self.running = [sequence for sequence in self.running if sequence not in gone]
         for sequence in gone:
             sequence.rows = []
         return self._close(freed)
 
+    def clear(self) -> list[Sequence]:
+        """Forget everything that waits or runs, and return it."""
+        everything = [*self.waiting, *self.running]
+        self.waiting.clear()
+        self.running, self.owners, self.waiting_tokens = [], [], 0
+        for sequence in everything:
+            sequence.rows = []
+        return everything
+
     def _close(self, freed: set[int]) -> Moves:
         moves: Moves = []
-        for row in sorted(freed):
+        for hole in sorted(freed):
             while self.owners and len(self.owners) - 1 in freed:
-                freed.remove(len(self.owners) - 1)
                 self.owners.pop()
-            if row >= len(self.owners):
-                break
             last = len(self.owners) - 1
+            if hole > last:
+                break
             owner = self.owners.pop()
-            owner.rows[owner.rows.index(last)] = row
-            self.owners[row] = owner
-            freed.discard(row)
-            moves.append((last, row))
+            owner.rows[owner.rows.index(last)] = hole
+            self.owners[hole] = owner
+            freed.discard(hole)
+            moves.append((last, hole))
         return moves

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 
-from app.engine.errors import Aborted, EngineError
+from app.engine.errors import EngineError
 from model.sampling import BeamParams, SamplingParams
 
 
@@ -63,9 +63,9 @@ Delivery = TokenEvent | Outcome
 class Sequence:
     """A prompt to go on with, or a source sentence to translate.
 
-    Made, read and awaited on the event loop; the device thread writes what it produces through
-    `deliver`, which the worker calls on the loop. `rows` are the cache rows it holds, in the order of its
-    beams; the scheduler moves them.
+    Made, read and awaited on the event loop, by as many readers as like, before or after its end; the
+    device thread writes what it produces through `deliver`, which the worker calls on the loop. `rows` are
+    the cache rows it holds, in the order of its beams; the scheduler moves them.
     """
 
     def __init__(
@@ -73,6 +73,8 @@ class Sequence:
     ) -> None:
         if not prompt_ids:
             raise ValueError("prompt_ids: empty")
+        if params.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens {params.max_new_tokens} is less than 1")
         self.prompt_ids, self.params, self.prompt_logprobs = prompt_ids, params, prompt_logprobs
         seed = params.seed if isinstance(params, SamplingParams) else 0
         self.seed = random.getrandbits(63) if seed is None else seed
@@ -86,9 +88,10 @@ class Sequence:
         self.admitted_at: float | None = None
         self.last_token_at: float | None = None
         self.ended_at: float | None = None
-        self._events: asyncio.Queue[TokenEvent | EngineError] = asyncio.Queue()
-        self._outcome: asyncio.Future[Outcome] | None = None
-        self._early: Outcome | None = None
+        self._tokens: list[TokenEvent] = []
+        self._outcome: Outcome | None = None
+        self._news = asyncio.Event()  # set at each delivery
+        self._ended = asyncio.Event()
 
     @property
     def n_prompt_tokens(self) -> int:
@@ -106,45 +109,46 @@ class Sequence:
         return (self.ended_at or time.monotonic()) - self.admitted_at if self.admitted_at else 0.0
 
     async def events(self) -> AsyncIterator[TokenEvent]:
-        """The tokens of a generation as they come; ends after the last. Raises `EngineError`."""
+        """The tokens of a generation from its first, as they come. Raises `EngineError`."""
+        n_seen = 0
         while True:
-            event = await self._events.get()
-            if isinstance(event, EngineError):
-                raise event
-            yield event
-            if event.finish_reason is not None:
+            while n_seen < len(self._tokens):
+                event = self._tokens[n_seen]
+                n_seen += 1
+                yield event
+                if event.finish_reason is not None:
+                    return
+            if self._outcome is not None:
+                self._raise_failure(self._outcome)
                 return
+            self._news.clear()
+            await self._news.wait()
 
     async def result(self) -> list[Hypothesis]:
         """The finished hypotheses, best first. Raises `EngineError`."""
-        if self._early is None:
-            if self._outcome is None:
-                self._outcome = asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._outcome)
-        assert self._early is not None
-        if isinstance(self._early, EngineError):
-            raise self._early
-        return self._early
+        await self._ended.wait()
+        assert self._outcome is not None
+        return self._raise_failure(self._outcome)
+
+    @staticmethod
+    def _raise_failure(outcome: Outcome) -> list[Hypothesis]:
+        if isinstance(outcome, EngineError):
+            # Without the traceback of an earlier reader, to which each raise would add.
+            raise outcome.with_traceback(None)
+        return outcome
 
     def deliver(self, delivery: Delivery) -> None:
-        """On the event loop: hand over a token, or the end."""
+        """On the event loop: hand over a token, or the end. What comes after the end is dropped."""
+        if self._outcome is not None:
+            return
         if isinstance(delivery, TokenEvent):
-            self._events.put_nowait(delivery)
-            return
-        if self._early is not None:
-            return
-        self._early = delivery
-        if isinstance(delivery, EngineError):
-            self._events.put_nowait(delivery)
-        if self._outcome is not None and not self._outcome.done():
-            self._outcome.set_result(delivery)
+            self._tokens.append(delivery)
+        else:
+            self._outcome = delivery
+            self._ended.set()
+        self._news.set()
 
     def end(self) -> None:
         """Mark as ended, once; the times stop here."""
         self.status = SequenceStatus.ENDED
         self.ended_at = self.ended_at or time.monotonic()
-
-
-def aborted() -> EngineError:
-    """What an aborted sequence ends with."""
-    return Aborted()

@@ -6,12 +6,12 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from app.engine.errors import Aborted, StepFailed
-from app.engine.lane import Handover, Lane
+from app.engine.errors import Aborted, EngineError, StepFailed
+from app.engine.lane import Handovers, Lane
 
 log = logging.getLogger("app.engine")
 
@@ -41,25 +41,28 @@ class DeviceWorker:
 
     @property
     def alive(self) -> bool:
-        """Does the thread run, and has it begun a turn lately?"""
-        return self._thread.is_alive() and time.monotonic() - self._beat < STALL_SECONDS
+        """Does the thread run, has it begun a turn lately, and does the device still answer?"""
+        beats = self._thread.is_alive() and time.monotonic() - self._beat < STALL_SECONDS
+        return beats and not any(lane.failures.broken for lane in self.lanes)
 
     def begin_drain(self) -> None:
-        """Every lane refuses new work from now on."""
+        """Every lane refuses new work from now on; what is accepted goes on."""
         for lane in self.lanes:
-            lane.begin_drain()
+            lane.door.draining = True
 
     async def drained(self, timeout: float) -> bool:
-        """Wait until all accepted work has ended; False when that takes longer than `timeout` seconds."""
+        """Wait until all accepted work has been handed its end; False if that takes over `timeout` seconds."""
         deadline = time.monotonic() + timeout
-        while any(lane.has_work() for lane in self.lanes):
-            if time.monotonic() > deadline or not self._thread.is_alive():
+        while any(lane.door.n_inside for lane in self.lanes):
+            if time.monotonic() > deadline:
                 return False
             await asyncio.sleep(0.02)
         return True
 
     def stop(self) -> None:
         """End the thread after its present turn; what still waits or runs ends as aborted."""
+        # Closed before the last look into the queues: nothing comes in that nobody would serve.
+        self.begin_drain()
         self._stopping = True
         self._wake.set()
         if self._thread.is_alive():
@@ -67,15 +70,18 @@ class DeviceWorker:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        while not self._stopping:
-            self._beat = time.monotonic()
-            # Cleared before looking: work that arrives during the turn sets it again.
-            self._wake.clear()
-            busy = [self._turn(lane) for lane in self.lanes]  # every lane has its turn
-            if not any(busy):
-                self._wake.wait(timeout=1.0)
-        for lane in self.lanes:
-            self._hand_over(lane.fail_all(Aborted("the service stopped")))
+        try:
+            while not self._stopping:
+                self._beat = time.monotonic()
+                # Cleared before looking: work that arrives during the turn sets it again.
+                self._wake.clear()
+                busy = [self._turn(lane) for lane in self.lanes]  # every lane has its turn
+                if not any(busy):
+                    self._wake.wait(timeout=1.0)
+        finally:
+            self.begin_drain()
+            for lane in self.lanes:
+                self._give_up(lane, lambda: Aborted("the service stopped"))
 
     def _turn(self, lane: Lane) -> bool:
         if not lane.has_work():
@@ -84,10 +90,16 @@ class DeviceWorker:
             self._hand_over(lane.turn())
         except Exception as error:  # the loop survives everything
             log.critical("lane %s broke", lane.name, exc_info=error)
-            self._hand_over(lane.fail_all(StepFailed()))
+            self._give_up(lane, StepFailed)
         return True
 
-    def _hand_over(self, handovers: list[Handover]) -> None:
+    def _give_up(self, lane: Lane, error: Callable[[], EngineError]) -> None:
+        try:
+            self._hand_over(lane.fail_all(error))
+        except Exception as failure:
+            log.critical("lane %s cannot be cleared", lane.name, exc_info=failure)
+
+    def _hand_over(self, handovers: Handovers) -> None:
         if not handovers or self._loop is None:
             return
         try:
@@ -96,6 +108,9 @@ class DeviceWorker:
             log.warning("%d results found no event loop", len(handovers))
 
 
-def _complete(handovers: list[Handover]) -> None:
+def _complete(handovers: Handovers) -> None:
     for handover in handovers:
-        handover.complete()
+        try:
+            handover.complete()
+        except Exception as error:  # one receiver's trouble is not its neighbours'
+            log.critical("a result could not be delivered", exc_info=error)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import time
 import tomllib
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from model.config import TransformerConfig
-from model.models import Translator, build_model
+from model.models import MaskedLM, build_model
 from model.tokenizer import Tokenizer
 from model.training import prepare
 from model.training.causal import CausalTask
@@ -21,7 +23,8 @@ from model.training.evaluate import add_evaluate_arguments, evaluate_command
 from model.training.loop import Options, Task, Trainer
 from model.training.masked import MaskedTask
 from model.training.shards import Shard, write_shard
-from model.training.translate import TranslateTask, start_from_encoder
+from model.training.transfer import start_from_encoder
+from model.training.translate import TranslateTask
 
 ARCHITECTURES = {"translate": "translator", "masked": "masked_lm", "causal": "causal_lm"}
 
@@ -51,9 +54,15 @@ def _parser() -> argparse.ArgumentParser:
         train.add_argument("--tokenizer", type=Path, required=True)
         train.add_argument("--data", type=Path, required=True, help="folder that holds the packs")
         train.add_argument("--run", type=Path, required=True, help="folder for shards, checkpoint, model")
-        train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override [train]")
+        train.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="override the recipe, in TOML: steps=100 or data.batch_tokens=1024",
+        )
         train.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-        if command == "translate":
+        if command != "masked":
             train.add_argument("--start-from", type=Path, help="a masked model's folder: take its encoder")
     add_evaluate_arguments(commands.add_parser("evaluate", help="measure a model and write its card"))
     return parser
@@ -72,28 +81,42 @@ def _tokenizer(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    recipe = tomllib.loads(arguments.recipe.read_text(encoding="utf-8"))
+    recipe = read_recipe(arguments.recipe, arguments.set)
     tokenizer = Tokenizer.load(arguments.tokenizer)
-    options = _options(recipe["train"], arguments.set)
+    options = _options(recipe["train"])
     config = model_config(arguments.command, recipe["model"], tokenizer)
     torch.manual_seed(options.seed)
     model = build_model(config)
-    if getattr(arguments, "start_from", None) and isinstance(model, Translator):
+    if getattr(arguments, "start_from", None) and not isinstance(model, MaskedLM):
         copied = start_from_encoder(model, load_file(arguments.start_from / "model.safetensors"))
         print(f"{copied} tensors taken from {arguments.start_from}")
-    task, held = (make_task(arguments, recipe["data"], tokenizer, options.seed, held=h) for h in (False, True))
+    task, held = (
+        make_task(arguments, recipe["data"], tokenizer, options.seed, held=h) for h in (False, True)
+    )
     total = sum(p.numel() for p in model.parameters())
     print(f"{total / 1e6:.1f} M parameters, {len(task.batches(0))} batches in the first epoch")
     Trainer(model, tokenizer, task, held, options, arguments.run).run()
     return 0
 
 
-def _options(values: dict[str, Any], overrides: list[str]) -> Options:
-    known = {f.name for f in fields(Options)}
+def read_recipe(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """A recipe with overrides applied: `section.key=value`, where the section is "train" when left out."""
+    recipe = tomllib.loads(path.read_text(encoding="utf-8"))
     for override in overrides:
-        key, _, text = override.partition("=")
-        values[key] = tomllib.loads(f"value = {text}")["value"]
-    if unknown := set(values) - known:
+        name, _, text = override.partition("=")
+        section, _, key = name.rpartition(".")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError as error:
+            raise SystemExit(f"--set {override}: the value is not TOML ({error})") from None
+        if (section or "train") not in recipe:
+            raise SystemExit(f"--set {override}: the recipe has no [{section}]")
+        recipe[section or "train"][key] = value
+    return recipe
+
+
+def _options(values: dict[str, Any]) -> Options:
+    if unknown := set(values) - {f.name for f in fields(Options)}:
         raise SystemExit(f"unknown key in [train]: {', '.join(sorted(unknown))}")
     return Options(**values)
 
@@ -102,8 +125,12 @@ def model_config(command: str, values: dict[str, Any], tokenizer: Tokenizer) -> 
     """The configuration of a recipe's [model] with the tokenizer's own ids."""
     t = tokenizer
     ids = {
-        **{"pad_id": t.pad_id, "bos_id": t.bos_id, "eos_id": t.eos_id},
-        **{"mask_id": t.mask_id, "cls_id": t.cls_id, "sep_id": t.sep_id},
+        "pad_id": t.pad_id,
+        "bos_id": t.bos_id,
+        "eos_id": t.eos_id,
+        "mask_id": t.mask_id,
+        "cls_id": t.cls_id,
+        "sep_id": t.sep_id,
     }
     languages = t.languages if command == "translate" else {}
     fixed = {"architecture": ARCHITECTURES[command], "vocab_size": t.vocab_size, "languages": languages}
@@ -121,14 +148,14 @@ def make_task(
         noise = 0.0 if held else data.get("noise", 0.15)
         return TranslateTask(shard, tokenizer, weights=weights, noise=noise, **common)
     if arguments.command == "masked":
-        return MaskedTask(shard, tokenizer, **common)
+        return MaskedTask(shard, tokenizer, mask_ratio=data.get("mask_ratio", 0.15), **common)
     return CausalTask(shard, tokenizer, **common)
 
 
-def _shard(
-    arguments: argparse.Namespace, data: dict[str, Any], tokenizer: Tokenizer, *, held: bool
-) -> Shard:
+def _shard(arguments: argparse.Namespace, data: dict[str, Any], tokenizer: Tokenizer, *, held: bool) -> Shard:
     folder = arguments.run / ("held" if held else "train")
+    while int(os.environ.get("LOCAL_RANK", 0)) and not (folder / "meta.json").exists():
+        time.sleep(1)  # of several processes the first writes
     if (folder / "meta.json").exists():
         return Shard(folder)
     pairs = [arguments.data / name for name in data.get("pairs", [])]

@@ -35,12 +35,12 @@ class CausalTask:
         self.starts, self.sizes = units[docs[:-1]], units[docs[1:]] - units[docs[:-1]]
 
     def batches(self, epoch: int) -> list[Indices]:
-        """Batches of windows, (B, 2 columns: epoch's stream offset, epoch); the last partial batch is left out."""
+        """Batches of windows (B, 2): offset in the epoch's stream, epoch; a partial batch only alone."""
         rng = np.random.default_rng((self.seed, epoch))
         total = int((self.sizes + 2).sum())
         windows = np.arange((total - 1) // self.max_len, dtype=np.int64)
         rng.shuffle(windows)
-        n_batches = max(1, len(windows) // self.rows)
+        n_batches = max(min(1, len(windows)), len(windows) // self.rows)
         columns = np.stack((windows * self.max_len, np.full_like(windows, epoch)), axis=1)
         return [columns[i * self.rows : (i + 1) * self.rows] for i in range(n_batches)]
 

@@ -1,4 +1,253 @@
-"""Being written."""
+"""`python -m model.training evaluate`: measure a model, print a table, write it into the model's card."""
+
+from __future__ import annotations
+
 import argparse
-def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None: ...
-def evaluate_command(arguments: argparse.Namespace) -> int: return 1
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import sacrebleu
+import torch
+
+from model.checkpoint import Checkpoint, CheckpointError, load
+from model.models import CausalLM, MaskedLM, Translator
+from model.sampling import BeamParams
+from model.training import prepare
+from model.training.packs import PackError
+from model.training.scores import (
+    DIRECTIONS,
+    Corpus,
+    Row,
+    Translation,
+    bleu_tokenizer,
+    markdown_table,
+    score_causal,
+    score_corpus,
+    score_masked,
+    translate_all,
+)
+from model.training.shards import Document
+
+T = TypeVar("T")
+PAIR_PACK = "written.en-ko.tsv.xz"
+TEXT_PACKS = ("mono.en.txt.xz", "mono.ko.txt.xz")
+CARD, HELD = "README.md", "held-out"
+START, STOP = "<!-- scores -->", "<!-- /scores -->"
+_DOCUMENTS, _SENTENCES = 200, 30  # per language where --limit says nothing, and per document: books are long
+
+
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `evaluate`."""
+    parser.add_argument("--model", type=Path, required=True, help="folder of the model")
+    parser.add_argument(
+        "--data", type=Path, help="folder that holds the packs: their held-out part is measured"
+    )
+    parser.add_argument(
+        "--pairs", type=Path, nargs=2, action="append", default=[], metavar=("SRC", "REF"),
+        help="line-parallel files for a translator; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--direction", choices=DIRECTIONS, action="append", default=[],
+        help="of each --pairs in turn; left out, both are measured and Korean is recognised",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="examples of each text; 0 is all")
+    parser.add_argument("--beams", type=int, default=4)
+    parser.add_argument("--length-penalty", type=float, default=1.0)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--rows", type=int, default=128, help="beams that are decoded at once")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N translations of each text")
+    parser.add_argument(
+        "--card", action="store_true", help=f"write the table into {CARD} of the model's folder"
+    )
+
+
+def evaluate_command(arguments: argparse.Namespace) -> int:
+    """Measure, print, and write the card where asked; returns the exit status."""
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    try:
+        report = _report(arguments)
+    except (CheckpointError, PackError, OSError, ValueError) as error:
+        print(f"evaluate: {error}")
+        return 1
+    print(report)
+    if arguments.card:
+        write_card(arguments.model / CARD, report)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> str:
+    """The table with a line below that says how it was measured."""
+    checkpoint = load(arguments.model, arguments.device)
+    started = time.monotonic()
+    if isinstance(checkpoint.model, Translator):
+        rows, note = _translator_rows(arguments, checkpoint, checkpoint.model)
+    elif isinstance(checkpoint.model, MaskedLM):
+        rows, note = _masked_rows(arguments, checkpoint, checkpoint.model)
+    else:
+        rows, note = _causal_rows(arguments, checkpoint, checkpoint.model)
+    if not rows:
+        raise ValueError("nothing to measure: give --data, or --pairs for a translator")
+    seconds = time.monotonic() - started
+    return (
+        f"{markdown_table(rows)}\n\n{note} Weights {checkpoint.sha256[:12]}, measured in {seconds:.0f} s.\n"
+    )
+
+
+# --- the three kinds --------------------------------------------------------------------------
+
+
+def _translator_rows(
+    arguments: argparse.Namespace, checkpoint: Checkpoint, model: Translator
+) -> tuple[list[Row], str]:
+    longest = min(arguments.max_new_tokens, checkpoint.config.max_len)
+    params = BeamParams(arguments.beams, length_penalty=arguments.length_penalty, max_new_tokens=longest)
+    rows = []
+    held: dict[str, tuple[Corpus, list[Translation]]] = {}
+    for corpus in corpora(arguments):
+        language = corpus.direction[-2:]
+        translations = translate_all(
+            model, checkpoint.tokenizer, corpus.sources, language, params, arguments.rows
+        )
+        rows.append(score_corpus(corpus, translations))
+        _show(corpus, translations[: arguments.show])
+        if corpus.name.startswith(HELD):
+            empty = Corpus(f"{HELD}, all of these", corpus.direction, [], [])
+            whole, all_translations = held.setdefault(corpus.direction, (empty, []))
+            whole.references.extend(corpus.references)
+            all_translations.extend(translations)
+    rows += [score_corpus(*together) for together in held.values()]
+    note = (
+        f"sacrebleu {sacrebleu.__version__}; BLEU with {bleu_tokenizer('en')} for English and "
+        f"{bleu_tokenizer('ko')} for Korean, chrF2; {params.num_beams} beams, length penalty "
+        f"{params.length_penalty:g}, at most {params.max_new_tokens} tokens."
+    )
+    return rows, note
+
+
+def _show(corpus: Corpus, translations: Sequence[Translation]) -> None:
+    for source, translation, reference in zip(corpus.sources, translations, corpus.references, strict=False):
+        print(f"{source}\n  -> {translation.text}\n  == {reference}")
+
+
+def _masked_rows(
+    arguments: argparse.Namespace, checkpoint: Checkpoint, model: MaskedLM
+) -> tuple[list[Row], str]:
+    rows = [
+        score_masked(model, checkpoint.tokenizer, name, documents)
+        for name, documents in held_texts(arguments)
+    ]
+    note = "Held-out text; 15% of the tokens, every one of them masked; B is the next passage half the time."
+    return rows, note
+
+
+def _causal_rows(
+    arguments: argparse.Namespace, checkpoint: Checkpoint, model: CausalLM
+) -> tuple[list[Row], str]:
+    rows = [
+        score_causal(model, checkpoint.tokenizer, name, documents)
+        for name, documents in held_texts(arguments)
+    ]
+    return rows, "Held-out text, in windows of 256 tokens."
+
+
+# --- the texts --------------------------------------------------------------------------------
+
+
+def corpora(arguments: argparse.Namespace) -> Iterator[Corpus]:
+    """The pairs of files, then the data folder's development files and held-out pairs by source."""
+    if arguments.direction and len(arguments.direction) != len(arguments.pairs):
+        raise ValueError(f"{len(arguments.pairs)} --pairs but {len(arguments.direction)} --direction")
+    for i, (source, reference) in enumerate(arguments.pairs):
+        pairs = read_parallel(source, reference)
+        if arguments.direction:
+            yield _corpus(source.name, arguments.direction[i], sample(pairs, arguments.limit))
+        else:
+            yield from _both_ways(source.name, english_first(pairs), arguments.limit)
+    if arguments.data is None:
+        return
+    for english in sorted((arguments.data / "dev").glob("*.eng")):
+        yield from _both_ways(
+            english.stem, read_parallel(english, english.with_suffix(".kor")), arguments.limit
+        )
+    pack = arguments.data / PAIR_PACK
+    if pack.exists():
+        yield from _held_corpora(pack, arguments.limit)
+
+
+def _held_corpora(pack: Path, limit: int) -> Iterator[Corpus]:
+    by_source: dict[str, list[tuple[str, str]]] = {}
+    for label, (english, korean, *_) in prepare.pair_documents([pack], held=True):
+        by_source.setdefault(label, []).append((english, korean))
+    for source, pairs in sorted(by_source.items()):
+        yield from _both_ways(f"{HELD} {source}", pairs, limit)
+
+
+def _both_ways(name: str, pairs: Sequence[tuple[str, str]], limit: int) -> Iterator[Corpus]:
+    """pairs of (English, Korean)."""
+    chosen = sample(pairs, limit)
+    yield _corpus(name, "en-ko", chosen)
+    yield _corpus(name, "ko-en", [(korean, english) for english, korean in chosen])
+
+
+def _corpus(name: str, direction: str, pairs: Iterable[tuple[str, str]]) -> Corpus:
+    """pairs of (source, reference)."""
+    sources, references = (list(side) for side in zip(*pairs, strict=True))
+    return Corpus(name, direction, sources, references)
+
+
+def read_parallel(first: Path, second: Path) -> list[tuple[str, str]]:
+    """Line by line. Raises ValueError when the files differ in length or hold nothing."""
+    sides = [path.read_text(encoding="utf-8").removesuffix("\n").split("\n") for path in (first, second)]
+    if len(sides[0]) != len(sides[1]) or sides == [[""], [""]]:
+        raise ValueError(f"{first} has {len(sides[0])} lines, {second} has {len(sides[1])}")
+    return [(a.strip(), b.strip()) for a, b in zip(*sides, strict=True)]
+
+
+def english_first(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The same pairs with the side that holds more Hangul second."""
+    hangul = [sum("가" <= c <= "힣" for pair in pairs for c in pair[side]) for side in (0, 1)]
+    return [(b, a) for a, b in pairs] if hangul[0] > hangul[1] else pairs
+
+
+def held_texts(arguments: argparse.Namespace) -> Iterator[tuple[str, list[Document]]]:
+    """The beginnings of each language's held-out documents, then the held-out everyday sentences of each."""
+    if arguments.data is None:
+        return
+    for pack in (arguments.data / name for name in TEXT_PACKS):
+        if pack.exists():
+            beginnings = [(label, units[:_SENTENCES]) for label, units in prepare.passages([pack], held=True)]
+            yield pack.name.split(".txt")[0], sample(beginnings, arguments.limit or _DOCUMENTS)
+    pack = arguments.data / PAIR_PACK
+    if pack.exists():
+        pairs = [units for _, units in prepare.pair_documents([pack], held=True)]
+        for side, name in enumerate(("sentences.en", "sentences.ko")):
+            yield name, [(name, [pair[side]]) for pair in sample(pairs, arguments.limit)]
+
+
+def sample(items: Sequence[T], limit: int) -> list[T]:
+    """At most `limit` items, evenly spread; 0 takes all."""
+    if not limit or len(items) <= limit:
+        return list(items)
+    return [items[i * len(items) // limit] for i in range(limit)]
+
+
+# --- the card ---------------------------------------------------------------------------------
+
+_SECTION = re.compile(f"{re.escape(START)}.*?(?:{re.escape(STOP)}|{re.escape(START)})", re.DOTALL)
+
+
+def write_card(path: Path, report: str) -> None:
+    """Replace what stands between the marks in a card; without marks, add them at its end."""
+    section = f"{START}\n{report.rstrip()}\n{STOP}"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if _SECTION.search(text):
+        text = _SECTION.sub(lambda _: section, text, count=1)
+    else:
+        text = f"{text.rstrip()}\n\n{section}\n".lstrip()
+    path.write_text(text, encoding="utf-8")

@@ -60,7 +60,7 @@ class Options:
 
 
 def make_optimizers(model: nn.Module, options: Options) -> list[torch.optim.Optimizer]:
-    """AdamW (Loshchilov and Hutter 2019); with "muon", Muon (Jordan et al. 2024) for the maps inside the layers.
+    """AdamW (Loshchilov and Hutter 2019); "muon" is Muon (Jordan et al. 2024) for the maps inside the layers.
 
     Embeddings, norms, biases and heads stay with AdamW in both; norms and biases are never decayed.
     """
@@ -119,7 +119,13 @@ class Trainer:
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(self.device)
         self.model: Model = model.to(self.device)
-        self.tokenizer, self.task, self.held, self.options, self.folder = tokenizer, task, held, options, folder
+        self.tokenizer, self.task, self.held, self.options, self.folder = (
+            tokenizer,
+            task,
+            held,
+            options,
+            folder,
+        )
         if options.compile:
             _compile_blocks(model)
         self.runner: nn.Module = _TaskLoss(model, task)
@@ -161,7 +167,7 @@ class Trainer:
             torch.distributed.destroy_process_group()
 
     def train_step(self, batches: Iterator[tuple[int, Indices]]) -> tuple[float, int]:
-        """One optimiser step over `accumulate` batches; returns the mean loss and the tokens of this process."""
+        """One optimiser step over `accumulate` batches: the mean loss and the tokens of this process."""
         options = self.options
         self.runner.train()
         torch.manual_seed(_mix(options.seed, self.step, self.rank))
@@ -175,7 +181,7 @@ class Trainer:
             with sync:
                 with self._autocast():
                     loss, count = self.runner(arrays)
-                (loss / options.accumulate).backward()  # type: ignore[no-untyped-call]
+                (loss / options.accumulate).backward()
             total += float(loss.detach()) / options.accumulate
             tokens += count
         nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
@@ -200,7 +206,7 @@ class Trainer:
                 loss, tokens = self.held.loss(self.model, arrays)
             total += float(loss) * tokens
             count += tokens
-        return total / max(1, count)
+        return total / count if count else float("nan")
 
     def save(self) -> None:
         """Write the checkpoint (one file, replaced at once) and the model as a folder that can be served."""

@@ -23,8 +23,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         w = weight.to(hidden.dtype)
         off = smoothing / weight.size(0)
-        for rows in torch.arange(hidden.size(0)).split(_CHUNK):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        for start in range(0, hidden.size(0), _CHUNK):
+            part = slice(start, start + _CHUNK)
             h, y = hidden[part], labels[part, None]
             logits = (h @ w.t()).float()  # (chunk, V)
             if bias is not None:
@@ -46,14 +46,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total / n
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, *rest = ctx.saved_tensors
         bias = rest[0] * upstream if rest else None
         return grad_hidden * upstream, grad_weight * upstream, bias, None, None
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, label_smoothing: float = 0.0
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Mean of cross_entropy(hidden @ weight.T + bias, labels), smoothed as torch does it.
 

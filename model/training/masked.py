@@ -15,6 +15,7 @@ from model.training.loss import linear_cross_entropy
 from model.training.shards import Shard
 
 Batch = dict[str, Tensor]
+Passage = tuple[int, int, int, int, int]
 IGNORE = -100
 
 
@@ -46,17 +47,19 @@ class MaskedTask:
         self.of_label = [np.flatnonzero(np.asarray(shard.labels) == i) for i in range(len(shard.label_names))]
 
     def batches(self, epoch: int) -> list[Indices]:
-        """Batches of passages; a passage is (first unit, first unit of B, end, unit that replaces B or -1)."""
+        """Batches of passages: (first unit, first of B, end, and what replaces B: first unit, end; or -1)."""
         rng = np.random.default_rng((self.seed, epoch))
         passages = self._passages(rng)
         ends = np.concatenate(([0], np.cumsum(self.sizes)))
         a = ends[passages[:, 1]] - ends[passages[:, 0]]
-        b = np.where(passages[:, 3] >= 0, self.sizes[passages[:, 3]], ends[passages[:, 2]] - ends[passages[:, 1]])
+        replaced = passages[:, 3] >= 0
+        b_first, b_end = (np.where(replaced, passages[:, 3 + i], passages[:, 1 + i]) for i in (0, 1))
+        b = ends[b_end] - ends[b_first]
         lengths = np.minimum(a + b + 3, self.max_len)
         return [passages[batch] for batch in token_budget_batches(lengths, self.budget, rng)]
 
     def _passages(self, rng: np.random.Generator) -> Indices:
-        found: list[tuple[int, int, int, int]] = []
+        found: list[Passage] = []
         room = self.max_len - 3
         for document in rng.permutation(len(self.shard)):
             first, end = int(self.shard.docs[document]), int(self.shard.docs[document + 1])
@@ -69,29 +72,31 @@ class MaskedTask:
                     last += 1
                 found.append(self._passage(first, last, int(document), rng))
                 first = last
-        return np.array(found, dtype=np.int64).reshape(-1, 4)
+        return np.array(found, dtype=np.int64).reshape(-1, 5)
 
-    def _passage(self, first: int, last: int, document: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    def _passage(self, first: int, last: int, document: int, rng: np.random.Generator) -> Passage:
         if last - first < 2:
-            return first, last, last, -1
+            return first, last, last, -1, -1
         split = int(rng.integers(first + 1, last))
         if rng.random() < 0.5:
-            return first, split, last, -1
+            return first, split, last, -1, -1
         # Another document of the same kind, or language and style would give the answer away.
         others = self.of_label[self.shard.labels[document]]
         other = int(others[rng.integers(len(others))])
         if other == document:
-            return first, split, last, -1
-        unit = int(rng.integers(self.shard.docs[other], self.shard.docs[other + 1]))
-        return first, split, last, unit
+            return first, split, last, -1, -1
+        # As many sentences as the real B has, or its length would give the answer away too.
+        begin, end = int(self.shard.docs[other]), int(self.shard.docs[other + 1])
+        unit = int(rng.integers(begin, max(begin, end - (last - split)) + 1))
+        return first, split, last, unit, min(end, unit + last - split)
 
     def collate(self, batch: Indices, rng: np.random.Generator) -> Batch:
         """token_ids and segment_ids (B, T); slots (B, M) of masked positions, labels (B, M); follows (B,)."""
         rows, segments, follows = [], [], []
-        for first, split, last, other in batch.tolist():
+        for first, split, last, other, other_end in batch.tolist():
             parted = rng.random() < self.split_particles
             a = self._text(first, split, parted)
-            b = self._text(other, other + 1, parted) if other >= 0 else self._text(split, last, parted)
+            b = self._text(other, other_end, parted) if other >= 0 else self._text(split, last, parted)
             a, b = _fit(a, b, self.max_len - 3)
             row = [self.tokenizer.cls_id, *a, self.tokenizer.sep_id]
             segment = [0] * len(row)
@@ -139,11 +144,13 @@ class MaskedTask:
         return slots, labels
 
     def _word_noise(self, token_ids: Indices, noise: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Every piece of a word gets the noise of the word's first piece, so that they are chosen together."""
+        """Every piece of a word gets the noise of its first piece, so that they are chosen together."""
         positions = np.arange(token_ids.shape[1])
-        starts = np.where(self.starts_word[token_ids] | (noise > 1.0), positions, 0)
+        special = noise > 1.0
+        after_special = np.pad(special, ((0, 0), (1, 0)))[:, :-1]  # the first word has no space before it
+        starts = np.where(self.starts_word[token_ids] | special | after_special, positions, 0)
         first = np.maximum.accumulate(starts, axis=1)
-        return np.where(noise > 1.0, noise, np.take_along_axis(noise, first, 1))
+        return np.where(special, noise, np.take_along_axis(noise, first, 1))
 
     def loss(self, model: MaskedLM, batch: Batch) -> tuple[Tensor, int]:
         """Mean cross-entropy of masked tokens plus that of next sentence, and the tokens read."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from model.tokenizer import Tokenizer
 from model.training.packs import (
     Pair,
-    clean_paragraph,
     clean_pair,
+    clean_paragraph,
     read_documents,
     read_pairs,
     split_sentences,
@@ -20,7 +20,7 @@ SOFTWARE = ("msdocs", "ms-cpp", "tensorflow")  # many, alike: a small part is en
 
 
 def tokenizer_texts(pairs: Iterable[Path], documents: Iterable[Path], megabytes: float) -> Iterator[str]:
-    """Both sides of the pairs (little of the software text), then about `megabytes` of each document pack."""
+    """Both sides of the pairs (little software text), then about `megabytes` of each document pack."""
     for path in pairs:
         for pair in read_pairs(path):
             if not pair.source.startswith(SOFTWARE) or held_out(pair.en, 0.05):
@@ -34,7 +34,7 @@ def tokenizer_texts(pairs: Iterable[Path], documents: Iterable[Path], megabytes:
 
 
 def pair_documents(paths: Iterable[Path], *, held: bool) -> Iterator[Document]:
-    """Clean pairs as documents of (English, Korean), everyday ones with noisy twins; the held-out or the rest.
+    """Clean pairs as documents (English, Korean), everyday ones with noisy twins: held out, or the rest.
 
     Held out is a slice of the sources that begin with "written" or "wiki", by the English side.
     """
@@ -55,7 +55,7 @@ def pair_documents(paths: Iterable[Path], *, held: bool) -> Iterator[Document]:
 
 
 def passages(paths: Iterable[Path], *, held: bool, share: float = 1.0) -> Iterator[Document]:
-    """Documents as lists of sentences, each with the white space before it; `share` keeps a sample by hash."""
+    """Documents as lists of sentences, each with the space before it; `share` keeps a sample by hash."""
     for path in paths:
         label = path.name.split(".txt")[0]
         for paragraphs in read_documents(path):

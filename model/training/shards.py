@@ -70,7 +70,8 @@ def write_shard(folder: Path, tokenizer: Tokenizer, documents: Iterable[Document
     np.save(folder / "docs.npy", np.asarray(docs, dtype=np.int64))
     np.save(folder / "labels.npy", np.asarray(labels, dtype=np.uint8))
     meta = {"labels": list(names), "tokens": total, "documents": len(labels)}
-    (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "meta.part").write_text(json.dumps(meta, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "meta.part").replace(folder / "meta.json")
     return Shard(folder)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -87,23 +86,6 @@ def source_tag(label: str) -> str:
     if label.startswith("back-"):
         return "back"
     return "everyday" if label.startswith(everyday) else "docs"
-
-
-def start_from_encoder(translator: Translator, tensors: Mapping[str, Any]) -> int:
-    """Copy a pre-trained model's embeddings and encoder layers into a translator: the transfer.
-
-    Returns how many tensors were copied; raises ValueError when none fits.
-    """
-    own = dict(translator.named_parameters())
-    copied = 0
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if name.startswith(("embeddings.", "encoder.")) and name in own and own[name].shape == tensor.shape:
-                own[name].copy_(tensor)
-                copied += 1
-    if not copied:
-        raise ValueError("no tensor of that model fits this translator: are d_model and the vocabulary equal?")
-    return copied
 
 
 def _weight(name: str, weights: Mapping[str, float]) -> float:

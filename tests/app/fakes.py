@@ -8,7 +8,6 @@ list of words. A pair of sentences follows when both have the same length.
 import asyncio
 from collections.abc import Sequence as Items
 from functools import cache
-from typing import Any
 
 from app.api.deps import Services, Task
 from app.engine.batch import BatchItem, BatchLimits
@@ -57,6 +56,8 @@ class FakeDecodeLane:
             raise Overloaded(1.5)
         self.submitted += sequences
         for sequence in sequences:
+            sequence.admitted_at = sequence.submitted_at + 0.001
+            sequence.prompt_logprobs_out = [None] + [-1.0] * (len(sequence.prompt_ids) - 1)
             self.running[sequence] = asyncio.get_running_loop().create_task(self._run(sequence))
 
     def abort(self, sequences: list[Sequence]) -> None:
@@ -64,7 +65,7 @@ class FakeDecodeLane:
             task = self.running.pop(sequence, None)
             if task is not None:
                 task.cancel()
-                fail(sequence, Aborted())
+                sequence.deliver(Aborted())
 
     def abort_all(self) -> None:
         self.abort(list(self.running))
@@ -73,11 +74,11 @@ class FakeDecodeLane:
         try:
             if isinstance(sequence.params, BeamParams):
                 await asyncio.sleep(self.pause_seconds)
-                finish(sequence, self._translate(sequence.prompt_ids, sequence.params))
+                sequence.deliver(self._translate(sequence.prompt_ids, sequence.params))
             else:
                 await self._generate(sequence, sequence.params)
         except StepFailed as error:
-            fail(sequence, error)
+            sequence.deliver(error)
         self.running.pop(sequence, None)
 
     def _translate(self, source_ids: list[int], params: BeamParams) -> list[Hypothesis]:
@@ -106,8 +107,9 @@ class FakeDecodeLane:
             reason = FinishReason.EOS if token_id == self.tokenizer.eos_id else reason
             logprob = -0.25 * (1 + (params.seed or 0) % 4)
             top = ((token_id, logprob), (self.tokenizer.eos_id, -5.0))[: params.top_n_tokens]
-            emit(sequence, TokenEvent(index, token_id, logprob, top, reason))
+            sequence.deliver(TokenEvent(index, token_id, logprob, top, reason))
             if reason is not None:
+                sequence.deliver([])
                 return
 
 
@@ -133,6 +135,7 @@ class FakeBatchLane:
             raise Overloaded(0.2)
         self.submitted += items
         for item in items:
+            item.started_at = item.submitted_at + 0.001
             self.running[item] = asyncio.get_running_loop().create_task(self._run(item))
 
     def abort(self, items: list[BatchItem]) -> None:
@@ -140,7 +143,7 @@ class FakeBatchLane:
             task = self.running.pop(item, None)
             if task is not None:
                 task.cancel()
-                fail(item, Aborted())
+                item.deliver(Aborted())
 
     def abort_all(self) -> None:
         self.abort(list(self.running))
@@ -148,9 +151,9 @@ class FakeBatchLane:
     async def _run(self, item: BatchItem) -> None:
         await asyncio.sleep(self.pause_seconds)
         if item.task == "fill-mask":
-            finish(item, [self._rank(item, k) for k in range(len(item.targets))])
+            item.deliver([self._rank(item, k) for k in range(len(item.targets))])
         else:
-            finish(item, 0.75 if item.segment_ids.count(0) - 2 == item.segment_ids.count(1) - 1 else 0.25)
+            item.deliver(0.75 if item.segment_ids.count(0) - 2 == item.segment_ids.count(1) - 1 else 0.25)
         self.running.pop(item, None)
 
     def _rank(self, item: BatchItem, k: int) -> list[tuple[int, float]]:
@@ -180,31 +183,6 @@ class FakeWorker:
         self.alive = False
         for lane in self.lanes:
             self.loop.call_soon_threadsafe(lane.abort_all)
-
-
-# How the engine hands over what it found; the only lines here that know its classes from within.
-
-
-def emit(sequence: Sequence, event: TokenEvent) -> None:
-    sequence.prompt_logprobs_out = [None] + [-1.0] * (len(sequence.prompt_ids) - 1)
-    sequence.queue_seconds, sequence.inference_seconds = 0.001, 0.002
-    sequence._queue.put_nowait(event)
-    if event.finish_reason is not None:
-        finish(sequence, [])
-
-
-def finish(item: Sequence | BatchItem, result: Any) -> None:
-    item.queue_seconds, item.inference_seconds = 0.001, 0.002
-    if not item._done.done():
-        item._done.set_result(result)
-
-
-def fail(item: Sequence | BatchItem, error: Exception) -> None:
-    if isinstance(item, Sequence):
-        item._queue.put_nowait(error)
-    if not item._done.done():
-        item._done.set_exception(error)
-        item._done.exception()
 
 
 def make_settings(**values: object) -> Settings:

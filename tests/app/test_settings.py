@@ -1,0 +1,69 @@
+"""Settings: bounds, sources, and the table of the README."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from app.__main__ import main
+from app.settings import PREFIX, Settings, is_given, settings_table
+from tests.app.fakes import make_settings
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_readme_has_the_table() -> None:
+    readme = ROOT / "README.md"
+    if not readme.exists():
+        pytest.skip("no README.md yet")
+    marked = re.search(r"<!-- settings -->\n(.*?)<!-- /settings -->", readme.read_text(), re.DOTALL)
+    assert marked is not None
+    assert marked.group(1).strip() == settings_table().strip()
+
+
+def test_every_setting_is_documented_and_every_number_bounded() -> None:
+    for name, field in Settings.model_fields.items():
+        assert field.description, name
+        if field.annotation in (int, float):
+            kinds = {type(bound).__name__ for bound in field.metadata}
+            assert kinds & {"Ge", "Gt"}, name
+            assert "Le" in kinds, name
+
+
+def test_environment_then_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"{PREFIX}MAX_TEXTS", "7")
+    monkeypatch.setenv(f"{PREFIX}PORT", "8001")
+    settings = Settings(_env_file=None, _cli_parse_args=["--port", "8002", "--log-level", "error"])
+    assert (settings.max_texts, settings.port, settings.log_level) == (7, 8002, "error")
+    assert is_given(settings, "port")
+    assert not is_given(settings, "translate_model")
+
+
+def test_dotenv(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_text(f"{PREFIX}MAX_BEAMS=2\nOTHER=1\n")
+    assert Settings(_env_file=file).max_beams == 2
+
+
+@pytest.mark.parametrize(
+    "values", [{"port": -1}, {"timeout_seconds": 0}, {"device": "tpu"}, {"max_temperature": float("nan")}]
+)
+def test_bounds(values: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(values))):
+        make_settings(**values)
+
+
+@pytest.mark.parametrize("arguments", [["--port", "70000"], ["--device", "tpu"]])
+def test_a_bad_argument_ends_with_a_message(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit, match=arguments[0].strip("-")):
+        main(arguments)
+
+
+def test_the_table_command() -> None:
+    command = [sys.executable, "-m", "app", "--settings-table"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert printed.stdout == settings_table()
+    assert "| `TRANSFORMER_PORT` | `--port` | `8000` |" in printed.stdout

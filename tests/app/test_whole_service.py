@@ -1,0 +1,102 @@
+"""The service with its real engine, on tiny random models; and what start-up refuses."""
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from app.lifecycle import Lifecycle
+from app.main import create_app, load_services
+from model.checkpoint import CheckpointError, save
+from model.config import TransformerConfig
+from model.models import build_model
+from tests.app.fakes import make_settings, word_tokenizer
+
+Client = httpx.AsyncClient
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder, tokenizer = tmp_path_factory.mktemp("weights"), word_tokenizer()
+    shape = {"vocab_size": tokenizer.vocab_size, "d_model": 32, "n_heads": 2, "d_ff": 64, "max_len": 64}
+    for config in (
+        TransformerConfig("translator", n_encoder_layers=1, n_decoder_layers=1, **shape),  # type: ignore[arg-type]
+        TransformerConfig("masked_lm", n_encoder_layers=1, n_segments=2, **shape),  # type: ignore[arg-type]
+        TransformerConfig("causal_lm", n_decoder_layers=1, **shape),  # type: ignore[arg-type]
+    ):
+        save(folder / config.architecture, build_model(config), tokenizer)
+    return folder
+
+
+@pytest.fixture
+async def client(weights: Path) -> AsyncIterator[Client]:
+    settings = make_settings(
+        translate_model=weights / "translator",
+        fill_mask_model=weights / "masked_lm",
+        generate_model=weights / "causal_lm",
+        n_threads=1,
+        device="cpu",
+    )
+    app = create_app(settings)
+    async with app.router.lifespan_context(app):
+        transport = httpx.ASGITransport(app)
+        async with Client(transport=transport, base_url="http://test") as client:
+            yield client
+
+
+async def test_every_route(client: Client) -> None:
+    assert (await client.get("/ready")).status_code == 200
+    parameters = {
+        "max_new_tokens": 5,
+        "num_return_sequences": 2,
+        "return_alignment": True,
+        "return_scores": True,
+    }
+    translations = await client.post("/translate", json={"inputs": "Home. 집\n", "parameters": parameters})
+    assert [entry["translation_text"].endswith("\n") for entry in translations.json()] == [True, True]
+    fillings = await client.post(
+        "/fill-mask", json={"inputs": "나는 [MASK] [MASK]", "parameters": {"top_k": 3}}
+    )
+    assert [len(mask) for mask in fillings.json()] == [3, 3]
+    pair = await client.post("/next-sentence", json={"inputs": {"first": "home", "second": "집"}})
+    assert 0 <= pair.json()["score"] <= 1
+    await check_generation(client)
+
+
+async def check_generation(client: Client) -> None:
+    parameters = {"max_new_tokens": 8, "seed": 5, "do_sample": True, "details": True, "top_n_tokens": 2}
+    body = {"inputs": "나는 home", "parameters": parameters | {"decoder_input_details": True}}
+    whole = (await client.post("/generate", json=body)).json()
+    details = whole["details"]
+    assert "".join(token["text"] for token in details["prefill"]) == "나는 home"
+    assert details["prefill"][0]["logprob"] is None
+    assert all(token["logprob"] < 0 for token in details["prefill"][1:])
+    streamed = await client.post("/generate_stream", json={"inputs": "나는 home", "parameters": parameters})
+    events = [json.loads(event.removeprefix("data:")) for event in streamed.text.split("\n\n") if event]
+    assert [event["token"]["id"] for event in events] == [token["id"] for token in details["tokens"]]
+    assert events[-1]["generated_text"] == whole["generated_text"]
+    assert events[-1]["details"]["generated_tokens"] == len(events)
+
+
+async def test_metrics_start_at_zero_in_spite_of_the_warm_up(client: Client) -> None:
+    text = (await client.get("/metrics")).text
+    counters = [line for line in text.splitlines() if line.startswith("transformer_") and "_total{" in line]
+    assert len(counters) > 20
+    assert all(line.endswith(" 0.0") for line in counters)
+
+
+def test_a_folder_that_was_asked_for_must_be_there(weights: Path, tmp_path: Path) -> None:
+    missing = tmp_path / "none"
+    with pytest.raises(CheckpointError, match=f"{missing}: no such folder"):
+        load_services(make_settings(generate_model=missing), Lifecycle())
+
+
+def test_default_folders_that_are_not_there_leave_their_tasks_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_services(make_settings(), Lifecycle()).tasks == {}

@@ -1,0 +1,89 @@
+"""`python -m model.training`, from packs to a translator that began as a masked model."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from model import checkpoint
+from model.models import build_model
+from model.tokenizer import Tokenizer
+from model.training.__main__ import main, model_config
+from model.training.loop import Options
+from tests.tiny import PAIRS
+
+RECIPES = Path(__file__).resolve().parents[2] / "model/training/recipes"
+MODEL = "[model]\nd_model = 32\nn_heads = 4\nd_ff = 48\nmax_len = 96\ndropout = 0.0\n"
+TRAIN = "[train]\nsteps = 2\nwarmup = 1\nevaluate_every = 1\n"
+DATA = """[data]
+pairs = ["pairs.tsv"]
+sentences = ["written"]
+documents = ["mono.en.txt"]
+batch_tokens = 512
+max_len = 64
+weights = { written = 1.0 }
+"""
+LAYERS = {
+    "masked": "n_encoder_layers = 1\nn_segments = 2\n",
+    "translate": "n_encoder_layers = 2\nn_decoder_layers = 1\n",
+    "causal": "n_decoder_layers = 1\n",
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packs, recipes, and the tokenizer that the first command learns from them."""
+    folder = tmp_path_factory.mktemp("work")
+    lines = [f"written\t{en} ({i})\t{ko} ({i})\n" for i in range(20) for en, ko in PAIRS]
+    (folder / "pairs.tsv").write_text("".join(lines), encoding="utf-8")
+    paragraph = " ".join(en for en, _ in PAIRS)
+    documents = "\n\n".join(f"Story {i}. {paragraph}" for i in range(100))
+    (folder / "mono.en.txt").write_text(documents, encoding="utf-8")
+    for command, layers in LAYERS.items():
+        (folder / f"{command}.toml").write_text(MODEL + layers + DATA + TRAIN)
+    packs = ["--pairs", str(folder / "pairs.tsv"), "--documents", str(folder / "mono.en.txt")]
+    assert main(["tokenizer", *packs, "--vocab-size", "400", "--out", str(folder / "tokenizer")]) == 0
+    return folder
+
+
+def train(work: Path, command: str, run: Path, *more: str) -> int:
+    recipe = ["--recipe", str(work / f"{command}.toml"), "--tokenizer", str(work / "tokenizer")]
+    return main([command, *recipe, "--data", str(work), "--run", str(run), "--threads", "1", *more])
+
+
+@pytest.mark.parametrize("command", LAYERS)
+def test_every_kind_trains_and_evaluates(
+    command: str, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(work, command, tmp_path, "--set", "steps=3") == 0
+    loaded = checkpoint.load(tmp_path / "model")
+    assert loaded.tokenizer.vocab_size == 400
+    assert bool(loaded.config.languages) == (command == "translate")
+    assert (tmp_path / "log.jsonl").read_text().count("held_loss") == 3
+    assert "M parameters" in capsys.readouterr().out
+
+
+def test_a_translator_may_start_from_a_masked_model(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(work, "masked", tmp_path / "masked") == 0
+    start = ["--start-from", str(tmp_path / "masked/model")]
+    assert train(work, "translate", tmp_path / "translate", *start) == 0
+    assert "tensors taken from" in capsys.readouterr().out
+
+
+def test_a_wrong_override_is_refused(work: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="stepz"):
+        train(work, "causal", tmp_path, "--set", "stepz=3")
+    with pytest.raises(SystemExit, match="not TOML"):
+        train(work, "causal", tmp_path, "--set", "steps=three")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_shipped_recipes_build(path: Path, tokenizer: Tokenizer) -> None:
+    recipe = tomllib.loads(path.read_text(encoding="utf-8"))
+    command = path.stem.partition("-")[0]
+    build_model(model_config(command, recipe["model"], tokenizer))
+    options = Options(**recipe["train"])
+    assert options.warmup < options.steps
+    assert recipe["data"]["max_len"] <= recipe["model"]["max_len"]
