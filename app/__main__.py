@@ -17,6 +17,8 @@ from app.settings import Settings, settings_table
 
 # The end of the grace period belongs to closing: answers of aborted work, the device thread's last step.
 _CLOSING_SHARE, _CLOSING_SECONDS = 0.25, 3.0
+# A signal to a process group comes twice when make, in the same group, passes it on: one wish, not two.
+_ECHO_SECONDS = 0.2
 
 
 class DrainingServer(uvicorn.Server):
@@ -30,16 +32,21 @@ class DrainingServer(uvicorn.Server):
         self._app = app
         self._drain_seconds = grace_seconds - min(_CLOSING_SHARE * grace_seconds, _CLOSING_SECONDS)
         self._deadline: float | None = None
+        self._signalled = 0.0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if not self.started:
+        now = time.monotonic()
+        if not self.started or self._app.state.services is None:
             os._exit(0)  # nothing was accepted yet, and loading cannot be interrupted
-        if self._deadline is not None:
+        if self._deadline is None:
+            self._deadline, self._signalled = now + self._drain_seconds, now
+        elif now - self._signalled > _ECHO_SECONDS:
             signal.signal(sig, signal.SIG_DFL)
             signal.raise_signal(sig)
-        self._deadline = time.monotonic() + self._drain_seconds
 
     async def on_tick(self, counter: int) -> bool:
+        if self._app.state.failure is not None:
+            return True
         if self._deadline is not None:
             begin_drain(self._app)
             if self._app.state.lifecycle.n_in_flight == 0:
@@ -56,7 +63,7 @@ def serve(settings: Settings) -> None:
     from app.main import create_app  # here, because it imports torch, which the table does not need
 
     configure_logs(settings.log_level)
-    app = create_app(settings)
+    app = create_app(settings, listen_early=True)
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -67,6 +74,8 @@ def serve(settings: Settings) -> None:
         timeout_graceful_shutdown=1,
     )
     DrainingServer(config, app, settings.shutdown_seconds).run()
+    if app.state.failure is not None:
+        sys.exit(1)
 
 
 def main(arguments: list[str]) -> None:

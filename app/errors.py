@@ -33,6 +33,10 @@ class NotLoaded(Exception):
     """A route of a model that this server does not run."""
 
 
+class NotReady(Exception):
+    """The models are not there yet."""
+
+
 class TimedOut(Exception):
     """The request's time is over."""
 
@@ -52,6 +56,7 @@ TABLE: tuple[tuple[type[Exception], int, str], ...] = (
     (TimedOut, 504, "timeout"),
     (ClientGone, 499, "disconnected"),
     (NotLoaded, 404, "not_found"),
+    (NotReady, 503, "not_ready"),
     (StepFailed, 500, "generation"),
     (EngineError, 500, "generation"),
     (Exception, 500, "generation"),

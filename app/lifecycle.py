@@ -28,4 +28,5 @@ class Lifecycle:
 def begin_drain(app: FastAPI) -> None:
     """From now on new work is refused, and accepted work goes on. Idempotent."""
     app.state.lifecycle.phase = Phase.DRAINING
-    app.state.services.worker.begin_drain()
+    if app.state.services is not None:
+        app.state.services.worker.begin_drain()

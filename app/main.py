@@ -152,34 +152,59 @@ def announce(services: Services) -> None:
         metrics.device_memory_bytes.labels("reserved").set_function(torch.cuda.memory_reserved)
 
 
-@asynccontextmanager
-async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+async def open_services(app: FastAPI) -> None:
+    """Load the models, start their thread, warm it up; then the service is ready."""
     settings, lifecycle = app.state.settings, app.state.lifecycle
-    try:
-        services: Services = await asyncio.to_thread(app.state.load, settings, lifecycle)
-    except CheckpointError as error:
-        log.critical("cannot start: %s", error)  # in one line, before the traceback
-        raise
+    services: Services = await asyncio.to_thread(app.state.load, settings, lifecycle)
     app.state.services = services
     services.worker.start(asyncio.get_running_loop())
+    async with asyncio.timeout(_WARM_UP_SECONDS):
+        await warm_up(services)
+    metrics.forget_warm_up()
+    announce(services)
+    lifecycle.phase = Phase.SERVING
+    log.info("ready", extra={"fields": {"tasks": list(services.tasks), "device": services.device}})
+
+
+async def open_or_fail(app: FastAPI) -> None:
+    """`open_services`; what goes wrong is logged and kept for the server, which ends with it."""
     try:
-        async with asyncio.timeout(_WARM_UP_SECONDS):
-            await warm_up(services)
-        metrics.forget_warm_up()
-        announce(services)
-        lifecycle.phase = Phase.SERVING
-        log.info("ready", extra={"fields": {"tasks": list(services.tasks), "device": services.device}})
+        await open_services(app)
+    except Exception as error:
+        # A broken checkpoint explains itself in one line; anything else wants its traceback.
+        log.critical("cannot start: %s", error, exc_info=not isinstance(error, CheckpointError))
+        app.state.failure = error
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Load -> warm up -> serve -> drain -> stop; with `listen_early` the port is open while loading."""
+    opening = asyncio.create_task(open_or_fail(app))
+    try:
+        if not app.state.listen_early:
+            await opening
+            if app.state.failure is not None:
+                raise app.state.failure
         yield
         begin_drain(app)
     finally:
-        await asyncio.to_thread(services.worker.stop)
+        opening.cancel()
+        if app.state.services is not None:
+            await asyncio.to_thread(app.state.services.worker.stop)
 
 
-def create_app(settings: Settings | None = None, load: Load = load_services) -> FastAPI:
-    """The application. `load` builds the services when it starts; tests give their own."""
+def create_app(
+    settings: Settings | None = None, load: Load = load_services, *, listen_early: bool = False
+) -> FastAPI:
+    """The application. `load` builds the services when it starts; tests give their own.
+
+    With `listen_early` start-up does not wait for the models: until they are warm, /health answers, /ready
+    and the model routes say 503, and a failure to load stands in `app.state.failure`.
+    """
     settings = settings or Settings()
     app = FastAPI(title="Transformer", version=__version__, lifespan=lifespan)
     app.state.settings, app.state.load, app.state.lifecycle = settings, load, Lifecycle()
+    app.state.services, app.state.failure, app.state.listen_early = None, None, listen_early
     for module in (translate, fill_mask, generate, next_sentence):
         app.include_router(module.router, responses=_ERRORS)
     app.include_router(system.router)

@@ -14,7 +14,7 @@ from app.engine.decode import DecodeLimits
 from app.engine.errors import Draining
 from app.engine.lane import DRAIN_RETRY_SECONDS
 from app.engine.sequence import Sequence
-from app.errors import ClientGone, NotLoaded, TimedOut
+from app.errors import ClientGone, NotLoaded, NotReady, TimedOut
 from app.lifecycle import Lifecycle
 from app.middleware import RequestRecord
 from app.settings import Settings
@@ -101,7 +101,10 @@ class Services:
 
 
 def get_services(request: Request) -> Services:
-    services: Services = request.app.state.services
+    """Raises NotReady while the models are being loaded."""
+    services: Services | None = request.app.state.services
+    if services is None:
+        raise NotReady("the models are being loaded; /ready tells when they are")
     return services
 
 

@@ -27,7 +27,7 @@ async def health() -> dict[str, str]:
 async def ready(request: Request) -> Response:
     """The models are warm, their loop beats, and new work is welcome."""
     lifecycle: Lifecycle = request.app.state.lifecycle
-    services: Services | None = getattr(request.app.state, "services", None)
+    services: Services | None = request.app.state.services
     if lifecycle.draining:
         return error_response(Draining(DRAIN_RETRY_SECONDS))
     if is_ready(lifecycle, services) and services is not None:
@@ -54,7 +54,7 @@ async def info(services: ServicesDep) -> Json:
 @router.get("/metrics")
 async def scrape(request: Request) -> Response:
     """Prometheus' text format."""
-    metrics.ready.set(is_ready(request.app.state.lifecycle, getattr(request.app.state, "services", None)))
+    metrics.ready.set(is_ready(request.app.state.lifecycle, request.app.state.services))
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
