@@ -20,16 +20,20 @@ SOFTWARE = ("msdocs", "ms-cpp", "tensorflow")  # many, alike: a small part is en
 
 
 def tokenizer_texts(pairs: Iterable[Path], documents: Iterable[Path], megabytes: float) -> Iterator[str]:
-    """Both sides of the pairs (little software text), then about `megabytes` of each document pack."""
+    """Both sides of the pairs (little software text), then about `megabytes` of each document pack.
+
+    What is held out trains no tokenizer either.
+    """
     for path in pairs:
         for pair in read_pairs(path):
-            if not pair.source.startswith(SOFTWARE) or held_out(pair.en, 0.05):
+            few = pair.source.startswith(SOFTWARE) and not held_out(pair.en + "tokenizer", 0.05)
+            if not few and not held_out(pair.en):
                 yield pair.en
                 yield pair.ko
     for path in documents:
         share = min(1.0, megabytes * 1e6 / _text_bytes(path))
         for paragraphs in read_documents(path):
-            if held_out(paragraphs[0], share):
+            if held_out(paragraphs[0] + "tokenizer", share) and not held_out(paragraphs[0]):
                 yield from paragraphs
 
 
