@@ -48,8 +48,8 @@ class BatchItem:
     submitted_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
     ended_at: float | None = None
-    _outcome: BatchResult | EngineError | None = None
-    _ended: asyncio.Event = field(default_factory=asyncio.Event)
+    _outcome: BatchResult | EngineError | None = field(default=None, init=False)
+    _ended: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
     def __post_init__(self) -> None:
         if not self.token_ids or len(self.token_ids) != len(self.segment_ids):

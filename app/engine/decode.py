@@ -274,6 +274,7 @@ class GenerateLane(DecodeLane[Drawn]):
         super().__init__(name, runner, limits, prefill_tokens)
         self._generations: dict[Sequence, _Generation] = {}
         self._rows: tuple[list[Sequence], SamplingRows] | None = None
+        self._inter_token = metrics.inter_token_seconds.labels(name)  # looked up once, observed per token
 
     def _check_length(self, sequence: Sequence) -> None:
         n_tokens = sequence.n_prompt_tokens + sequence.params.max_new_tokens
@@ -363,7 +364,7 @@ class GenerateLane(DecodeLane[Drawn]):
         if sequence.last_token_at is None:
             metrics.time_to_first_token_seconds.labels(self.name).observe(now - sequence.submitted_at)
         else:
-            metrics.inter_token_seconds.labels(self.name).observe(now - sequence.last_token_at)
+            self._inter_token.observe(now - sequence.last_token_at)
         sequence.last_token_at = now
 
     def _hypothesis(self, sequence: Sequence, reason: FinishReason) -> Hypothesis:
@@ -447,7 +448,8 @@ class TranslateLane(DecodeLane[list[Candidate]]):
         lost = self._copy_beams({s: self._groups[s].advance(best[s]) for s in sound})
         done = [s for s in sound if self._groups[s].done]
         self._wipe(broken)
-        self._end([*broken, *lost, *done], lambda s: self._outcome(s) if s in done else _no_number())
+        self._end([*broken, *done], lambda s: self._outcome(s) if s in done else _no_number())
+        self._end(lost, _step_failed)
 
     def _copy_beams(self, moved: dict[Sequence, Moves]) -> list[Sequence]:
         """Let beams follow their parents, but for groups that are done; returns those where that failed."""

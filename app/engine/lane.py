@@ -35,8 +35,9 @@ class Door:
     lock, so that nothing slips in behind the last look into the queue.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.draining = False
+        self._clock = clock
         self.n_inside = 0  # accepted, and not yet handed its end
         self._busy_since = 0.0
         self._ends: deque[float] = deque(maxlen=64)
@@ -49,20 +50,20 @@ class Door:
     def enter(self, n_items: int) -> None:
         """Items were accepted."""
         if self.n_inside == 0:  # a pace from before a pause would tell nothing
-            self._busy_since = time.monotonic()
+            self._busy_since = self._clock()
             self._ends.clear()
         self.n_inside += n_items
 
     def leave(self) -> None:
         """An item was handed its end."""
         self.n_inside -= 1
-        self._ends.append(time.monotonic())
+        self._ends.append(self._clock())
 
     def retry_after(self, n_waiting: int) -> float:
         """Seconds until as many items as wait now have probably ended, between 1 and 60."""
         since = self._ends[0] if len(self._ends) == self._ends.maxlen else self._busy_since
         # As if one more ended now: before the first end the guess grows with the time that passes.
-        pace = (time.monotonic() - since) / (len(self._ends) + 1)
+        pace = (self._clock() - since) / (len(self._ends) + 1)
         return min(MAX_RETRY_SECONDS, max(MIN_RETRY_SECONDS, pace * n_waiting))
 
 
@@ -88,7 +89,7 @@ Handovers = list[Handover[Any]]
 
 
 class Failures:
-    """What happens when a step raises: it is counted, logged, and the device is asked whether it still lives."""
+    """A step that raises is counted and logged, and the device is asked whether it still lives."""
 
     def __init__(self, name: str, responds: Callable[[], bool]) -> None:
         self.name, self._responds = name, responds

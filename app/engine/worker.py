@@ -51,7 +51,7 @@ class DeviceWorker:
             lane.door.draining = True
 
     async def drained(self, timeout: float) -> bool:
-        """Wait until all accepted work has been handed its end; False if that takes over `timeout` seconds."""
+        """Wait until all accepted work was handed its end; False if that takes over `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while any(lane.door.n_inside for lane in self.lanes):
             if time.monotonic() > deadline:

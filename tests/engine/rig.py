@@ -1,0 +1,285 @@
+"""Real lanes on tiny random models, the answers of the oracles, and runners that fail on command."""
+
+import asyncio
+import random
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Items
+from pathlib import Path
+
+import torch
+from prometheus_client import REGISTRY
+from torch import Tensor
+
+from app.engine.decode import DecodeLane, DecodeLimits, GenerateLane, TranslateLane
+from app.engine.errors import EngineError
+from app.engine.runner import GenerateRunner, TranslateRunner
+from app.engine.sequence import Hypothesis, Sequence
+from model.checkpoint import Checkpoint, load
+from model.decoding import Decoded, beam_search, causal_scorer, translator_scorer
+from model.models import CausalLM, Translator
+from model.sampling import BeamParams, SamplingParams, SamplingRows, penalise, sample
+
+Fault = Callable[[str, list[int]], None]  # raises for (what the runner is about to do, the tokens it reads)
+
+
+def load_bold(folder: Path, device: str = "cpu") -> Checkpoint:
+    """A random model with larger weights: what it says next hangs on all that stands before.
+
+    As it is made, a model with tied embeddings says its last token again and again, whatever the cache holds.
+    """
+    checkpoint = load(folder, device=device)
+    for name, weight in checkpoint.model.named_parameters():
+        if name.endswith(("out_proj.weight", "down.weight")):
+            weight.data *= 10
+        elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "up.weight")):
+            weight.data *= 3
+    checkpoint.model.embeddings.tokens.weight.data[checkpoint.config.eos_id] *= 2
+    return checkpoint
+
+
+def generate_lane(checkpoint: Checkpoint, n_slots: int = 4, **limits: int) -> GenerateLane:
+    runner = FailingGenerateRunner(checkpoint, n_slots, checkpoint.config.max_len)
+    return GenerateLane("generate", runner, _limits(checkpoint, n_slots, limits), _budget(limits))
+
+
+def translate_lane(checkpoint: Checkpoint, n_slots: int = 10, **limits: int) -> TranslateLane:
+    runner = FailingTranslateRunner(checkpoint, n_slots, checkpoint.config.max_len)
+    return TranslateLane("translate", runner, _limits(checkpoint, n_slots, limits), _budget(limits))
+
+
+def _limits(checkpoint: Checkpoint, n_slots: int, limits: dict[str, int]) -> DecodeLimits:
+    max_len = checkpoint.config.max_len
+    items, tokens = limits.get("max_queue_items", 100), limits.get("max_queue_tokens", 10_000)
+    return DecodeLimits(max_len, max_len, n_slots, items, tokens)
+
+
+def _budget(limits: dict[str, int]) -> int:
+    return limits.get("prefill_tokens", 64)
+
+
+class FailingGenerateRunner(GenerateRunner):
+    """The real one; `fault` may raise before each of its steps, and a token may turn a row into NaN."""
+
+    fault: Fault = staticmethod(lambda what, ids: None)
+    nan_token = -1
+
+    def prefill(self, first: int, prompts: Items[Items[int]]) -> None:
+        self.fault("prefill", [token for prompt in prompts for token in prompt])
+        super().prefill(first, prompts)
+
+    def prompt_logprobs(self, prompt: Items[int]) -> list[float | None]:
+        self.fault("prompt_logprobs", list(prompt))
+        return super().prompt_logprobs(prompt)
+
+    def step(self, first: int, token_ids: list[int], positions: list[int]) -> Tensor:
+        self.fault("step", token_ids)
+        logits = super().step(first, token_ids, positions)
+        for row in (row for row, token in enumerate(token_ids) if token == self.nan_token):
+            logits[row] = torch.nan
+            self.cache.v[:, first + row] = torch.nan
+        return logits
+
+    def draw(self, logits: Tensor, rows: SamplingRows, uniform: list[float], n_top: int):  # type: ignore[no-untyped-def]
+        self.fault("draw", [])
+        return super().draw(logits, rows, uniform, n_top)
+
+    def move(self, moves: Items[tuple[int, int]], length: int) -> None:
+        self.fault("move", [])
+        super().move(moves, length)
+
+
+class FailingTranslateRunner(TranslateRunner):
+    """The real one; `fault` may raise before each of its steps, and a token may turn a row into NaN."""
+
+    fault: Fault = staticmethod(lambda what, ids: None)
+    nan_token = -1
+
+    def encode(self, first: int, sources: Items[Items[int]], n_rows: Items[int]) -> None:
+        self.fault("encode", [token for source in sources for token in source])
+        super().encode(first, sources, n_rows)
+
+    def step(self, first: int, token_ids: list[int], positions: list[int]) -> Tensor:
+        self.fault("step", token_ids)
+        logits = super().step(first, token_ids, positions)
+        for row in (row for row, token in enumerate(token_ids) if token == self.nan_token):
+            logits[row] = torch.nan
+            self.cache.v[:, first + row] = torch.nan
+        return logits
+
+    def rank(self, logits: Tensor, n_best: int) -> list[list[tuple[int, float]]]:
+        self.fault("rank", [])
+        return super().rank(logits, n_best)
+
+    def move(self, moves: Items[tuple[int, int]], length: int) -> None:
+        self.fault("move", [])
+        super().move(moves, length)
+
+    def copy_beams(self, copies: Items[tuple[int, int]], length: int) -> None:
+        self.fault("copy_beams", [])
+        super().copy_beams(copies, length)
+
+    def align(self, source: Items[int], target: Items[int]) -> list[list[float]]:
+        self.fault("align", list(source))
+        return super().align(source, target)
+
+
+def fails_on(token: int, *places: str) -> Fault:
+    """Raise wherever a token is read."""
+
+    def fault(what: str, ids: list[int]) -> None:
+        if what in places and token in ids:
+            raise RuntimeError(f"{what} read the token {token}")
+
+    return fault
+
+
+@torch.inference_mode()
+def turn(lane: DecodeLane) -> None:  # type: ignore[type-arg]
+    """One turn, its results delivered: the worker without its thread."""
+    for handover in lane.turn():
+        handover.complete()
+    check_rows(lane)
+
+
+def drive(lane: DecodeLane) -> None:  # type: ignore[type-arg]
+    """Turns until nothing is left to do."""
+    while lane.has_work():
+        turn(lane)
+    assert lane.door.n_inside == 0
+    assert lane.scheduler.n_active == 0
+
+
+def check_rows(lane: DecodeLane) -> None:  # type: ignore[type-arg]
+    """Every active row has one owner, and each owner all of its rows."""
+    scheduler = lane.scheduler
+    rows = {row: sequence for sequence in scheduler.running for row in sequence.rows}
+    assert [rows[row] for row in range(scheduler.n_active)] == scheduler.owners
+    assert [len(sequence.rows) for sequence in scheduler.running] == [s.n_rows for s in scheduler.running]
+    assert len(rows) == scheduler.n_active <= scheduler.n_slots
+
+
+async def outcome(sequence: Sequence) -> list[Hypothesis] | EngineError:
+    """The result, or the error it ended with."""
+    try:
+        return await asyncio.wait_for(sequence.result(), 20)
+    except EngineError as error:
+        return error
+
+
+async def tokens(sequence: Sequence) -> list[int]:
+    """What a generation said, its end token left out, as both ways of reading it tell."""
+    (hypothesis,) = await asyncio.wait_for(sequence.result(), 20)
+    events = [event async for event in sequence.events()]
+    assert [event.index for event in events] == list(range(1, len(events) + 1))
+    assert [event.finish_reason for event in events] == [None] * (len(events) - 1) + [
+        hypothesis.finish_reason
+    ]
+    assert [event.token_id for event in events][: len(hypothesis.token_ids)] == hypothesis.token_ids
+    assert [event.logprob for event in events][: len(hypothesis.logprobs)] == hypothesis.logprobs
+    return hypothesis.token_ids
+
+
+def ordinary_ids(checkpoint: Checkpoint) -> list[int]:
+    """Tokens that are text."""
+    special = checkpoint.tokenizer.special_ids
+    return [token for token in range(checkpoint.config.vocab_size) if token not in special]
+
+
+def suppressed(checkpoint: Checkpoint) -> frozenset[int]:
+    return checkpoint.tokenizer.special_ids - {checkpoint.config.eos_id}
+
+
+@torch.no_grad()
+def expected_generation(checkpoint: Checkpoint, sequence: Sequence) -> list[int]:
+    """What a generation must say: one token after the other, nothing cached, nobody beside it."""
+    model, params = checkpoint.model, sequence.params
+    assert isinstance(model, CausalLM)
+    assert isinstance(params, SamplingParams)
+    score, noise, text = causal_scorer(model), random.Random(sequence.seed), list(sequence.prompt_ids)
+    for n_new in range(params.max_new_tokens):
+        logits = score([text], [0])
+        logits[:, list(suppressed(checkpoint))] = -torch.inf
+        repetition, frequency = (
+            torch.tensor([value]) for value in (params.repetition_penalty, params.frequency_penalty)
+        )
+        logits = penalise(logits, torch.tensor([text]), repetition, frequency)
+        if n_new < params.min_new_tokens:
+            logits[:, checkpoint.config.eos_id] = -torch.inf
+        uniform = torch.tensor([noise.random()], dtype=torch.float64)
+        token = int(sample(logits, SamplingRows.stack([params]), uniform))
+        if token == checkpoint.config.eos_id:
+            break
+        text.append(token)
+    return text[sequence.n_prompt_tokens :]
+
+
+def expected_translation(checkpoint: Checkpoint, sequence: Sequence) -> list[Decoded]:
+    """What the oracle of beam search says."""
+    assert isinstance(checkpoint.model, Translator)
+    assert isinstance(sequence.params, BeamParams)
+    score = translator_scorer(checkpoint.model, [sequence.prompt_ids])
+    (decoded,) = beam_search(
+        score, [[sequence.prompt_ids[1]]], checkpoint.config.eos_id, sequence.params, suppressed(checkpoint)
+    )
+    return decoded
+
+
+def random_generation(checkpoint: Checkpoint, rng: random.Random) -> Sequence:
+    """Any prompt, any parameters, in a context of 64."""
+    sampled = rng.random() < 0.6
+    params = SamplingParams(
+        temperature=rng.choice([0.3, 1.0, 1.7]) if sampled else 0.0,
+        top_k=rng.choice([0, 0, 1, 5, 40, 1000]),
+        top_p=rng.choice([1.0, 1.0, 0.4, 0.9]),
+        typical_p=rng.choice([1.0, 1.0, 0.5]),
+        repetition_penalty=rng.choice([1.0, 1.0, 1.3, 0.8]),
+        frequency_penalty=rng.choice([0.0, 0.0, 0.5, -0.2]),
+        max_new_tokens=rng.randint(1, 20),
+        min_new_tokens=rng.choice([0, 0, 4]),
+        seed=rng.choice([None, rng.randrange(2**63)]),
+        top_n_tokens=rng.choice([0, 0, 3]),
+    )
+    ids = ordinary_ids(checkpoint)
+    return Sequence([rng.choice(ids) for _ in range(rng.randint(1, 30))], params)
+
+
+def random_translation(checkpoint: Checkpoint, rng: random.Random, **changes: object) -> Sequence:
+    """Any source, any parameters."""
+    num_beams = rng.choice([1, 2, 4, 5])
+    values: dict[str, object] = {
+        "num_beams": num_beams,
+        "num_return_sequences": rng.randint(1, num_beams),
+        "length_penalty": rng.choice([0.0, 0.5, 1.0, 1.5, -1.0]),
+        "max_new_tokens": rng.randint(1, 12),
+        "min_new_tokens": rng.choice([0, 0, 5]),
+        "no_repeat_ngram_size": rng.choice([0, 0, 1, 2]),
+        "repetition_penalty": rng.choice([1.0, 1.0, 1.3]),
+    }
+    ids = ordinary_ids(checkpoint)
+    text = [rng.choice(ids) for _ in range(rng.randint(1, 20))]
+    language = rng.choice(sorted(checkpoint.tokenizer.languages))
+    source = checkpoint.tokenizer.source_ids(text, language)
+    return Sequence(source, BeamParams(**(values | changes)))  # type: ignore[arg-type]
+
+
+async def check_generations(checkpoint: Checkpoint, sequences: Iterable[Sequence]) -> None:
+    for sequence in sequences:
+        assert await tokens(sequence) == expected_generation(checkpoint, sequence), sequence.params
+
+
+async def check_translations(checkpoint: Checkpoint, sequences: Iterable[Sequence]) -> None:
+    for sequence in sequences:
+        found = await asyncio.wait_for(sequence.result(), 20)
+        wanted = expected_translation(checkpoint, sequence)
+        assert [h.token_ids for h in found] == [d.token_ids for d in wanted], sequence.params
+        for hypothesis, decoded in zip(found, wanted, strict=True):
+            assert abs(hypothesis.score - decoded.score) < 1e-4 * max(1.0, abs(decoded.score))
+            assert (hypothesis.finish_reason == "eos_token") == decoded.finished
+            assert len(hypothesis.logprobs) == len(hypothesis.token_ids)
+
+
+def gauge(name: str, endpoint: str) -> float:
+    """The value of a metric at this moment."""
+    value = REGISTRY.get_sample_value(f"transformer_{name}", {"endpoint": endpoint})
+    assert value is not None
+    return value

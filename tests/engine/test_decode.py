@@ -1,0 +1,359 @@
+"""Continuous batching equals the oracles, request by request, in any mix; turn by turn, without a thread."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from app.engine.decode import make_decode_lane
+from app.engine.errors import Aborted, Draining, Overloaded, PromptTooLong
+from app.engine.sequence import FinishReason, Sequence
+from model.checkpoint import Checkpoint
+from model.sampling import BeamParams, SamplingParams
+from tests.engine.rig import (
+    check_generations,
+    check_translations,
+    drive,
+    gauge,
+    generate_lane,
+    load_bold,
+    ordinary_ids,
+    outcome,
+    random_generation,
+    random_translation,
+    tokens,
+    translate_lane,
+    turn,
+)
+from tests.tiny import TinyFolders
+
+
+def greedy(n_prompt: int = 3, n_new: int = 10, first: int = 300) -> Sequence:
+    """Never ends before its length, which makes it easy to count."""
+    ids = list(range(first, first + n_prompt))
+    return Sequence(ids, SamplingParams(max_new_tokens=n_new, min_new_tokens=n_new))
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_generations_equal_the_oracle_in_any_mix(
+    causal: Checkpoint, causal_oracle: Checkpoint, seed: int
+) -> None:
+    rng = random.Random(seed)
+    lane = generate_lane(causal, n_slots=rng.choice([1, 3, 8]), prefill_tokens=rng.choice([1, 40, 1000]))
+    sequences = [random_generation(causal, rng) for _ in range(24)]
+    aborted = [sequence for sequence in sequences if rng.random() < 0.2]
+    for sequence in sequences:
+        lane.submit([sequence])
+        for _ in range(rng.choice([0, 0, 1, 5])):
+            turn(lane)
+        if aborted and rng.random() < 0.3:
+            lane.abort([rng.choice(aborted)])
+    lane.abort(aborted)
+    drive(lane)
+    await check_generations(causal_oracle, (s for s in sequences if s not in aborted))
+    for sequence in aborted:
+        assert not isinstance(await outcome(sequence), list) or sequence.n_generated_tokens > 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_translations_equal_the_oracle_in_any_mix(
+    translator: Checkpoint, translator_oracle: Checkpoint, seed: int
+) -> None:
+    rng = random.Random(seed)
+    lane = translate_lane(
+        translator, n_slots=rng.choice([5, 9, 16]), prefill_tokens=rng.choice([1, 40, 1000])
+    )
+    sequences = [random_translation(translator, rng) for _ in range(16)]
+    aborted = [sequence for sequence in sequences if rng.random() < 0.2]
+    for sequence in sequences:
+        lane.submit([sequence])
+        for _ in range(rng.choice([0, 0, 1, 4])):
+            turn(lane)
+        if aborted and rng.random() < 0.3:
+            lane.abort([rng.choice(aborted)])
+    lane.abort(aborted)
+    drive(lane)
+    await check_translations(translator_oracle, (s for s in sequences if s not in aborted))
+
+
+async def test_a_seeded_generation_is_the_same_alone_and_in_a_crowd(causal: Checkpoint) -> None:
+    rng = random.Random(5)
+    params = SamplingParams(temperature=1.3, top_k=50, top_p=0.95, max_new_tokens=20, seed=11)
+    said = []
+    for n_others in (0, 3, 9):
+        lane, sequence = generate_lane(causal, n_slots=6), Sequence([300, 301, 302], params)
+        lane.submit([random_generation(causal, rng) for _ in range(n_others)])
+        turn(lane)
+        lane.submit([sequence])
+        drive(lane)
+        said.append(await tokens(sequence))
+    assert said[0] == said[1] == said[2]
+    lane, other = generate_lane(causal), Sequence([300, 301, 302], replace(params, seed=12))
+    lane.submit([other])
+    drive(lane)
+    assert await tokens(other) != said[0]
+
+
+async def test_top_tokens_and_prompt_logprobs(causal: Checkpoint) -> None:
+    lane = generate_lane(causal)
+    asking = Sequence([300, 301, 302], SamplingParams(max_new_tokens=4, top_n_tokens=3), prompt_logprobs=True)
+    silent, alone = greedy(), Sequence([300], SamplingParams(max_new_tokens=2), prompt_logprobs=True)
+    lane.submit([asking, silent, alone])
+    drive(lane)
+    async for event in asking.events():
+        assert len(event.top_tokens) == 3
+        ids, logprobs = zip(*event.top_tokens, strict=True)
+        assert (ids[0], logprobs[0]) == (event.token_id, event.logprob)
+        assert list(logprobs) == sorted(logprobs, reverse=True)
+    assert [event.top_tokens async for event in silent.events()] == [()] * 10
+    with torch.no_grad():
+        table = causal.model(torch.tensor([[300, 301, 302]]))[0].log_softmax(-1)
+    wanted = [table[0, 301].item(), table[1, 302].item()]
+    assert asking.prompt_logprobs_out == [None, *map(pytest.approx, wanted)]
+    assert alone.prompt_logprobs_out == [None]
+    assert silent.prompt_logprobs_out == []
+
+
+async def test_alignments(translator: Checkpoint) -> None:
+    lane = translate_lane(translator)
+    wishes = {"num_beams": 4, "num_return_sequences": 4, "return_alignment": True}
+    sequence = random_translation(translator, random.Random(1), **wishes)
+    lane.submit([sequence])
+    drive(lane)
+    for hypothesis in await sequence.result():
+        assert hypothesis.alignment is not None
+        assert len(hypothesis.alignment) == len(hypothesis.token_ids)
+        for row in hypothesis.alignment:
+            assert len(row) == sequence.n_prompt_tokens
+            assert sum(row) == pytest.approx(1, abs=1e-4)
+    assert not any("forward" in vars(module) for module in translator.model.modules())
+
+
+async def test_a_generation_may_fill_the_whole_context(causal: Checkpoint, causal_oracle: Checkpoint) -> None:
+    lane = generate_lane(causal)
+    full, long = greedy(n_prompt=1, n_new=63), greedy(n_prompt=63, n_new=1)
+    lane.submit([full, long])
+    drive(lane)
+    await check_generations(causal_oracle, [full, long])
+
+
+async def test_the_length_and_the_end_are_told_apart(causal: Checkpoint) -> None:
+    rng, reasons = random.Random(2), set()
+    lane = generate_lane(causal)
+    ids = ordinary_ids(causal)
+    params = SamplingParams(temperature=3.0, max_new_tokens=60)
+    sequences = [Sequence([rng.choice(ids)], replace(params, seed=seed)) for seed in range(30)]
+    lane.submit(sequences)
+    drive(lane)
+    for sequence in sequences:
+        (hypothesis,) = await sequence.result()
+        reasons.add(hypothesis.finish_reason)
+        n_ends = hypothesis.finish_reason is FinishReason.EOS
+        assert sequence.n_generated_tokens == len(hypothesis.token_ids) + n_ends
+        assert causal.config.eos_id not in hypothesis.token_ids
+    assert reasons == {FinishReason.EOS, FinishReason.LENGTH}
+
+
+# Aborts, at every stage
+
+
+async def test_an_abort_frees_the_row_at_the_next_turn(causal: Checkpoint, causal_oracle: Checkpoint) -> None:
+    lane = generate_lane(causal, n_slots=2)
+    stopping, staying, waiting = greedy(), greedy(first=310), greedy(first=320)
+    lane.submit([stopping, staying, waiting])
+    turn(lane)
+    lane.abort([stopping])
+    turn(lane)
+    assert lane.scheduler.running == [staying, waiting]
+    assert isinstance(await outcome(stopping), Aborted)
+    assert stopping.n_generated_tokens == 1
+    drive(lane)
+    await check_generations(causal_oracle, [staying, waiting])
+
+
+async def test_a_waiting_one_leaves_without_a_row(causal: Checkpoint) -> None:
+    lane = generate_lane(causal, n_slots=1)
+    running, waiting = greedy(), greedy()
+    lane.submit([running, waiting])
+    turn(lane)
+    lane.abort([waiting])
+    turn(lane)
+    assert isinstance(await outcome(waiting), Aborted)
+    assert (waiting.admitted_at, waiting.inference_seconds) == (None, 0.0)
+    assert lane.scheduler.waiting_tokens == 0
+
+
+async def test_aborted_before_the_first_turn_or_even_before_it_was_submitted(causal: Checkpoint) -> None:
+    lane = generate_lane(causal)
+    early, at_once = greedy(), greedy()
+    lane.abort([early])
+    turn(lane)
+    lane.submit([early])
+    drive(lane)
+    lane.submit([at_once])
+    lane.abort([at_once])
+    drive(lane)
+    assert isinstance(await outcome(early), Aborted)
+    assert isinstance(await outcome(at_once), Aborted)
+    assert early.n_generated_tokens == at_once.n_generated_tokens == 0
+
+
+async def test_an_abort_after_the_end_changes_nothing(causal: Checkpoint, causal_oracle: Checkpoint) -> None:
+    lane, sequence = generate_lane(causal), greedy()
+    lane.submit([sequence])
+    drive(lane)
+    lane.abort([sequence])
+    lane.abort([sequence])
+    turn(lane)
+    await check_generations(causal_oracle, [sequence])
+    assert lane.door.n_inside == 0
+
+
+async def test_a_translation_gives_back_all_its_rows(
+    translator: Checkpoint, translator_oracle: Checkpoint
+) -> None:
+    rng, lane = random.Random(3), translate_lane(translator, n_slots=8)
+    wide = random_translation(translator, rng, num_beams=5, num_return_sequences=1, max_new_tokens=12)
+    narrow = random_translation(translator, rng, num_beams=2, num_return_sequences=1, max_new_tokens=12)
+    lane.submit([wide, narrow])
+    turn(lane)
+    assert lane.scheduler.n_active == 7
+    lane.abort([wide])
+    turn(lane)
+    assert lane.scheduler.n_active in (0, 2)
+    drive(lane)
+    await check_translations(translator_oracle, [narrow])
+
+
+# Bounds
+
+
+def test_a_full_queue_refuses_all_or_nothing(causal: Checkpoint) -> None:
+    lane = generate_lane(causal, n_slots=1, max_queue_items=3, max_queue_tokens=20)
+    lane.submit([greedy(), greedy()])
+    for request in ([greedy(), greedy()], [greedy(n_prompt=15)]):
+        with pytest.raises(Overloaded) as refused:
+            lane.submit(request)
+        assert 1.0 <= refused.value.retry_after_seconds <= 60.0
+    assert (len(lane.scheduler.waiting), lane.door.n_inside) == (2, 2)
+    assert gauge("queue_items", "generate") == 2
+    assert gauge("queue_tokens", "generate") == 6
+    lane.submit([greedy()])
+    drive(lane)
+    assert gauge("queue_items", "generate") == gauge("queue_tokens", "generate") == 0
+
+
+def test_what_cannot_fit_is_refused_with_the_numbers(causal: Checkpoint, translator: Checkpoint) -> None:
+    lane = generate_lane(causal)
+    with pytest.raises(PromptTooLong, match=r"65 tokens.* 64"):
+        lane.submit([greedy(), greedy(n_prompt=5, n_new=60)])
+    assert not lane.has_work()
+    translating = translate_lane(translator)
+    for sequence in (
+        Sequence([300] * 65, BeamParams(max_new_tokens=5)),
+        Sequence([300], BeamParams(max_new_tokens=65)),
+    ):
+        with pytest.raises(PromptTooLong, match=r"65 tokens.* 64"):
+            translating.submit([sequence])
+
+
+def test_what_a_lane_cannot_do_never_reaches_the_queue(causal: Checkpoint, translator: Checkpoint) -> None:
+    generating, translating = generate_lane(causal, n_slots=2), translate_lane(translator, n_slots=3)
+    with pytest.raises(TypeError, match="SamplingParams"):
+        generating.submit([Sequence([300], BeamParams(num_beams=3, max_new_tokens=5))])
+    with pytest.raises(TypeError, match="BeamParams"):
+        translating.submit([Sequence([300], SamplingParams())])
+    with pytest.raises(ValueError, match="4 exceeds the 3 rows"):
+        translating.submit([Sequence([300], BeamParams(num_beams=4, max_new_tokens=5))])
+    for token in (-1, causal.config.vocab_size):
+        with pytest.raises(ValueError, match="vocabulary"):
+            generating.submit([Sequence([300, token], SamplingParams(max_new_tokens=5))])
+    assert not generating.has_work()
+    assert not translating.has_work()
+
+
+def test_a_draining_lane_takes_nothing_more(causal: Checkpoint) -> None:
+    lane = generate_lane(causal)
+    lane.submit([greedy()])
+    lane.door.draining = True
+    with pytest.raises(Draining):
+        lane.submit([greedy()])
+    drive(lane)
+
+
+async def test_admission_does_not_stop_running_streams(causal: Checkpoint) -> None:
+    """At most one prompt of this length is taken in by a turn, and who runs has a token from each."""
+    lane = generate_lane(causal, n_slots=8, prefill_tokens=30)
+    running = greedy(n_new=10)
+    lane.submit([running])
+    turn(lane)
+    lane.submit([greedy(n_prompt=20, n_new=1) for _ in range(6)])
+    for n_turns in range(2, 7):
+        turn(lane)
+        assert running.n_generated_tokens == n_turns
+        assert len(lane.scheduler.waiting) == 7 - n_turns
+
+
+def test_usage_is_measured(causal: Checkpoint, translator: Checkpoint) -> None:
+    lane = generate_lane(causal, n_slots=4)
+    lane.submit([greedy(n_prompt=5), greedy(n_prompt=3, n_new=1)])
+    turn(lane)
+    assert gauge("rows_in_use", "generate") == 1
+    assert gauge("kv_cache_usage_ratio", "generate") == 6 / (4 * 64)
+    drive(lane)
+    assert gauge("rows_in_use", "generate") == gauge("kv_cache_usage_ratio", "generate") == 0
+    translating = translate_lane(translator, n_slots=10)
+    params = BeamParams(num_beams=5, max_new_tokens=5, min_new_tokens=5)
+    translating.submit([Sequence([300, 301], params)])
+    turn(translating)
+    assert gauge("rows_in_use", "translate") == 5
+    assert gauge("kv_cache_usage_ratio", "translate") == 5 * 2 / (10 * 64)
+
+
+def test_nothing_is_remembered_of_what_ended(causal: Checkpoint, translator: Checkpoint) -> None:
+    rng = random.Random(0)
+    generating, translating = generate_lane(causal), translate_lane(translator)
+    for _ in range(3):
+        done = [random_generation(causal, rng) for _ in range(5)]
+        generating.submit(done)
+        translating.submit([random_translation(translator, rng) for _ in range(3)])
+        turn(generating)
+        generating.abort(done[:1])
+        drive(generating)
+        drive(translating)
+    assert generating._generations == {}
+    assert generating._rows is None
+    assert translating._groups == {}
+
+
+def test_the_lane_that_suits_a_checkpoint(causal: Checkpoint, translator: Checkpoint) -> None:
+    for checkpoint, wanted in ((causal, "GenerateLane"), (translator, "TranslateLane")):
+        lane = make_decode_lane(
+            "generate", checkpoint, n_slots=3, prefill_tokens=9, max_queue_items=5, max_queue_tokens=6
+        )
+        assert type(lane).__name__ == wanted
+        assert (lane.limits.max_prompt_tokens, lane.limits.max_new_tokens, lane.limits.n_slots) == (64, 64, 3)
+        assert (lane.limits.max_queue_items, lane.limits.max_queue_tokens) == (5, 6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+async def test_the_mix_on_a_gpu(
+    tiny_folders: TinyFolders, causal_oracle: Checkpoint, translator_oracle: Checkpoint
+) -> None:
+    """float32 on the GPU says what the oracles say on the CPU."""
+    causal, translator = load_bold(tiny_folders.generate, "cuda"), load_bold(tiny_folders.translate, "cuda")
+    generating, translating, rng = generate_lane(causal), translate_lane(translator), random.Random(0)
+    generations = [random_generation(causal, rng) for _ in range(16)]
+    translations = [random_translation(translator, rng) for _ in range(12)]
+    for generation, translation in zip(generations, translations, strict=False):
+        generating.submit([generation])
+        translating.submit([translation])
+        turn(generating)
+        turn(translating)
+    generating.submit(generations[12:])
+    drive(generating)
+    drive(translating)
+    await check_generations(causal_oracle, generations)
+    await check_translations(translator_oracle, translations)

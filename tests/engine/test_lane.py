@@ -1,0 +1,93 @@
+"""The door, and trying again in halves."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from app.engine.errors import Draining
+from app.engine.lane import Door, halving
+
+
+class Clock:
+    """Stands still until it is told."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_draining_door_refuses() -> None:
+    door = Door()
+    door.check()
+    door.draining = True
+    with pytest.raises(Draining):
+        door.check()
+
+
+def test_retry_after_follows_the_pace() -> None:
+    clock = Clock()
+    door = Door(clock)
+    door.enter(1000)
+    for _ in range(200):
+        clock.now += 0.5
+        door.leave()
+    assert door.retry_after(20) == pytest.approx(10, rel=0.05)
+    assert door.retry_after(0) == 1.0
+    assert door.retry_after(10_000) == 60.0
+
+
+def test_a_pause_does_not_spoil_the_pace() -> None:
+    clock = Clock()
+    door = Door(clock)
+    for _ in range(3):
+        door.enter(10)
+        for _ in range(10):
+            clock.now += 0.1
+            door.leave()
+        clock.now += 3600
+    door.enter(50)
+    for _ in range(10):
+        clock.now += 0.1
+        door.leave()
+    assert door.retry_after(40) == pytest.approx(4, rel=0.2)
+
+
+def test_before_the_first_end_the_wait_is_a_guess_that_grows() -> None:
+    clock = Clock()
+    door = Door(clock)
+    door.enter(5)
+    assert door.retry_after(5) == 1.0
+    clock.now += 4
+    assert door.retry_after(5) == 20.0
+
+
+@pytest.mark.parametrize("bad", [set(), {0}, {6}, {2, 3}, set(range(7))])
+def test_only_the_cause_of_a_failure_fails(bad: set[int]) -> None:
+    noted: list[int] = []
+
+    def run(items: Sequence[int]) -> list[int]:
+        if bad & set(items):
+            raise RuntimeError(items)
+        return list(items)
+
+    def note(_: Exception, n_items: int) -> bool:
+        noted.append(n_items)
+        return True
+
+    parts, failed = halving(range(7), run, note)
+    assert [item for part in parts for item in part] == sorted(set(range(7)) - bad)
+    assert failed == sorted(bad)
+    assert noted.count(1) == len(bad)
+
+
+def test_without_hope_nothing_is_tried_again() -> None:
+    attempts: list[int] = []
+
+    def run(items: Sequence[int]) -> None:
+        attempts.append(len(items))
+        raise RuntimeError
+
+    assert halving(range(8), run, lambda *_: False) == ([], list(range(8)))
+    assert attempts == [8]

@@ -1,0 +1,51 @@
+"""Edges of the tensors' side that no healthy model reaches."""
+
+import math
+
+import torch
+
+from app.engine.runner import GenerateRunner, TranslateRunner, responds
+from model.checkpoint import Checkpoint
+from model.sampling import SamplingParams, SamplingRows
+
+
+def test_ranks_of_rows_without_choice_or_numbers(translator: Checkpoint) -> None:
+    runner = TranslateRunner(translator, 2, 64)
+    ordinary, banned = torch.tensor([0.0, 3.0, 1.0, 2.0]), torch.full((4,), -torch.inf)
+    broken = torch.tensor([0.0, torch.nan, 1.0, -torch.inf])
+    first, second, third = runner.rank(torch.stack([ordinary, banned, broken]), 3)
+    assert [token for token, _ in first] == [1, 3, 2]
+    wanted = ordinary.log_softmax(-1)[[1, 3, 2]].tolist()
+    assert all(math.isclose(p, q, rel_tol=1e-5) for (_, p), q in zip(first, wanted, strict=True))
+    assert [p for _, p in second] == [-math.inf] * 3
+    assert math.isnan(third[0][1])
+    assert [len(best) for best in runner.rank(torch.zeros(1, 4), 100)] == [4]
+
+
+def test_draws_of_rows_without_choice_or_numbers(causal: Checkpoint) -> None:
+    runner = GenerateRunner(causal, 3, 64)
+    logits = torch.tensor([[0.0, 3.0, 1.0], [-torch.inf] * 3, [0.0, torch.nan, 1.0]])
+    rows = SamplingRows.stack([SamplingParams(temperature=t, top_k=2, top_p=0.9) for t in (0.0, 1.0, 1.0)])
+    first, second, third = runner.draw(logits, rows, [0.5, 0.5, 0.5], 100)
+    assert (first.token_id, len(first.top)) == (1, 3)
+    assert math.isclose(first.logprob, logits[0].log_softmax(-1)[1].item(), rel_tol=1e-5)
+    assert math.isnan(second.logprob)
+    assert math.isnan(third.logprob)
+
+
+def test_wiping_rows_spares_the_others(translator: Checkpoint) -> None:
+    runner = TranslateRunner(translator, 4, 64)
+    for cache in (runner.cache, runner.memory):
+        cache.k.fill_(1.0)
+        cache.v.fill_(torch.nan)
+    runner.wipe([0, 2])
+    for cache in (runner.cache, runner.memory):
+        assert (cache.k[:, [0, 2]] == 0).all()
+        assert (cache.v[:, [0, 2]] == 0).all()
+        assert (cache.k[:, [1, 3]] == 1).all()
+        assert cache.v[:, [1, 3]].isnan().all()
+
+
+def test_a_device_that_is_there_responds() -> None:
+    assert responds(torch.device("cpu"))
+    assert not responds(torch.device("cuda", 99))

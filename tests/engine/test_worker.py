@@ -1,0 +1,611 @@
+"""The device thread: one hand-over per turn, and no failure that takes more with it than its own rows."""
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from app.engine.errors import Aborted, Draining, EngineError, StepFailed
+from app.engine.lane import Door, Failures, Handover, Handovers, Lane
+from app.engine.sequence import Sequence
+from app.engine.worker import DeviceWorker
+from model.checkpoint import Checkpoint
+from model.sampling import BeamParams, SamplingParams
+from tests.engine.rig import (
+    FailingGenerateRunner,
+    FailingTranslateRunner,
+    check_generations,
+    check_translations,
+    drive,
+    expected_generation,
+    fails_on,
+    generate_lane,
+    outcome,
+    random_generation,
+    random_translation,
+    translate_lane,
+    turn,
+)
+
+BAD = 333  # the token that runners fail on
+
+
+class CountingLoop:
+    """The real loop, with a count of what crosses to it."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.n_crossings = 0
+
+    def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any) -> asyncio.Handle:
+        self.n_crossings += 1
+        return self.loop.call_soon_threadsafe(callback, *args)
+
+
+class Ball:
+    """Comes back after as many turns as it is told; `deliver` may raise."""
+
+    def __init__(self, n_turns: int = 1, *, broken: bool = False) -> None:
+        self.n_turns, self.broken = n_turns, broken
+        self.deliveries: list[object] = []
+        self.back = asyncio.Event()
+
+    def deliver(self, delivery: object) -> None:
+        if self.broken:
+            raise RuntimeError("this receiver is broken")
+        self.deliveries.append(delivery)
+        if isinstance(delivery, EngineError) or len(self.deliveries) == self.n_turns:
+            self.back.set()
+
+
+class Juggler:
+    """A lane of balls: a turn gives each that is in the air its next number."""
+
+    def __init__(self, name: str = "generate") -> None:
+        self.name = name
+        self.door = Door()
+        self.failures = Failures(name, lambda: self.responds)
+        self.wake: Callable[[], None] = lambda: None
+        self.responds = True
+        self.raises: list[str] = []  # what the next calls raise in
+        self.error: BaseException = RuntimeError()
+        self.n_turns = 0
+        self.pause = threading.Event()
+        self.pause.set()
+        self.air: dict[Ball, int] = {}  # with the turns that are left
+
+    def throw(self, balls: Iterable[Ball]) -> None:
+        self.door.check()
+        balls = list(balls)
+        self.air |= {ball: ball.n_turns for ball in balls}
+        self.door.enter(len(balls))
+        self.wake()
+
+    def has_work(self) -> bool:
+        return bool(self.air)
+
+    def turn(self) -> Handovers:
+        self.pause.wait(5)
+        self.n_turns += 1
+        self._maybe_raise("turn")
+        out: Handovers = []
+        for ball in list(self.air):
+            self.air[ball] -= 1
+            out.append(Handover(ball, self.n_turns, None if self.air[ball] else self.door))
+        self.air = {ball: left for ball, left in self.air.items() if left}
+        return out
+
+    def fail_all(self, error: Callable[[], EngineError]) -> Handovers:
+        self._maybe_raise("fail_all")
+        air, self.air = self.air, {}
+        return [Handover(ball, error(), self.door) for ball in air]
+
+    def _maybe_raise(self, place: str) -> None:
+        if place in self.raises:
+            self.raises.remove(place)
+            raise self.error
+
+
+@asynccontextmanager
+async def working(*lanes: Lane) -> AsyncIterator[DeviceWorker]:
+    worker = DeviceWorker(lanes)
+    worker.start(asyncio.get_running_loop())
+    try:
+        yield worker
+    finally:
+        await asyncio.to_thread(worker.stop)
+        assert not worker.alive
+
+
+async def until_idle(lane: Lane) -> None:
+    while lane.has_work():  # noqa: ASYNC110 - the device thread sets no event
+        await asyncio.sleep(0.001)
+
+
+async def wait(event: asyncio.Event) -> None:
+    await asyncio.wait_for(event.wait(), 10)
+
+
+async def test_one_crossing_per_turn() -> None:
+    lane, loop = Juggler(), CountingLoop()
+    balls = [Ball(5) for _ in range(32)]
+    lane.throw(balls)
+    worker = DeviceWorker([lane])
+    worker.start(loop)  # type: ignore[arg-type]
+    await asyncio.gather(*(wait(ball.back) for ball in balls))
+    assert loop.n_crossings == lane.n_turns == 5
+    assert [ball.deliveries for ball in balls] == [[1, 2, 3, 4, 5]] * 32
+    await asyncio.to_thread(worker.stop)
+    assert loop.n_crossings == 5
+
+
+async def test_every_lane_has_its_turn() -> None:
+    long, short = Juggler(), Juggler("translate")
+    long.throw([Ball(1_000_000)])
+    async with working(long, short):
+        ball = Ball(3)
+        short.throw([ball])
+        await wait(ball.back)
+        assert long.n_turns > 0
+
+
+async def test_idle_takes_no_turns_and_wakes_at_once() -> None:
+    lane = Juggler()
+    async with working(lane):
+        await asyncio.sleep(0.05)
+        assert lane.n_turns == 0
+        ball, start = Ball(), time.monotonic()
+        lane.throw([ball])
+        await wait(ball.back)
+        assert time.monotonic() - start < 0.5  # not the next look at the clock
+
+
+async def test_the_loop_survives_a_lane_that_raises() -> None:
+    lane, other = Juggler(), Juggler("translate")
+    victims, neighbour, later = [Ball(9), Ball(9)], Ball(50), Ball()
+    other.throw([neighbour])
+    lane.raises = ["turn"]
+    lane.throw(victims)
+    async with working(lane, other) as worker:
+        for ball in victims:
+            await wait(ball.back)
+        assert [type(ball.deliveries[-1]) for ball in victims] == [StepFailed, StepFailed]
+        assert victims[0].deliveries[-1] is not victims[1].deliveries[-1]
+        lane.throw([later])
+        await wait(later.back)
+        await wait(neighbour.back)
+        assert worker.alive
+
+
+async def test_the_loop_survives_a_lane_that_cannot_even_fail() -> None:
+    lane = Juggler()
+    lane.raises = ["turn", "fail_all"]
+    ball = Ball()
+    lane.throw([ball])
+    async with working(lane) as worker:
+        await wait(ball.back)  # it was not lost, and the next turn went well
+        assert worker.alive
+        assert ball.deliveries == [2]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_a_thread_that_dies_leaves_nobody_waiting() -> None:
+    lane, ball = Juggler(), Ball()
+    lane.error, lane.raises = SystemExit(), ["turn"]
+    worker = DeviceWorker([lane])
+    lane.throw([ball])
+    worker.start(asyncio.get_running_loop())
+    await wait(ball.back)
+    assert isinstance(ball.deliveries[-1], Aborted)
+    with pytest.raises(Draining):
+        lane.throw([Ball()])
+    await asyncio.to_thread(worker.stop)
+    assert not worker.alive
+
+
+async def test_a_receiver_that_raises_takes_nothing_from_its_neighbours() -> None:
+    lane = Juggler()
+    before, broken, after = Ball(), Ball(broken=True), Ball()
+    lane.throw([before, broken, after])
+    async with working(lane) as worker:
+        await wait(before.back)
+        await wait(after.back)
+        assert await worker.drained(5)
+
+
+async def test_drained_means_delivered() -> None:
+    lane = Juggler()
+    async with working(lane) as worker:
+        assert await worker.drained(0)
+        ball = Ball(20)
+        lane.throw([ball])
+        worker.begin_drain()
+        with pytest.raises(Draining):
+            lane.throw([Ball()])
+        assert await worker.drained(5)
+        assert ball.back.is_set()
+
+
+async def test_drained_looks_behind_the_lane_for_what_is_under_way() -> None:
+    """The lane has no work any more, but the loop has not yet taken what it produced."""
+    lane, ball = Juggler(), Ball()
+    worker = DeviceWorker([lane])
+    lane.throw([ball])
+    lost = CountingLoop()
+    lost.call_soon_threadsafe = lambda *_: None  # type: ignore[method-assign, assignment]
+    worker.start(lost)  # type: ignore[arg-type]
+    await until_idle(lane)
+    assert not await worker.drained(0.05)
+    await asyncio.to_thread(worker.stop)
+
+
+async def test_draining_gives_up_after_its_time() -> None:
+    lane = Juggler()
+    lane.pause.clear()
+    lane.throw([Ball()])
+    async with working(lane) as worker:
+        start = time.monotonic()
+        assert not await worker.drained(0.05)
+        assert time.monotonic() - start < 1
+        lane.pause.set()
+
+
+async def test_stop_ends_what_waits_and_runs(causal: Checkpoint) -> None:
+    lane = generate_lane(causal, n_slots=1)
+    worker = DeviceWorker([lane])
+    sequences = [Sequence([300], SamplingParams(max_new_tokens=60, min_new_tokens=60)) for _ in range(20)]
+    lane.submit(sequences)
+    worker.start(asyncio.get_running_loop())
+    first = [event async for event in sequences[0].events()]
+    await asyncio.to_thread(worker.stop)
+    errors = [await outcome(sequence) for sequence in sequences]
+    assert len(first) == 60
+    assert sum(isinstance(error, Aborted) for error in errors) > 0
+    assert not any(isinstance(error, StepFailed) for error in errors)
+    assert (lane.door.n_inside, lane.scheduler.n_active, lane._generations) == (0, 0, {})
+    with pytest.raises(Draining):
+        lane.submit([Sequence([300], SamplingParams())])
+    worker.stop()  # twice does no harm
+
+
+async def test_stopped_before_it_began_nothing_comes_in() -> None:
+    lane = Juggler()
+    DeviceWorker([lane]).stop()
+    with pytest.raises(Draining):
+        lane.throw([Ball()])
+
+
+async def test_a_worker_without_a_loop_to_tell_ends_quietly() -> None:
+    lane = Juggler()
+    lane.throw([Ball()])
+    loop = asyncio.new_event_loop()
+    loop.close()
+    worker = DeviceWorker([lane])
+    worker.start(loop)
+    await until_idle(lane)
+    assert worker.alive
+    await asyncio.to_thread(worker.stop)
+
+
+async def test_a_dead_device_is_not_alive() -> None:
+    lane = Juggler()
+    async with working(lane) as worker:
+        assert worker.alive
+        assert lane.failures.note(RuntimeError(), 1)
+        assert worker.alive
+        lane.responds = False
+        assert not lane.failures.note(RuntimeError(), 1)
+        assert not worker.alive
+
+
+# The real lanes, under the thread
+
+
+async def test_both_lanes_at_once_equal_the_oracles(
+    causal: Checkpoint,
+    causal_oracle: Checkpoint,
+    translator: Checkpoint,
+    translator_oracle: Checkpoint,
+) -> None:
+    rng = random.Random(9)
+    generating, translating = generate_lane(causal), translate_lane(translator)
+    generations = [random_generation(causal, rng) for _ in range(20)]
+    translations = [random_translation(translator, rng, return_alignment=True) for _ in range(10)]
+    async with working(generating, translating) as worker:
+        for i, generation in enumerate(generations):
+            generating.submit([generation])
+            translating.submit(translations[i : i + 1])
+            if i % 4 == 0:
+                await asyncio.sleep(0.005)
+        gone = [generations.pop(), generations.pop(3)], [translations.pop(2)]
+        generating.abort(gone[0])
+        translating.abort(gone[1])
+        await check_generations(causal_oracle, generations)
+        await check_translations(translator_oracle, translations)
+        worker.begin_drain()
+        assert await worker.drained(10)
+
+
+async def test_streams_and_departures_in_disorder(causal: Checkpoint, causal_oracle: Checkpoint) -> None:
+    """Clients that read, leave in the middle, or never read, all at once."""
+    rng, lane = random.Random(4), generate_lane(causal, n_slots=3)
+
+    async def client(sequence: Sequence, n_wanted: int) -> None:
+        lane.submit([sequence])
+        try:
+            async for event in sequence.events():
+                await asyncio.sleep(rng.choice([0, 0, 0.002]))
+                if event.index >= n_wanted:
+                    return
+        finally:
+            lane.abort([sequence])
+
+    sequences = [random_generation(causal, rng) for _ in range(30)]
+    async with working(lane) as worker:
+        clients = [asyncio.create_task(client(s, rng.choice([1, 3, 99]))) for s in sequences]
+        await asyncio.sleep(0.01)
+        for task in clients[::5]:
+            task.cancel()
+        await asyncio.wait_for(asyncio.gather(*clients, return_exceptions=True), 20)
+        assert await worker.drained(5)
+        last = random_generation(causal, rng)
+        lane.submit([last])
+        await check_generations(causal_oracle, [last])
+    assert (lane.scheduler.n_active, lane._generations) == (0, {})
+
+
+# Failures: only the culprit
+
+
+def never_read(sequences: Iterable[Sequence], oracle: Checkpoint) -> list[Sequence]:
+    """Those generations that meet the bad token neither in their prompt nor in what they say."""
+    return [s for s in sequences if BAD not in [*s.prompt_ids, *expected_generation(oracle, s)]]
+
+
+def failing(lane: Any) -> FailingGenerateRunner:
+    assert isinstance(lane.runner, FailingGenerateRunner)
+    return lane.runner
+
+
+@pytest.mark.parametrize("place", ["prefill", "prompt_logprobs", "step"])
+@pytest.mark.parametrize("position", [0, 3, 7])
+async def test_only_the_culprit_of_a_generation_fails(
+    causal: Checkpoint, causal_oracle: Checkpoint, place: str, position: int
+) -> None:
+    lane = generate_lane(causal, n_slots=8, prefill_tokens=1000)
+    rng = random.Random(position)
+    innocent = never_read([random_generation(causal, rng) for _ in range(9)], causal_oracle)[:7]
+    # A step reads the last token of a prompt, a prefill those before it.
+    prompt, params = [300, BAD, 301], SamplingParams(max_new_tokens=20)
+    culprit = Sequence(prompt[:2] if place == "step" else prompt, params, prompt_logprobs=True)
+    failing(lane).fault = fails_on(BAD, place)
+    lane.submit([*innocent[:position], culprit, *innocent[position:]])
+    drive(lane)
+    assert isinstance(await outcome(culprit), StepFailed)
+    await check_generations(causal_oracle, innocent)
+    assert not lane.failures.broken
+
+
+async def test_a_step_that_is_tried_again_draws_the_same(
+    causal: Checkpoint, causal_oracle: Checkpoint
+) -> None:
+    """Every second attempt fails, before or after the model has run; nobody may notice."""
+    lane, rng = generate_lane(causal, n_slots=5), random.Random(2)
+    attempts = dict.fromkeys(("prefill", "step", "draw", "move"), 0)
+
+    def sometimes(what: str, _: list[int]) -> None:
+        attempts[what] += 1
+        if lane.scheduler.n_active > 1 and attempts[what] % 4 == 1 and what != "move":
+            raise torch.OutOfMemoryError("no room")
+
+    failing(lane).fault = sometimes
+    sequences = [random_generation(causal, rng) for _ in range(12)]
+    lane.submit(sequences)
+    drive(lane)
+    outcomes = [await outcome(sequence) for sequence in sequences]
+    fine = [s for s, found in zip(sequences, outcomes, strict=True) if isinstance(found, list)]
+    assert len(fine) >= 6
+    await check_generations(causal_oracle, fine)
+
+
+@pytest.mark.parametrize("max_rows", [1, 3])
+async def test_out_of_memory_is_tried_again_with_less(
+    causal: Checkpoint,
+    causal_oracle: Checkpoint,
+    translator: Checkpoint,
+    translator_oracle: Checkpoint,
+    max_rows: int,
+) -> None:
+    """Steps of more rows than fit are halved until they do; everybody has their answer."""
+
+    def too_many(what: str, ids: list[int]) -> None:
+        if what == "step" and len(ids) > max_rows:
+            raise torch.OutOfMemoryError(f"{len(ids)} rows")
+
+    rng = random.Random(max_rows)
+    generating, translating = generate_lane(causal, n_slots=8), translate_lane(translator)
+    failing(generating).fault = too_many
+    assert isinstance(translating.runner, FailingTranslateRunner)
+    translating.runner.fault = too_many
+    generations = [random_generation(causal, rng) for _ in range(10)]
+    translations = [random_translation(translator, rng) for _ in range(5)]
+    generating.submit(generations)
+    translating.submit(translations)
+    drive(generating)
+    drive(translating)
+    await check_generations(causal_oracle, generations)
+    await check_translations(translator_oracle, translations)
+
+
+@pytest.mark.parametrize("place", ["encode", "align"])
+async def test_only_the_culprit_of_translations_fails(
+    translator: Checkpoint, translator_oracle: Checkpoint, place: str
+) -> None:
+    rng, lane = random.Random(1), translate_lane(translator, n_slots=16, prefill_tokens=1000)
+    assert isinstance(lane.runner, FailingTranslateRunner)
+    lane.runner.fault = fails_on(BAD, place)
+    innocent = [random_translation(translator, rng, return_alignment=True) for _ in range(8)]
+    innocent = [sequence for sequence in innocent if BAD not in sequence.prompt_ids]
+    source = translator.tokenizer.source_ids([300, BAD], "en")
+    culprit = Sequence(source, BeamParams(num_beams=3, max_new_tokens=8, return_alignment=True))
+    lane.submit([*innocent[:2], culprit, *innocent[2:]])
+    drive(lane)
+    assert isinstance(await outcome(culprit), StepFailed)
+    await check_translations(translator_oracle, innocent)
+
+
+@pytest.mark.parametrize("place", ["step", "rank", "copy_beams", "move"])
+async def test_translations_fail_and_go_on(
+    translator: Checkpoint, translator_oracle: Checkpoint, place: str
+) -> None:
+    """A few attempts in a row fail, down to single rows; who was not hit says what the oracle says."""
+    rng, lane = random.Random(6), translate_lane(translator, n_slots=12, prefill_tokens=1000)
+    assert isinstance(lane.runner, FailingTranslateRunner)
+    attempts = 0
+
+    def sometimes(what: str, _: list[int]) -> None:
+        nonlocal attempts
+        attempts += what == place
+        if what == place and attempts % 20 in (3, 4, 5, 6, 7):
+            raise RuntimeError(place)
+
+    lane.runner.fault = sometimes
+    sequences = [random_translation(translator, rng) for _ in range(24)]
+    lane.submit(sequences)
+    drive(lane)
+    outcomes = [await outcome(sequence) for sequence in sequences]
+    fine = [s for s, found in zip(sequences, outcomes, strict=True) if isinstance(found, list)]
+    assert 0 < len(fine) < len(sequences)
+    await check_translations(translator_oracle, fine)
+
+
+async def test_rows_that_cannot_move_fail_alone(causal: Checkpoint, causal_oracle: Checkpoint) -> None:
+    lane = generate_lane(causal, n_slots=4)
+
+    def no_moves(what: str, _: list[int]) -> None:
+        if what == "move":
+            raise RuntimeError("move")
+
+    failing(lane).fault = no_moves
+    lengths = (1, 6, 6, 9)
+    first, second, third, last = (
+        Sequence([300 + n], SamplingParams(max_new_tokens=n, min_new_tokens=n)) for n in lengths
+    )
+    lane.submit([first, second, third, last])
+    turn(lane)
+    assert isinstance(await outcome(last), StepFailed)  # it was to fill the place of the first
+    drive(lane)
+    await check_generations(causal_oracle, [first])
+    assert lane.scheduler.n_active == 0
+
+
+async def test_rows_without_numbers_fail_and_leave_nothing_behind(
+    causal: Checkpoint, causal_oracle: Checkpoint
+) -> None:
+    """NaN in the cache would reach whoever gets the row next, through positions that are masked."""
+    lane = generate_lane(causal, n_slots=3)
+    params = SamplingParams(max_new_tokens=12, min_new_tokens=12)
+    innocent = never_read([Sequence([300 + i], params) for i in range(6)], causal_oracle)[:2]
+    failing(lane).nan_token = BAD
+    culprit = Sequence([302, BAD], params)
+    lane.submit([culprit, *innocent])
+    drive(lane)
+    error = await outcome(culprit)
+    assert isinstance(error, StepFailed)
+    assert "no number" in str(error)
+    assert torch.isfinite(failing(lane).cache.v).all()
+    later = never_read([Sequence([306 + i], params) for i in range(6)], causal_oracle)
+    lane.submit(later)
+    drive(lane)
+    await check_generations(causal_oracle, [*innocent, *later])
+
+
+async def test_beams_without_numbers_fail_alone(
+    translator: Checkpoint, translator_oracle: Checkpoint
+) -> None:
+    lane, params = translate_lane(translator, n_slots=8), BeamParams(num_beams=4, max_new_tokens=6)
+    languages = translator.tokenizer.languages
+    broken, fine = (
+        Sequence(translator.tokenizer.source_ids([300, 301], language), params) for language in ("ko", "en")
+    )
+    assert isinstance(lane.runner, FailingTranslateRunner)
+    lane.runner.nan_token = languages["ko"]  # what the decoder reads first
+    lane.submit([broken, fine])
+    drive(lane)
+    assert isinstance(await outcome(broken), StepFailed)
+    assert torch.isfinite(lane.runner.cache.v).all()
+    await check_translations(translator_oracle, [fine])
+
+
+async def test_a_dead_device_is_not_asked_again_and_again(
+    causal: Checkpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    lane = generate_lane(causal, n_slots=8, prefill_tokens=1000)
+    n_attempts = 0
+
+    def dead(what: str, _: list[int]) -> None:
+        nonlocal n_attempts
+        n_attempts += 1
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    failing(lane).fault = dead
+    lane.failures = Failures("generate", lambda: False)
+    sequences = [Sequence([300, 301], SamplingParams()) for _ in range(8)]
+    lane.submit(sequences)
+    drive(lane)
+    for sequence in sequences:
+        assert isinstance(await outcome(sequence), StepFailed)
+    assert n_attempts == 1
+    assert lane.failures.broken
+    assert caplog.text.count("Traceback") == 1
+
+
+async def test_what_a_broken_turn_had_already_ended_is_not_lost(causal: Checkpoint) -> None:
+    """The turn takes the departed off their rows, and then breaks where nobody expects it."""
+    lane = generate_lane(causal)
+    gone, running = (Sequence([300], SamplingParams(max_new_tokens=30)) for _ in range(2))
+    lane.submit([gone, running])
+    turn(lane)
+    lane.abort([gone])
+    lane._commit = None  # type: ignore[assignment, method-assign]
+    async with working(lane) as worker:
+        assert isinstance(await outcome(gone), Aborted)
+        assert isinstance(await outcome(running), StepFailed)
+        assert await worker.drained(5)
+    assert (lane.scheduler.n_active, lane._generations) == (0, {})
+
+
+async def test_what_a_broken_turn_ended_is_not_ended_again(causal: Checkpoint) -> None:
+    lane = generate_lane(causal)
+    gone, running = (Sequence([300], SamplingParams(max_new_tokens=30)) for _ in range(2))
+    lane.submit([gone, running])
+    turn(lane)
+    lane.abort([gone])
+    lane.scheduler.release = None  # type: ignore[assignment, method-assign]
+    async with working(lane) as worker:
+        assert isinstance(await outcome(gone), Aborted)
+        assert isinstance(await outcome(running), StepFailed)
+        assert await worker.drained(5)
+    assert lane.door.n_inside == 0
+
+
+async def test_a_row_that_fails_twice_in_a_turn_ends_once(causal: Checkpoint) -> None:
+    """Its step fails, and so does its move into the place of one that has ended."""
+    lane = generate_lane(causal)
+
+    def fault(what: str, ids: list[int]) -> None:
+        if what == "move" or (what == "step" and BAD in ids):
+            raise RuntimeError(what)
+
+    failing(lane).fault = fault
+    short, culprit = Sequence([300], SamplingParams(max_new_tokens=1)), Sequence([BAD], SamplingParams())
+    lane.submit([short, culprit])
+    drive(lane)
+    assert isinstance(await outcome(short), list)
+    assert isinstance(await outcome(culprit), StepFailed)
