@@ -114,7 +114,8 @@ def _encode(name: str, pair: Pair, task: Task[OneShotLane]) -> tuple[list[int], 
     tokenizer, limit = task.tokenizer, task.lane.limits.max_item_tokens
     first = [tokenizer.cls_id, *tokenizer.encode(pair.first), tokenizer.sep_id]
     # In running text a space stands before a sentence that follows, and a piece carries that space.
-    second = [*tokenizer.encode(" " + pair.second.lstrip()), tokenizer.sep_id]
+    follower = f" {pair.second.lstrip()}" if pair.second.strip() else pair.second
+    second = [*tokenizer.encode(follower), tokenizer.sep_id]
     n_tokens = len(first) + len(second)
     if n_tokens > limit:
         raise InvalidRequest(f"{name} has {n_tokens} tokens together, the limit is {limit}")

@@ -90,23 +90,23 @@ async def test_refusals(client: Client, inputs: object, parameters: object, mess
 
 async def test_next_sentence(client: Client, fill_mask_lane: FakeBatchLane) -> None:
     answer = await client.post("/next-sentence", json={"inputs": {"first": "ab", "second": "cd"}})
-    assert answer.json() == {"follows": True, "score": 0.75}
+    assert answer.json() == {"follows": False, "score": 0.25}  # the fake goes by the number of tokens
     item, tokenizer = fill_mask_lane.submitted[-1], word_tokenizer()
-    first, second = tokenizer.encode("ab"), tokenizer.encode("cd")
+    first, second = tokenizer.encode("ab"), tokenizer.encode(" cd")
     assert item.token_ids == [tokenizer.cls_id, *first, tokenizer.sep_id, *second, tokenizer.sep_id]
-    assert item.segment_ids == [0, 0, 0, 0, 1, 1, 1]
-    assert answer.headers["x-prompt-tokens"] == "7"
+    assert item.segment_ids == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert answer.headers["x-prompt-tokens"] == "8"
 
 
 async def test_next_sentence_list(client: Client) -> None:
-    pairs = [{"first": "a", "second": "bc"}, {"first": "", "second": ""}]
+    pairs = [{"first": "a", "second": "b"}, {"first": "", "second": ""}, {"first": "a", "second": " b"}]
     answer = await client.post("/next-sentence", json={"inputs": pairs, "parameters": {}})
-    assert answer.json() == [{"follows": False, "score": 0.25}, {"follows": True, "score": 0.75}]
+    assert [each["follows"] for each in answer.json()] == [False, True, False]
 
 
 async def test_next_sentence_refusals(client: Client) -> None:
     path, pair = "/next-sentence", {"first": "x" * 20, "second": "y" * 20}
-    assert await refusal(client, path, {"inputs": pair}) == "inputs has 43 tokens together, the limit is 32"
+    assert await refusal(client, path, {"inputs": pair}) == "inputs has 44 tokens together, the limit is 32"
     assert await refusal(client, path, {"inputs": []}) == "inputs has 0 pairs, the limit is 1 to 64"
     many = {"inputs": [pair] * 65}
     assert await refusal(client, path, many) == "inputs has 65 pairs, the limit is 1 to 64"
