@@ -43,7 +43,7 @@ class Settings(BaseSettings):
         "auto", description="number format of the weights; auto: float32 on cpu, bfloat16 on cuda"
     )
     n_threads: int = Field(
-        0, ge=0, le=1024, description="threads of one model step on the CPU; 0: torch decides"
+        0, ge=0, le=1024, description="threads of one model step on the CPU; 0: all cores but one"
     )
 
     translate_slots: int = Field(32, ge=1, le=4096, description="rows (beams) that translate at once")
