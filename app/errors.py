@@ -1,21 +1,33 @@
-"""One table: exception -> HTTP status and error_type; and the handlers that apply it."""
+"""One table: exception -> HTTP status and error_type; and the message a client may read."""
 
 import json
 import math
 import re
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
-from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse
+from typing_extensions import TypedDict
 
 from app.engine.errors import Aborted, Draining, EngineError, Overloaded, PromptTooLong, StepFailed
 
 
+class ErrorBody(TypedDict):
+    """Every answer that is not a success."""
+
+    error: str
+    error_type: str
+
+
 class InvalidRequest(ValueError):
     """A request that breaks a rule or a bound; the message names the parameter and the limit."""
+
+
+class UnclearTask(InvalidRequest):
+    """A body at the bare root that tells no one task; the message says what would."""
 
 
 class BodyTooLarge(HTTPException):
@@ -33,6 +45,12 @@ class NotLoaded(Exception):
     """A route of a model that this server does not run."""
 
 
+class UnknownModel(NotLoaded):
+    """A model's name that nothing here has."""
+
+    code, parameter = "model_not_found", "model"
+
+
 class NotReady(Exception):
     """The models are not there yet."""
 
@@ -47,6 +65,7 @@ class ClientGone(Exception):
 
 # The first class that fits decides, so that a subclass stands before its base.
 TABLE: tuple[tuple[type[Exception], int, str], ...] = (
+    (UnclearTask, 400, "validation"),
     (InvalidRequest, 422, "validation"),
     (RequestValidationError, 422, "validation"),
     (PromptTooLong, 422, "validation"),
@@ -64,6 +83,8 @@ TABLE: tuple[tuple[type[Exception], int, str], ...] = (
 _HTTP_TYPES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 # pydantic names the branch of a union in its path ("str", "list[str]", "Pair"); clients know no branches.
 _BRANCH = re.compile(r"str|[A-Z]\w*|\w+\[.*\]")
+_MAX_FAULTS, _MAX_FAULT_CHARS = 10, 300
+NO_OBJECT = "the body must be a JSON object, sent with Content-Type: application/json"
 _UNPARSABLE = "the body is not valid JSON"
 
 
@@ -88,7 +109,8 @@ def classify(exc: Exception) -> tuple[int, str]:
 def describe(exc: Exception) -> str:
     """The message a client may read; never that of an exception nobody planned."""
     if isinstance(exc, RequestValidationError):
-        return "; ".join(dict.fromkeys(_describe_fault(fault) for fault in exc.errors()))
+        faults = dict.fromkeys(_describe_fault(fault) for fault in exc.errors())
+        return "; ".join(fault[:_MAX_FAULT_CHARS] for fault in islice(faults, _MAX_FAULTS))
     if isinstance(exc, HTTPException):
         return _describe_http(exc)
     planned = tuple(cls for cls, _, _ in TABLE if cls is not Exception)
@@ -105,47 +127,29 @@ def _describe_http(exc: HTTPException) -> str:
     return exc.detail
 
 
-def error_body(exc: Exception) -> dict[str, str]:
-    """The JSON of an error, in a response or in an event of a stream."""
-    return {"error": describe(exc), "error_type": classify(exc)[1]}
-
-
-def error_response(exc: Exception) -> Response:
-    """The response to an exception, with its Retry-After where there is one."""
-    return Json(error_body(exc), status_code=classify(exc)[0], headers=_headers(exc))
-
-
-def _headers(exc: Exception) -> Mapping[str, str] | None:
+def error_headers(exc: Exception) -> dict[str, str]:
+    """When to try again, and what Starlette's own errors tell."""
     if isinstance(exc, Overloaded | Draining):
         seconds = max(exc.retry_after_seconds, 0.001)
         return {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000))}
     if isinstance(exc, Aborted):
         return {"retry-after": "1"}
-    return exc.headers if isinstance(exc, HTTPException) else None
+    return dict(exc.headers or {}) if isinstance(exc, HTTPException) else {}
 
 
 def _describe_fault(fault: Mapping[str, Any]) -> str:
     if fault["type"] == "json_invalid":
         return f"{_UNPARSABLE}: {fault['ctx']['error']} at character {fault['loc'][-1]}"
     path = [str(part) for part in fault["loc"] if part != "body"]
-    where = ".".join(part for part in path if not _BRANCH.fullmatch(part))
+    if fault["type"] == "value_error":
+        return str(fault["ctx"]["error"])  # one of our own, written to be read
     if fault["type"] == "extra_forbidden":
-        return f"unknown parameter: {'.'.join(path)}"
+        return f"unknown parameter: {'.'.join([*_without_branches(path[:-1]), path[-1]])}"
+    where = ".".join(_without_branches(path))
     if not where:
-        return "the body must be a JSON object, sent with Content-Type: application/json"
+        return NO_OBJECT
     return f"{where}: {fault['msg']}"
 
 
-async def _handle(request: Request, exc: Exception) -> Response:
-    record = request.scope.get("state", {}).get("record")
-    if record is not None:
-        record.error_type = classify(exc)[1]
-    return error_response(exc)
-
-
-def add_handlers(app: FastAPI) -> None:
-    """Answer every planned exception in the table's way; the unplanned end in the outer middleware."""
-    for cls, _, _ in TABLE:
-        if cls is not Exception:
-            app.add_exception_handler(cls, _handle)
-    app.add_exception_handler(HTTPException, _handle)
+def _without_branches(path: list[str]) -> list[str]:
+    return [part for part in path if not _BRANCH.fullmatch(part)]

@@ -10,17 +10,28 @@ from typing import Any
 
 import torch
 from fastapi import FastAPI
-from typing_extensions import TypedDict
 
 from app import __version__, metrics
-from app.api import fill_mask, generate, next_sentence, system, translate
+from app.api import (
+    dispatch,
+    fill_mask,
+    generate,
+    libretranslate,
+    next_sentence,
+    openai,
+    system,
+    tokenize,
+    translate,
+)
 from app.api.deps import GeneratingLane, OneShotLane, Services, Task, gather
+from app.api.dispatch import ENDPOINTS
+from app.dialects import add_handlers
 from app.engine.batch import BatchItem, BatchLane
 from app.engine.decode import make_decode_lane
 from app.engine.lane import Lane
 from app.engine.sequence import Sequence
 from app.engine.worker import DeviceWorker
-from app.errors import add_handlers
+from app.errors import ErrorBody
 from app.lifecycle import Lifecycle, Phase, begin_drain
 from app.middleware import BodyLimitMiddleware, RecordMiddleware
 from app.settings import Settings, is_given
@@ -29,25 +40,9 @@ from model.sampling import BeamParams, SamplingParams
 
 log = logging.getLogger("app")
 
-# The routes that run models, and the endpoint that stands for each in the metrics.
-ENDPOINTS = {
-    "/translate": "translate",
-    "/fill-mask": "fill-mask",
-    "/generate": "generate",
-    "/generate_stream": "generate",
-    "/next-sentence": "next-sentence",
-}
-
 _WARM_UP_SECONDS = 600.0  # a device that does not answer ends the start, not the patience of whoever waits
 
 Load = Callable[[Settings, Lifecycle], Services]
-
-
-class ErrorBody(TypedDict):
-    """Every answer that is not a success."""
-
-    error: str
-    error_type: str
 
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -57,8 +52,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 def load_services(settings: Settings, lifecycle: Lifecycle) -> Services:
     """Load every model that is there and build the engine around them. Raises CheckpointError."""
-    if settings.n_threads:
-        torch.set_num_threads(settings.n_threads)
+    # Threads of one step wait for each other at every operation: with all cores taken, the event loop's work
+    # on one of them holds up every step.
+    torch.set_num_threads(settings.n_threads or max(1, torch.get_num_threads() - 1))
     device, dtype = resolve_device(settings)
     queue = {"max_queue_items": settings.max_queue_items, "max_queue_tokens": settings.max_queue_tokens}
 
@@ -205,8 +201,10 @@ def create_app(
     app = FastAPI(title="Transformer", version=__version__, lifespan=lifespan)
     app.state.settings, app.state.load, app.state.lifecycle = settings, load, Lifecycle()
     app.state.services, app.state.failure, app.state.listen_early = None, None, listen_early
-    for module in (translate, fill_mask, generate, next_sentence):
+    for module in (translate, fill_mask, generate, next_sentence, tokenize, dispatch):
         app.include_router(module.router, responses=_ERRORS)
+    app.include_router(openai.router)
+    app.include_router(libretranslate.router)
     app.include_router(system.router)
     add_handlers(app)
     app.add_middleware(BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes)

@@ -14,7 +14,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import metrics
-from app.errors import BodyTooLarge, classify, error_response
+from app.dialects import error_response
+from app.errors import BodyTooLarge, classify
 from app.lifecycle import Lifecycle
 from app.logs import request_log
 
@@ -85,7 +86,7 @@ class RecordMiddleware:
             return
         record = RequestRecord(_request_id(scope), self.endpoints.get(scope["path"]))
         scope.setdefault("state", {})["record"] = record
-        in_flight = record.endpoint is not None
+        in_flight = scope["method"] == "POST"  # whatever works on models; where is not known yet at "/"
         self.lifecycle.n_in_flight += in_flight
         try:
             await self._answer(record, scope, receive, send)
@@ -114,7 +115,7 @@ class RecordMiddleware:
             record.error_type = classify(exc)[1]
             log.exception("unhandled exception", extra={"fields": {"id": record.request_id}})
             if record.status is None:
-                await error_response(exc)(scope, receive, noting_send)
+                await error_response(exc, scope)(scope, receive, noting_send)
 
 
 class BodyLimitMiddleware:
@@ -132,7 +133,7 @@ class BodyLimitMiddleware:
         if declared.isdecimal() and int(declared) > self.max_body_bytes:
             too_large = BodyTooLarge(self.max_body_bytes, int(declared))
             scope["state"]["record"].error_type = classify(too_large)[1]
-            await error_response(too_large)(scope, receive, send)
+            await error_response(too_large, scope)(scope, receive, send)
             return
         n_bytes = 0
 

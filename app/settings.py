@@ -58,6 +58,9 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(4_194_304, ge=1024, le=1_073_741_824, description="bytes of a request's body")
     max_texts: int = Field(64, ge=1, le=100_000, description="texts in one request")
     max_text_chars: int = Field(20_000, ge=1, le=10_000_000, description="characters of one text")
+    max_tokenize_chars: int = Field(
+        20_000, ge=1, le=10_000_000, description="characters of all texts of one tokenize request"
+    )
     default_new_tokens: PositiveInt = Field(
         20, le=100_000, description="tokens generated when none are asked for"
     )
@@ -76,7 +79,7 @@ class Settings(BaseSettings):
     max_temperature: float = Field(100.0, ge=1.0, le=10_000.0, description="greatest temperature")
     max_top_k: int = Field(1000, ge=1, le=1_000_000, description="top_k, in generation and fill-mask")
     max_top_n_tokens: int = Field(5, ge=0, le=100, description="top_n_tokens")
-    max_best_of: int = Field(4, ge=1, le=64, description="best_of")
+    max_best_of: int = Field(4, ge=1, le=64, description="best_of, and n of completions")
     max_seed: int = Field(2**63 - 1, ge=0, le=2**63 - 1, description="seed")
     max_stops: int = Field(16, ge=0, le=1000, description="stop strings of one request")
     max_stop_chars: int = Field(256, ge=1, le=100_000, description="characters of one stop string")

@@ -1,17 +1,31 @@
 """Bounds: every value over a limit is refused with its name, its size and the limit; none is clamped."""
 
 from collections.abc import Sized
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, FailFast, model_validator
+from typing_extensions import TypeAliasType
 
 from app.errors import InvalidRequest
 from app.settings import Settings
+
+# A million elements of the wrong kind, or unknown names, would be a million faults, and the event loop would
+# stand still while they are written down. Of a list the first fault is enough.
+_MAX_NAMES = 100
+Texts = TypeAliasType("Texts", Annotated[list[str], FailFast()])
 
 
 class Strict(BaseModel):
     """Base of all request schemas: no unknown names, no guessing between types, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bound_names(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > _MAX_NAMES:
+            raise ValueError(f"an object has {len(value)} names, the limit is {_MAX_NAMES}")
+        return value
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
@@ -42,20 +56,38 @@ def check_text(name: str, text: str, max_chars: int) -> None:
         raise InvalidRequest(f"{name} has a lone surrogate at character {error.start}") from None
 
 
-def input_names(inputs: object) -> list[str]:
+def input_names(inputs: object, name: str = "inputs") -> list[str]:
     """How messages name the inputs: "inputs" alone, or "inputs[0]" and so on."""
-    return [f"inputs[{i}]" for i in range(len(inputs))] if isinstance(inputs, list) else ["inputs"]
+    return [f"{name}[{i}]" for i in range(len(inputs))] if isinstance(inputs, list) else [name]
 
 
-def check_texts(inputs: str | list[str], settings: Settings) -> list[str]:
+def check_texts(inputs: str | list[str], settings: Settings, name: str = "inputs") -> list[str]:
     """`inputs` as a list of bounded texts."""
     if isinstance(inputs, str):
-        check_text("inputs", inputs, settings.max_text_chars)
+        check_text(name, inputs, settings.max_text_chars)
         return [inputs]
-    check_length("inputs", inputs, settings.max_texts, "texts")
-    for name, text in zip(input_names(inputs), inputs, strict=True):
-        check_text(name, text, settings.max_text_chars)
+    check_length(name, inputs, settings.max_texts, "texts")
+    for each, text in zip(input_names(inputs, name), inputs, strict=True):
+        check_text(each, text, settings.max_text_chars)
     return inputs
+
+
+def check_probability(name: str, value: float) -> None:
+    """Raises InvalidRequest unless 0 < value <= 1."""
+    if not 0.0 < value <= 1.0:
+        raise InvalidRequest(f"{name} is {value:g}, it must be above 0 and at most 1")
+
+
+def check_temperature(value: float, settings: Settings) -> None:
+    """0, or within the limits."""
+    if value:
+        check_range("temperature", value, settings.min_temperature, settings.max_temperature)
+
+
+def check_frequency_penalty(value: float, settings: Settings) -> None:
+    """As strong in one direction as in the other."""
+    limit = settings.max_frequency_penalty
+    check_range("frequency_penalty", value, -limit, limit)
 
 
 def check_penalty(name: str, value: float, settings: Settings) -> None:

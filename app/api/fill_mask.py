@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from app.api.bounds import Strict, check_count, check_length, check_text, check_texts, input_names
+from app.api.bounds import Strict, Texts, check_count, check_length, check_text, check_texts, input_names
 from app.api.deps import (
     AttendanceDep,
     OneShotLane,
@@ -34,13 +34,13 @@ class FillMaskParameters(Strict):
     """null means the default."""
 
     top_k: int | None = Field(None, description="fillings of each mask; 5 by default")
-    targets: str | list[str] | None = Field(None, description="rank only these words, each one token long")
+    targets: str | Texts | None = Field(None, description="rank only these words, each one token long")
 
 
 class FillMaskRequest(Strict):
     """The mask token stands literally in the text."""
 
-    inputs: str | list[str] = Field(examples=["I go [MASK]."])
+    inputs: str | Texts = Field(examples=["I go [MASK]."])
     parameters: FillMaskParameters | None = None
 
 

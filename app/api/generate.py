@@ -1,13 +1,11 @@
 """POST /generate, whole or streamed, and POST /generate_stream, in the form of Text Generation Inference."""
 
-import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NotRequired
 
 from fastapi import APIRouter, Depends
-from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
@@ -15,11 +13,12 @@ from typing_extensions import TypedDict
 
 from app.api.bounds import (
     Strict,
+    Texts,
     check_count,
-    check_length,
+    check_frequency_penalty,
     check_penalty,
-    check_range,
-    check_text,
+    check_probability,
+    check_temperature,
     check_texts,
     input_names,
 )
@@ -35,8 +34,18 @@ from app.api.deps import (
     note_times,
     prepare,
 )
-from app.engine.sequence import FinishReason, Sequence, TokenEvent
-from app.errors import InvalidRequest, Json, classify, error_body
+from app.api.generation import (
+    Generation,
+    Token,
+    check_stops,
+    first_of,
+    fit_new_tokens,
+    sse_event,
+    sse_response,
+)
+from app.dialects import Dialect, error_body
+from app.engine.sequence import Sequence
+from app.errors import InvalidRequest, Json, classify
 from app.middleware import RequestRecord
 from app.settings import Settings
 from model.sampling import SamplingParams
@@ -57,7 +66,7 @@ class GenerateParameters(Strict):
     typical_p: float | None = None
     repetition_penalty: float | None = None
     frequency_penalty: float | None = None
-    stop: str | list[str] | None = Field(None, description="the text ends with the first that appears")
+    stop: str | Texts | None = Field(None, description="the text ends with the first that appears")
     seed: int | None = None
     truncate: int | None = Field(None, description="keep only the last tokens of the prompt, so many in all")
     return_full_text: bool | None = None
@@ -74,7 +83,7 @@ class GenerateParameters(Strict):
 class GenerateRequest(Strict):
     """One text or a list of texts; a stream takes one."""
 
-    inputs: str | list[str] = Field(examples=["Once upon a time"])
+    inputs: str | Texts = Field(examples=["Once upon a time"])
     parameters: GenerateParameters | None = None
     stream: bool | None = None
 
@@ -85,15 +94,6 @@ class PrefillToken(TypedDict):
     id: int
     text: str
     logprob: float | None
-
-
-class Token(TypedDict):
-    """A generated token; its text is empty while a character is incomplete."""
-
-    id: int
-    text: str
-    logprob: float
-    special: bool
 
 
 class Details(TypedDict):
@@ -119,72 +119,6 @@ class Generated(TypedDict):
 
     generated_text: str
     details: NotRequired[Details]
-
-
-@dataclass
-class Generation:
-    """One sequence on its way from tokens to text; ends it at a stop string."""
-
-    sequence: Sequence
-    lane: GeneratingLane
-    tokenizer: Tokenizer
-    stops: list[str]
-    text: str = ""
-    tokens: list[Token] = field(default_factory=list)
-    top_tokens: list[list[Token]] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-
-    def __post_init__(self) -> None:
-        self._stream = TextStream(self.tokenizer)
-
-    async def run(self) -> "Generation":
-        """To the end."""
-        async for _ in self.steps():
-            pass
-        return self
-
-    async def steps(self) -> AsyncGenerator[Token, None]:
-        """One token for each event of the sequence, until it ends or a stop string is complete."""
-        async for event in self.sequence.events():
-            token = self._take(event)
-            if self.finish_reason is FinishReason.STOP:
-                self.lane.abort([self.sequence])
-            yield token
-            if self.finish_reason is not None:
-                return
-
-    def _take(self, event: TokenEvent) -> Token:
-        text = self._stream.push(event.token_id)
-        if event.finish_reason is not None:
-            text += self._stream.finish()
-        stop_end = find_stop(self.text, text, self.stops)
-        self.finish_reason = event.finish_reason if stop_end is None else FinishReason.STOP
-        token = self._token(event.token_id, text[:stop_end], event.logprob)
-        self.text += token["text"]
-        self.tokens.append(token)
-        self.top_tokens.append([self._named(i, logprob) for i, logprob in event.top_tokens])
-        return token
-
-    def _token(self, token_id: int, text: str, logprob: float) -> Token:
-        return Token(id=token_id, text=text, logprob=logprob, special=token_id in self.tokenizer.special_ids)
-
-    def _named(self, token_id: int, logprob: float) -> Token:
-        return self._token(token_id, self.tokenizer.decode([token_id]), logprob)
-
-    @property
-    def mean_logprob(self) -> float:
-        return sum(token["logprob"] for token in self.tokens) / max(len(self.tokens), 1)
-
-
-def find_stop(before: str, new: str, stops: list[str]) -> int | None:
-    """How much of the new text belongs to the output, when a stop string ends in it; else None."""
-    text = before + new
-    ends = []
-    for stop in stops:
-        start = text.find(stop, max(0, len(before) - len(stop) + 1))
-        if start >= 0:
-            ends.append(start + len(stop) - len(before))
-    return min(ends, default=None)
 
 
 @dataclass(frozen=True)
@@ -259,16 +193,9 @@ async def _stream(work: GenerateWork, attendance: Attendance, record: RequestRec
     """Waits for the first token, so that what fails before it is still an ordinary error."""
     generation = work.flat[0]
     steps = generation.steps()
-    first = await attendance.wait_for(_next(steps))
+    first = await attendance.wait_for(first_of(steps))
     note_times(record, [generation.sequence])
-    return EventSourceResponse(
-        _events(first, steps, work, attendance, record),
-        headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
-    )
-
-
-async def _next(steps: AsyncGenerator[Token, None]) -> Token:
-    return await anext(steps)
+    return sse_response(_events(first, steps, work, attendance, record))
 
 
 async def _events(
@@ -282,7 +209,7 @@ async def _events(
     try:
         while True:
             record.n_generated_tokens = len(generation.tokens)
-            yield _event(_step(token, work))
+            yield sse_event(_step(token, work))
             if generation.finish_reason is not None:
                 return
             async with attendance.deadline():
@@ -291,15 +218,10 @@ async def _events(
         record.error_type = classify(exc)[1]
         if record.error_type == "generation":
             log.exception("a stream failed", extra={"fields": {"id": record.request_id}})
-        yield _event(error_body(exc))
+        yield sse_event(error_body(exc, Dialect.HUGGING_FACE))
     finally:
         note_times(record, [generation.sequence])
         await steps.aclose()
-
-
-def _event(content: Any) -> bytes:
-    # ASCII, because some clients split lines at U+2028, U+2029 and U+0085.
-    return format_sse_event(data_str=json.dumps(content, separators=(",", ":")))
 
 
 def _step(token: Token, work: GenerateWork) -> dict[str, Any]:
@@ -378,28 +300,17 @@ def _check(parameters: GenerateParameters, settings: Settings) -> list[str]:
         if name in given:
             check_count(name, given[name], low, high)
     if parameters.frequency_penalty is not None:
-        limit = settings.max_frequency_penalty
-        check_range("frequency_penalty", parameters.frequency_penalty, -limit, limit)
+        check_frequency_penalty(parameters.frequency_penalty, settings)
     if parameters.truncate is not None and parameters.truncate < 1:
         raise InvalidRequest(f"truncate is {parameters.truncate}, the least is 1")
     if parameters.repetition_penalty is not None:
         check_penalty("repetition_penalty", parameters.repetition_penalty, settings)
-    if parameters.temperature:
-        check_range("temperature", parameters.temperature, settings.min_temperature, settings.max_temperature)
+    if parameters.temperature is not None:
+        check_temperature(parameters.temperature, settings)
     for name in ("top_p", "typical_p"):
-        if name in given and not 0.0 < given[name] <= 1.0:
-            raise InvalidRequest(f"{name} is {given[name]:g}, it must be above 0 and at most 1")
-    return _check_stops(parameters.stop, settings)
-
-
-def _check_stops(stop: str | list[str] | None, settings: Settings) -> list[str]:
-    stops = [stop] if isinstance(stop, str) else stop or []
-    if len(stops) > settings.max_stops:
-        raise InvalidRequest(f"stop has {len(stops)} strings, the limit is {settings.max_stops}")
-    for i, text in enumerate(stops):
-        check_length(f"stop[{i}]", text, settings.max_stop_chars, "characters")
-        check_text(f"stop[{i}]", text, settings.max_stop_chars)
-    return stops
+        if name in given:
+            check_probability(name, given[name])
+    return check_stops(parameters.stop, settings)
 
 
 def _check_stream(parameters: GenerateParameters, texts: list[str]) -> None:
@@ -456,7 +367,10 @@ def _generations(
     settings: Settings,
 ) -> list[Generation]:
     """best_of generations of one prompt, each with a seed of its own."""
-    sampling = replace(sampling, max_new_tokens=_new_tokens(name, prompt, parameters, task, settings))
+    new_tokens = fit_new_tokens(
+        name, len(prompt), "max_new_tokens", parameters.max_new_tokens, settings.default_new_tokens, task
+    )
+    sampling = replace(sampling, max_new_tokens=new_tokens)
     generations = []
     for i in range(parameters.best_of or 1):
         seed = None if sampling.seed is None else (sampling.seed + i) % (settings.max_seed + 1)
@@ -465,26 +379,3 @@ def _generations(
         )
         generations.append(Generation(sequence, task.lane, task.tokenizer, stops))
     return generations
-
-
-def _new_tokens(
-    name: str,
-    prompt: list[int],
-    parameters: GenerateParameters,
-    task: Task[GeneratingLane],
-    settings: Settings,
-) -> int:
-    """As asked, else the default or what the context leaves of it; raises InvalidRequest with the numbers."""
-    limits = task.lane.limits
-    n_prompt, context = len(prompt), limits.max_new_tokens
-    room = context - n_prompt
-    wanted = max(1, min(settings.default_new_tokens, room))
-    wanted = wanted if parameters.max_new_tokens is None else parameters.max_new_tokens
-    if n_prompt > limits.max_prompt_tokens:
-        raise InvalidRequest(f"{name} has {n_prompt} tokens, the limit is {limits.max_prompt_tokens}")
-    if wanted > room:
-        raise InvalidRequest(
-            f"{name} has {n_prompt} tokens and max_new_tokens is {wanted}: together {n_prompt + wanted}, "
-            f"the limit is {context}"
-        )
-    return wanted

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import APIRouter, Depends
-from pydantic import Field
-from typing_extensions import TypedDict
+from pydantic import FailFast, Field
+from typing_extensions import TypeAliasType, TypedDict
 
 from app.api.bounds import Strict, check_length, check_text, input_names
 from app.api.deps import (
@@ -34,6 +34,9 @@ class Pair(Strict):
     second: str = Field(examples=["So I made a sandwich."])
 
 
+Pairs = TypeAliasType("Pairs", Annotated[list[Pair], FailFast()])  # see Texts
+
+
 class NextSentenceParameters(Strict):
     """There are none."""
 
@@ -41,7 +44,7 @@ class NextSentenceParameters(Strict):
 class NextSentenceRequest(Strict):
     """One pair or a list of pairs."""
 
-    inputs: Pair | list[Pair]
+    inputs: Pair | Pairs
     parameters: NextSentenceParameters | None = None
 
 

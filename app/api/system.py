@@ -9,9 +9,10 @@ from starlette.responses import Response
 
 from app import __version__, metrics
 from app.api.deps import Services, ServicesDep
+from app.dialects import error_response
 from app.engine.errors import Draining
 from app.engine.lane import DRAIN_RETRY_SECONDS
-from app.errors import Json, error_response
+from app.errors import Json
 from app.lifecycle import Lifecycle, Phase
 
 router = APIRouter()
@@ -29,7 +30,7 @@ async def ready(request: Request) -> Response:
     lifecycle: Lifecycle = request.app.state.lifecycle
     services: Services | None = request.app.state.services
     if lifecycle.draining:
-        return error_response(Draining(DRAIN_RETRY_SECONDS))
+        return error_response(Draining(DRAIN_RETRY_SECONDS), request.scope)
     if is_ready(lifecycle, services) and services is not None:
         return Json({"ready": True, "tasks": list(services.tasks)})
     reason = "loading" if lifecycle.phase is Phase.LOADING else "the device thread does not answer"

@@ -1,37 +1,44 @@
-"""POST /translate: texts of any length, sentence by sentence."""
+"""POST /translate: texts of any length, sentence by sentence, in the form of either dialect."""
 
-import re
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NotRequired
 
-from fastapi import APIRouter, Depends
-from pydantic import Field
+from fastapi import APIRouter, Body, Depends, Request
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 from typing_extensions import TypedDict
 
-from app.api.bounds import Strict, check_count, check_penalty, check_range, check_texts
-from app.api.deps import (
-    AttendanceDep,
-    GeneratingLane,
-    RecordDep,
-    ServicesDep,
-    Task,
-    admitted,
-    gather,
-    note_times,
-    prepare,
+from app.api.bounds import Strict, Texts, check_count, check_penalty, check_range, check_texts
+from app.api.deps import AttendanceDep, GeneratingLane, RecordDep, ServicesDep, Task, admitted
+from app.api.libretranslate import (
+    FORM_BODY,
+    LibreError,
+    LibreTranslateRequest,
+    LibreTranslateWork,
+    LibreTranslation,
+    is_libretranslate,
+    merge_query,
+    plan_libretranslate,
+    read_form,
 )
+from app.api.translation import (
+    Found,
+    Piece,
+    Plan,
+    Search,
+    detect_language,
+    join_text,
+    plan_texts,
+    translate_plan,
+)
+from app.dialects import LIBRETRANSLATE_TAG, Dialect, speak
 from app.engine.sequence import FinishReason, Hypothesis, Sequence
-from app.errors import InvalidRequest, Json
-from app.sentences import split_text
+from app.errors import NO_OBJECT, ErrorBody, InvalidRequest, Json
 from app.settings import Settings
 from model.sampling import BeamParams
 from model.tokenizer import TextStream, Tokenizer
 
 router = APIRouter()
-
-_HANGUL = re.compile("[\u1100-\u11ff\u3130-\u318f\uac00-\ud7a3]")
-_LATIN = re.compile("[A-Za-z\u00c0-\u024f]")
 
 
 class BeamParameters(Strict):
@@ -67,7 +74,7 @@ class TranslateParameters(BeamParameters):
 class TranslateRequest(Strict):
     """One text or a list of texts."""
 
-    inputs: str | list[str] = Field(examples=["I go home."])
+    inputs: str | Texts = Field(examples=["I go home."])
     parameters: TranslateParameters | None = None
 
 
@@ -88,85 +95,105 @@ class Translation(TypedDict):
     alignment: NotRequired[list[Alignment]]
 
 
-# A run of a text, with the encoder's input where it is a sentence, None where it is white space.
-Source = tuple[str, list[int] | None]
-
-
-@dataclass(frozen=True)
-class Search:
-    """The checked parameters of all sentences of a request."""
-
-    beams: BeamParams
-    max_new_tokens: int | None
-    limit: int
-
-    def of_sentence(self, n_source: int) -> BeamParams:
-        """The parameters for a sentence of n_source tokens."""
-        by_length = min(self.limit, 3 * n_source + 20)
-        return replace(self.beams, max_new_tokens=self.max_new_tokens or by_length)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A run of a text; the sequence translates it, white space has none."""
-
-    text: str
-    sequence: Sequence | None
-
-
 @dataclass(frozen=True)
 class TranslateWork:
     """A request whose sentences are in the lane."""
 
-    tokenizer: Tokenizer
-    texts: list[list[Piece]]
-    n_best: int
+    plan: Plan
     parameters: TranslateParameters
     is_list: bool
 
-    @property
-    def sequences(self) -> list[Sequence]:
-        return [piece.sequence for text in self.texts for piece in text if piece.sequence is not None]
+    def answer(self, found: Found) -> list[Translation] | list[list[Translation]]:
+        """The best for each text; all that were asked for, where they were."""
+        n_best = self.plan.n_best
+        answers = [
+            [self._translation(text, found, rank) for rank in range(n_best)] for text in self.plan.texts
+        ]
+        if not self.is_list:
+            return answers[0]
+        return answers if n_best > 1 else [answer[0] for answer in answers]
+
+    def _translation(self, text: list[Piece], found: Found, rank: int) -> Translation:
+        joined = join_text(text, found, rank, self.plan.tokenizer)
+        answer = Translation(translation_text=joined.text)
+        if self.parameters.return_scores:
+            answer["score"] = sum(h.score for _, h in joined.chosen) / max(len(joined.chosen), 1)
+        if any(h.finish_reason is FinishReason.LENGTH for _, h in joined.chosen):
+            answer["finish_reason"] = "length"
+        if self.parameters.return_alignment:
+            answer["alignment"] = [_alignment(s, h, self.plan.tokenizer) for s, h in joined.chosen]
+        return answer
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": LibreError},
+    **{status: {"model": ErrorBody | LibreError} for status in (404, 413, 429, 500, 503, 504)},
+}
+
+
+def _form(body: Any) -> str:
+    return LIBRETRANSLATE_TAG if is_libretranslate(body) else "TranslateRequest"
+
+
+AnyRequest = Annotated[
+    Annotated[TranslateRequest, Tag("TranslateRequest")]
+    | Annotated[LibreTranslateRequest, BeforeValidator(read_form), Tag(LIBRETRANSLATE_TAG)],
+    Discriminator(_form),
+]
 
 
 async def admit(
-    body: TranslateRequest, services: ServicesDep, record: RecordDep
-) -> AsyncIterator[TranslateWork]:
+    request: Request,
+    services: ServicesDep,
+    record: RecordDep,
+    body: Annotated[AnyRequest | None, Body()] = None,
+) -> AsyncIterator[TranslateWork | LibreTranslateWork]:
     """Check, split, tokenise and submit all sentences of all texts; abort what is left on exit."""
-    task = services.loaded(services.translate, "translate")
-    parameters = body.parameters or TranslateParameters()
-    search = _resolve(parameters, services.settings, task)
-    _check_languages(parameters, task.tokenizer)
-    texts = check_texts(body.inputs, services.settings)
-    sources = await prepare(sum(map(len, texts)), _split_all, texts, parameters, task)
-    pieces = [[_piece(source, search) for source in text] for text in sources]
-    n_best = search.beams.num_return_sequences
-    work = TranslateWork(task.tokenizer, pieces, n_best, parameters, isinstance(body.inputs, list))
-    record.n_prompt_tokens = sum(len(sequence.prompt_ids) for sequence in work.sequences)
-    async with admitted(services, task.lane, work.sequences):
+    work: TranslateWork | LibreTranslateWork
+    if isinstance(body, TranslateRequest):
+        task = services.loaded(services.translate, "translate")
+        work = await _plan(body, task, services.settings)
+    elif body is None and "q" not in request.query_params:
+        raise InvalidRequest(NO_OBJECT)
+    else:
+        speak(request.scope, Dialect.LIBRETRANSLATE)
+        task = services.loaded(services.translate, "translate")
+        work = await plan_libretranslate(merge_query(body, request.query_params), task, services.settings)
+    sequences = work.plan.sequences
+    record.n_prompt_tokens = sum(len(sequence.prompt_ids) for sequence in sequences)
+    async with admitted(services, task.lane, sequences):
         yield work
 
 
-@router.post("/translate", response_model=list[Translation] | list[list[Translation]])
+@router.post(
+    "/translate",
+    response_model=list[Translation] | list[list[Translation]] | LibreTranslation,
+    responses=_ERRORS,
+    openapi_extra=FORM_BODY,
+)
 async def translate(
-    work: Annotated[TranslateWork, Depends(admit)], attendance: AttendanceDep, record: RecordDep
+    work: Annotated[TranslateWork | LibreTranslateWork, Depends(admit)],
+    attendance: AttendanceDep,
+    record: RecordDep,
 ) -> Json:
-    """Translate each text; white space and line breaks between its sentences stay as they are."""
-    sequences = work.sequences
-    results = await attendance.wait_for(gather(sequence.result() for sequence in sequences))
-    note_times(record, sequences)
-    record.n_generated_tokens = sum(len(best.token_ids) for best, *_ in results)
-    found = dict(zip(sequences, results, strict=True))
-    answers = [[_join(text, found, rank, work) for rank in range(work.n_best)] for text in work.texts]
-    if not work.is_list:
-        return Json(answers[0])
-    return Json(answers if work.n_best > 1 else [answer[0] for answer in answers])
+    """Translate each text; white space and line breaks between its sentences stay as they are.
+
+    With `inputs` in the form of Hugging Face, with `q` in that of LibreTranslate.
+    """
+    return Json(work.answer(await translate_plan(work.plan, attendance, record)))
 
 
-def detect_language(text: str) -> str:
-    """By script: "ko" when there is one Hangul letter or more to two Latin ones, else "en"."""
-    n_hangul, n_latin = len(_HANGUL.findall(text)), len(_LATIN.findall(text))
-    return "ko" if n_hangul and 2 * n_hangul >= n_latin else "en"
+async def _plan(body: TranslateRequest, task: Task[GeneratingLane], settings: Settings) -> TranslateWork:
+    parameters = body.parameters or TranslateParameters()
+    search = _resolve(parameters, settings, task)
+    _check_languages(parameters, task.tokenizer)
+    texts = check_texts(body.inputs, settings)
+
+    def direction(text: str) -> tuple[str, str]:
+        return _languages(text, parameters, task.tokenizer)
+
+    plan = await plan_texts(texts, direction, search, task)
+    return TranslateWork(plan, parameters, isinstance(body.inputs, list))
 
 
 def _merge(parameters: TranslateParameters) -> BeamParameters:
@@ -229,53 +256,6 @@ def _other(language: str, tokenizer: Tokenizer) -> str:
         for code in ("en", "ko", *tokenizer.languages)
         if code in tokenizer.languages and code != language
     )
-
-
-def _split_all(
-    texts: list[str], parameters: TranslateParameters, task: Task[GeneratingLane]
-) -> list[list[Source]]:
-    return [_split(text, parameters, task) for text in texts]
-
-
-def _split(text: str, parameters: TranslateParameters, task: Task[GeneratingLane]) -> list[Source]:
-    tokenizer = task.tokenizer
-    src, tgt = _languages(text, parameters, tokenizer)
-    max_tokens = task.lane.limits.max_prompt_tokens - len(tokenizer.source_ids([], tgt))
-    return [
-        (part.text, tokenizer.source_ids(tokenizer.encode(part.text), tgt) if part.is_sentence else None)
-        for part in split_text(text, src, tokenizer, max_tokens)
-    ]
-
-
-def _piece(source: Source, search: Search) -> Piece:
-    text, source_ids = source
-    if source_ids is None:
-        return Piece(text, None)
-    return Piece(text, Sequence(source_ids, search.of_sentence(len(source_ids))))
-
-
-def _join(
-    text: list[Piece], found: dict[Sequence, list[Hypothesis]], rank: int, work: TranslateWork
-) -> Translation:
-    """The rank-th best translation of a text, joined from that of each of its sentences."""
-    chosen: list[tuple[Sequence, Hypothesis]] = []
-    joined = ""
-    for piece in text:
-        if piece.sequence is None:
-            joined += piece.text
-            continue
-        hypotheses = found[piece.sequence]
-        hypothesis = hypotheses[min(rank, len(hypotheses) - 1)]
-        chosen.append((piece.sequence, hypothesis))
-        joined += work.tokenizer.decode(hypothesis.token_ids).strip()
-    answer = Translation(translation_text=joined)
-    if work.parameters.return_scores:
-        answer["score"] = sum(h.score for _, h in chosen) / max(len(chosen), 1)
-    if any(h.finish_reason is FinishReason.LENGTH for _, h in chosen):
-        answer["finish_reason"] = "length"
-    if work.parameters.return_alignment:
-        answer["alignment"] = [_alignment(sequence, h, work.tokenizer) for sequence, h in chosen]
-    return answer
 
 
 def _alignment(sequence: Sequence, hypothesis: Hypothesis, tokenizer: Tokenizer) -> Alignment:

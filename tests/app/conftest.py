@@ -1,9 +1,11 @@
-"""An application on fake lanes, and a client that talks to it without a socket."""
+"""An application on fake lanes, a client that talks to it without a socket, and a server for real ones."""
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import httpx
 import pytest
+import uvicorn
 from fastapi import FastAPI
 
 from app.main import create_app
@@ -48,3 +50,15 @@ def translate_lane(app: FastAPI) -> FakeDecodeLane:
 def fill_mask_lane(app: FastAPI) -> FakeBatchLane:
     lane: FakeBatchLane = app.state.services.fill_mask.lane
     return lane
+
+
+@pytest.fixture
+async def url(app: FastAPI) -> AsyncIterator[str]:
+    """Where the application listens."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off"))
+    serving = asyncio.create_task(server.serve())
+    while not server.started:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    await serving

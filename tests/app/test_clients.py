@@ -1,24 +1,8 @@
 """An unmodified Hugging Face client against a real server."""
 
-import asyncio
-from collections.abc import AsyncIterator
-
 import pytest
-import uvicorn
-from fastapi import FastAPI
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
-
-
-@pytest.fixture
-async def url(app: FastAPI) -> AsyncIterator[str]:
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off"))
-    serving = asyncio.create_task(server.serve())
-    while not server.started:  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    await serving
 
 
 async def test_translation(url: str) -> None:

@@ -62,6 +62,21 @@ async def test_stream_before_its_first_token(address: tuple[str, int], generate_
     await until(lambda: not generate_lane.running)
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_completions(
+    address: tuple[str, int], generate_lane: FakeDecodeLane, path: str, *, stream: bool
+) -> None:
+    generate_lane.pause_seconds = 0.2
+    body = {"prompt": ["a", "b"], "n": 2, "max_tokens": 25, "stream": stream}
+    writer = await send(address, path, body)
+    await until(lambda: len(generate_lane.running) == 4)
+    await asyncio.sleep(0.3)  # a stream has begun by now
+    assert len(generate_lane.running) == 4
+    writer.close()
+    await until(lambda: not generate_lane.running)
+
+
 async def test_translation_of_many_sentences(
     address: tuple[str, int], translate_lane: FakeDecodeLane
 ) -> None:

@@ -70,6 +70,24 @@ async def test_messages_of_bodies(client: Client) -> None:
     assert await message(surrogate) == "inputs[1] has a lone surrogate at character 2"
 
 
+ONES = "1," * 100_000
+NAMES = ",".join(f'"{i}": 1' for i in range(30_000))
+WRONG = {
+    "elements": f'{{"inputs": [{ONES}"a"], "prompt": [{ONES}"a"]}}',
+    "stops": f'{{"inputs": "a", "prompt": "a", "stop": [{ONES}1]}}',
+    "names": f'{{"inputs": "a", "prompt": "a", {NAMES}}}',
+    "name": f'{{"{"a" * 100_000}": 1, "inputs": "a", "prompt": "a"}}',
+}
+
+
+@pytest.mark.parametrize("content", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("path", [*POSTS, "/tokenize", "/v1/completions", "/"])
+async def test_a_million_faults_are_few_words(client: Client, path: str, content: str) -> None:
+    answer = await client.post(path, content=content, headers={"content-type": "application/json"})
+    assert answer.status_code in (400, 422)
+    assert len(answer.content) < 4000
+
+
 async def test_surrogates_anywhere(client: Client) -> None:
     bodies = {
         "/translate": '{"inputs": "a", "parameters": {"tgt_lang": "\\ud800"}}',

@@ -6,7 +6,8 @@ from typing import Any
 import httpx
 import pytest
 
-from app.api.generate import GenerateParameters, find_stop
+from app.api.generate import GenerateParameters
+from app.api.generation import find_stop
 from app.engine.sequence import Sequence
 from model.sampling import SamplingParams
 from tests.app.fakes import FakeDecodeLane, byte_tokenizer

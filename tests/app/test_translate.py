@@ -5,7 +5,7 @@ from typing import Any
 import httpx
 import pytest
 
-from app.api.translate import detect_language
+from app.api.translation import detect_language
 from tests.app.fakes import FakeDecodeLane, byte_tokenizer
 
 Client = httpx.AsyncClient

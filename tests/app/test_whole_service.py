@@ -82,6 +82,38 @@ async def check_generation(client: Client) -> None:
     assert events[-1]["details"]["generated_tokens"] == len(events)
 
 
+async def test_completions(client: Client) -> None:
+    sampled = {"prompt": ["나는 home", "집"], "max_tokens": 8, "n": 2, "seed": 5, "logprobs": 2, "echo": True}
+    whole = (await client.post("/v1/completions", json=sampled)).json()["choices"]
+    prompts = ["나는 home"] * 2 + ["집"] * 2
+    assert all(c["text"].startswith(prompt) for c, prompt in zip(whole, prompts, strict=True))
+    streamed = await client.post("/v1/completions", json=sampled | {"stream": True})
+    *events, last = [event.removeprefix("data: ") for event in streamed.text.split("\n\n") if event]
+    assert last == "[DONE]"
+    for choice in whole:
+        chunks = [
+            c for event in events for c in json.loads(event)["choices"] if c["index"] == choice["index"]
+        ]
+        assert "".join(chunk["text"] for chunk in chunks) == choice["text"]
+        tokens = [token for chunk in chunks for token in chunk["logprobs"]["tokens"]]
+        assert tokens == choice["logprobs"]["tokens"]
+        assert all(logprob < 0 for logprob in choice["logprobs"]["token_logprobs"])
+    # A token that can never be drawn has no finite log-probability; JSON has no infinity.
+    ids = [*word_tokenizer().encode("집"), word_tokenizer().mask_id]
+    scored = {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 0}
+    answer = await client.post("/v1/completions", json=scored)
+    assert answer.json()["choices"][0]["logprobs"]["tokens"][-1] == "[MASK]"
+
+
+async def test_libretranslate_and_tokens(client: Client) -> None:
+    fields = {"q": "Home. 집\n", "source": "auto", "target": "en", "alternatives": "2"}
+    answer = (await client.post("/translate", data=fields)).json()
+    assert set(answer) == {"translatedText", "alternatives", "detectedLanguage"}
+    assert len(answer["alternatives"]) <= 2
+    spans = (await client.post("/tokenize", json={"inputs": "home school"})).json()
+    assert "".join(span["text"] for span in spans) == "home school"
+
+
 async def test_metrics_start_at_zero_in_spite_of_the_warm_up(client: Client) -> None:
     text = (await client.get("/metrics")).text
     counters = [line for line in text.splitlines() if line.startswith("transformer_") and "_total{" in line]
@@ -89,7 +121,8 @@ async def test_metrics_start_at_zero_in_spite_of_the_warm_up(client: Client) -> 
     assert all(line.endswith(" 0.0") for line in counters)
 
 
-def test_a_folder_that_was_asked_for_must_be_there(weights: Path, tmp_path: Path) -> None:
+def test_a_folder_that_was_asked_for_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     missing = tmp_path / "none"
     with pytest.raises(CheckpointError, match=f"{missing}: no such folder"):
         load_services(make_settings(generate_model=missing), Lifecycle())

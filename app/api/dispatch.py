@@ -1,0 +1,127 @@
+"""POST /: for clients that post to the bare root, the body tells which route is meant."""
+
+from collections.abc import Callable, Coroutine
+from functools import cache
+from typing import Any
+
+from fastapi import APIRouter, HTTPException, Request
+from fastapi.routing import APIRoute
+from starlette.responses import Response
+
+from app.api import fill_mask, generate, next_sentence, openai, translate
+from app.api.deps import RecordDep, Services, ServicesDep
+from app.api.libretranslate import is_libretranslate
+from app.dialects import Dialect, speak
+from app.errors import NO_OBJECT, InvalidRequest, UnclearTask
+
+router = APIRouter()
+
+# The routes that run models, and the endpoint that stands for each in the metrics.
+ENDPOINTS = {
+    "/translate": "translate",
+    "/fill-mask": "fill-mask",
+    "/generate": "generate",
+    "/generate_stream": "generate",
+    "/next-sentence": "next-sentence",
+    "/v1/completions": "generate",
+}
+
+_PARAMETERS = {
+    "/translate": translate.TranslateParameters.model_fields.keys(),
+    "/fill-mask": fill_mask.FillMaskParameters.model_fields.keys(),
+    "/generate": generate.GenerateParameters.model_fields.keys(),
+}
+
+_BODY = {
+    "requestBody": {
+        "description": "What /translate, /fill-mask, /generate, /next-sentence or /v1/completions take.",
+        "required": True,
+        "content": {"application/json": {"schema": {"type": "object"}}},
+    }
+}
+
+
+@router.post("/", openapi_extra=_BODY, responses={400: {"description": "The body fits no one task."}})
+async def dispatch(request: Request, services: ServicesDep, record: RecordDep) -> Response:
+    """By the one task that is loaded, or by the shape of the body."""
+    path = choose_path(await _read(request), services)
+    record.endpoint = ENDPOINTS[path]
+    if path == "/v1/completions":
+        speak(request.scope, Dialect.OPENAI)
+    return await _handler(path)(request)
+
+
+@cache
+def _handler(path: str) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    routers = (translate.router, fill_mask.router, generate.router, next_sentence.router, openai.router)
+    routes = (route for router in routers for route in router.routes)
+    return next(r.get_route_handler() for r in routes if isinstance(r, APIRoute) and r.path == path)
+
+
+async def _read(request: Request) -> Any:
+    """The body as the routes will read it: JSON where it says so, else bytes, or the query of a form."""
+    body = await request.body()
+    if not body and "q" in request.query_params:
+        return {"q": request.query_params["q"]}
+    subtype = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if subtype != "application/json" and not subtype.endswith("+json"):
+        return body
+    try:
+        return await request.json()
+    except (ValueError, RecursionError):
+        raise HTTPException(400) from None
+
+
+def choose_path(body: Any, services: Services) -> str:
+    """The path that a body is meant for; raises UnclearTask where it fits none or several."""
+    if is_libretranslate(body):
+        return "/translate"
+    if not isinstance(body, dict):
+        raise InvalidRequest(NO_OBJECT)
+    if "prompt" in body:
+        return "/v1/completions"
+    if "inputs" not in body:
+        raise UnclearTask(f"the body has no inputs, no prompt and no q; {_advice(services)}")
+    if _is_pairs(body["inputs"]):
+        return "/next-sentence"
+    if body.get("stream") is not None:
+        return "/generate"
+    loaded = [f"/{name}" for name in services.tasks]
+    if len(loaded) == 1:
+        return loaded[0]
+    fitting = _fitting(body, services)
+    if len(fitting) == 1:
+        return fitting[0]
+    reading = f"this body could be for {' or '.join(fitting)}" if fitting else "this body fits no model here"
+    raise UnclearTask(f"{reading}; {_advice(services)}")
+
+
+def _fitting(body: dict[str, Any], services: Services) -> list[str]:
+    """The loaded tasks that know all of the parameters; a mask in the text is fill-mask's alone."""
+    parameters = body.get("parameters")
+    given = parameters.items() if isinstance(parameters, dict) else ()
+    names = {name for name, value in given if value is not None}
+    fitting = [f"/{task}" for task in services.tasks if names <= _PARAMETERS[f"/{task}"]]
+    # What both take is a generation's: clients put a translation's into its generate_parameters.
+    if names and "/generate" in fitting:
+        fitting = [path for path in fitting if path != "/translate"]
+    if "/fill-mask" not in fitting:
+        return fitting
+    if services.fill_mask is not None and _has_mask(body["inputs"], services.fill_mask.tokenizer.mask_token):
+        return ["/fill-mask"]
+    return [path for path in fitting if path != "/fill-mask"]
+
+
+def _has_mask(inputs: Any, mask_token: str) -> bool:
+    texts = inputs if isinstance(inputs, list) else [inputs]
+    return any(isinstance(text, str) and mask_token in text for text in texts)
+
+
+def _is_pairs(inputs: Any) -> bool:
+    first = inputs[0] if isinstance(inputs, list) and inputs else inputs
+    return isinstance(first, dict)
+
+
+def _advice(services: Services) -> str:
+    paths = ", ".join(f"/{name}" for name in services.tasks) or "none, as no model is loaded"
+    return f"post to the path of a task: {paths}"

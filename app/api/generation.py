@@ -1,0 +1,136 @@
+"""What the two dialects of generation share: tokens to text, stop strings, events of a stream."""
+
+import json
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fastapi.sse import EventSourceResponse, format_sse_event
+from typing_extensions import TypedDict
+
+from app.api.bounds import check_length, check_text
+from app.api.deps import GeneratingLane, Task
+from app.engine.sequence import FinishReason, Sequence, TokenEvent
+from app.errors import InvalidRequest
+from app.settings import Settings
+from model.tokenizer import TextStream, Tokenizer
+
+T = TypeVar("T")
+
+
+class Token(TypedDict):
+    """A generated token; its text is empty while a character is incomplete."""
+
+    id: int
+    text: str
+    logprob: float
+    special: bool
+
+
+@dataclass
+class Generation:
+    """One sequence on its way from tokens to text; ends it at a stop string."""
+
+    sequence: Sequence
+    lane: GeneratingLane
+    tokenizer: Tokenizer
+    stops: list[str]
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    top_tokens: list[list[Token]] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self._stream = TextStream(self.tokenizer)
+
+    async def run(self) -> "Generation":
+        """To the end."""
+        async for _ in self.steps():
+            pass
+        return self
+
+    async def steps(self) -> AsyncGenerator[Token, None]:
+        """One token for each event of the sequence, until it ends or a stop string is complete."""
+        async for event in self.sequence.events():
+            token = self._take(event)
+            if self.finish_reason is FinishReason.STOP:
+                self.lane.abort([self.sequence])
+            yield token
+            if self.finish_reason is not None:
+                return
+
+    def _take(self, event: TokenEvent) -> Token:
+        text = self._stream.push(event.token_id)
+        if event.finish_reason is not None:
+            text += self._stream.finish()
+        stop_end = find_stop(self.text, text, self.stops)
+        self.finish_reason = event.finish_reason if stop_end is None else FinishReason.STOP
+        token = self._token(event.token_id, text[:stop_end], event.logprob)
+        self.text += token["text"]
+        self.tokens.append(token)
+        self.top_tokens.append([self._named(i, logprob) for i, logprob in event.top_tokens])
+        return token
+
+    def _token(self, token_id: int, text: str, logprob: float) -> Token:
+        return Token(id=token_id, text=text, logprob=logprob, special=token_id in self.tokenizer.special_ids)
+
+    def _named(self, token_id: int, logprob: float) -> Token:
+        return self._token(token_id, self.tokenizer.decode([token_id]), logprob)
+
+    @property
+    def mean_logprob(self) -> float:
+        return sum(token["logprob"] for token in self.tokens) / max(len(self.tokens), 1)
+
+
+def find_stop(before: str, new: str, stops: list[str]) -> int | None:
+    """How much of the new text belongs to the output, when a stop string ends in it; else None."""
+    text = before + new
+    ends = []
+    for stop in stops:
+        start = text.find(stop, max(0, len(before) - len(stop) + 1))
+        if start >= 0:
+            ends.append(start + len(stop) - len(before))
+    return min(ends, default=None)
+
+
+def check_stops(stop: str | list[str] | None, settings: Settings) -> list[str]:
+    """The bounded stop strings as a list."""
+    stops = [stop] if isinstance(stop, str) else stop or []
+    if len(stops) > settings.max_stops:
+        raise InvalidRequest(f"stop has {len(stops)} strings, the limit is {settings.max_stops}")
+    for i, text in enumerate(stops):
+        check_length(f"stop[{i}]", text, settings.max_stop_chars, "characters")
+        check_text(f"stop[{i}]", text, settings.max_stop_chars)
+    return stops
+
+
+def fit_new_tokens(
+    name: str, n_prompt: int, parameter: str, asked: int | None, default: int, task: Task[GeneratingLane]
+) -> int:
+    """As asked, else the default or what the context leaves of it; raises InvalidRequest with the numbers."""
+    limits = task.lane.limits
+    room = limits.max_new_tokens - n_prompt
+    wanted = max(1, min(default, room)) if asked is None else asked
+    if n_prompt > limits.max_prompt_tokens:
+        raise InvalidRequest(f"{name} has {n_prompt} tokens, the limit is {limits.max_prompt_tokens}")
+    if wanted > room:
+        raise InvalidRequest(
+            f"{name} has {n_prompt} tokens and {parameter} is {wanted}: together {n_prompt + wanted}, "
+            f"the limit is {limits.max_new_tokens}"
+        )
+    return wanted
+
+
+async def first_of(items: AsyncGenerator[T, None]) -> T:
+    """What `anext` gives, as a coroutine."""
+    return await anext(items)
+
+
+def sse_event(content: Any) -> bytes:
+    """One event of a stream; ASCII, because some clients split lines at U+2028, U+2029 and U+0085."""
+    return format_sse_event(data_str=json.dumps(content, separators=(",", ":")))
+
+
+def sse_response(events: AsyncIterator[bytes]) -> EventSourceResponse:
+    """A stream that no proxy should keep or hold back."""
+    return EventSourceResponse(events, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})

@@ -1,0 +1,251 @@
+"""LibreTranslate's form of POST /translate, and its POST /detect and GET /languages."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, NotRequired
+from urllib.parse import parse_qsl
+
+from fastapi import APIRouter, Body, Request
+from pydantic import BeforeValidator, Field
+from starlette.datastructures import QueryParams
+from typing_extensions import TypedDict
+
+from app.api.bounds import Strict, Texts, check_count, check_text, check_texts
+from app.api.deps import GeneratingLane, ServicesDep, Task
+from app.api.translation import (
+    Found,
+    Plan,
+    Search,
+    count_scripts,
+    detect_language,
+    join_text,
+    plan_texts,
+)
+from app.errors import InvalidRequest, Json
+from app.settings import Settings
+from model.sampling import BeamParams
+
+router = APIRouter()
+
+_AUTO = "auto"
+_NAMES = {"en": "English", "ko": "Korean"}
+_MAX_FORM_FIELDS = 1000
+# Letters of the Latin script are English at best: many languages share them.
+_LATIN_CONFIDENCE = 50.0
+
+
+class LibreTranslateRequest(Strict):
+    """As JSON, as a form, or in the query string; null means the default."""
+
+    q: str | Texts | None = Field(None, description="the text, or a list of texts", examples=["I go home."])
+    source: str | None = Field(None, description="a language, or auto, the default")
+    target: str | None = Field(None, description="a language")
+    format: str | None = Field(None, description="text; html is not supported yet")
+    alternatives: int | None = Field(None, description="so many more translations, where there are")
+    api_key: str | None = Field(None, description="ignored: there are no keys")
+
+
+class DetectRequest(Strict):
+    """As JSON, as a form, or in the query string."""
+
+    q: str | None = Field(None, description="the text", examples=["I go home."])
+    api_key: str | None = Field(None, description="ignored: there are no keys")
+
+
+class Detection(TypedDict):
+    """The confidence is a percentage."""
+
+    confidence: float
+    language: str
+
+
+class LibreTranslation(TypedDict):
+    """A list in gives lists out; detectedLanguage only where the source was auto."""
+
+    translatedText: str | list[str]
+    alternatives: NotRequired[list[str] | list[list[str]]]
+    detectedLanguage: NotRequired[Detection | list[Detection]]
+
+
+class Language(TypedDict):
+    """A language, and what it can be translated to; to itself it stays as it is."""
+
+    code: str
+    name: str
+    targets: list[str]
+
+
+class LibreError(TypedDict):
+    """Every answer that is not a success."""
+
+    error: str
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": LibreError} for status in (400, 404, 413, 500, 503)
+} | {"default": {"model": LibreError, "description": "Any other error"}}
+
+# FastAPI describes the JSON body by itself; this is the same as a form.
+FORM_BODY = {
+    "requestBody": {
+        "content": {
+            "application/x-www-form-urlencoded": {
+                "schema": {"$ref": "#/components/schemas/LibreTranslateRequest"}
+            }
+        }
+    }
+}
+
+
+def read_form(body: Any) -> Any:
+    """A body that is no JSON arrives as bytes; a field that is repeated is a list."""
+    if not isinstance(body, bytes):
+        return body
+    try:
+        text = body.decode()
+        pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=_MAX_FORM_FIELDS)
+    except UnicodeDecodeError:
+        raise ValueError("the form is not valid UTF-8") from None
+    except ValueError:
+        raise ValueError(f"the form has more than {_MAX_FORM_FIELDS} fields") from None
+    return _from_pairs(pairs)
+
+
+def _from_pairs(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    values: dict[str, list[str]] = {}
+    for name, value in pairs:
+        values.setdefault(name, []).append(value)
+    fields: dict[str, Any] = {name: each[0] if len(each) == 1 else each for name, each in values.items()}
+    number = fields.get("alternatives")
+    if isinstance(number, str) and number.isascii() and number.isdecimal() and len(number) < 10:
+        fields["alternatives"] = int(number)
+    return fields
+
+
+def is_libretranslate(body: Any) -> bool:
+    """Is a body of POST /translate in this form? A form always is."""
+    if isinstance(body, bytes):
+        return body.lstrip()[:1].isalpha() and b"=" in body
+    return isinstance(body, dict) and "inputs" not in body and not body.keys().isdisjoint(("q", "target"))
+
+
+def merge_query(body: LibreTranslateRequest | None, query: QueryParams) -> LibreTranslateRequest:
+    """What the body leaves open is taken from the query string."""
+    given = {} if body is None else body.model_dump(exclude_none=True)
+    names = LibreTranslateRequest.model_fields
+    fields = _from_pairs((name, value) for name, value in query.multi_items() if name in names) | given
+    if not isinstance(fields.get("alternatives", 0), int):
+        raise InvalidRequest("alternatives: must be a whole number")
+    for name in names.keys() - {"q", "alternatives"}:
+        if isinstance(fields.get(name), list):
+            raise InvalidRequest(f"{name} has {len(fields[name])} values, it takes one")
+    return LibreTranslateRequest(**fields)
+
+
+@dataclass(frozen=True)
+class LibreTranslateWork:
+    """A request in this form whose sentences are in the lane."""
+
+    plan: Plan
+    detected: list[Detection] | None
+    n_alternatives: int
+    is_list: bool
+
+    def answer(self, found: Found) -> LibreTranslation:
+        """Lists for a list, alternatives and detected languages where they were asked for."""
+        ranked = [
+            [join_text(text, found, rank, self.plan.tokenizer).text for rank in range(self.plan.n_best)]
+            for text in self.plan.texts
+        ]
+        best = [each[0] for each in ranked]
+        answer = LibreTranslation(translatedText=best if self.is_list else best[0])
+        if self.n_alternatives:
+            # Two ways through the search may end in one text.
+            others = [[text for text in dict.fromkeys(each) if text != each[0]] for each in ranked]
+            answer["alternatives"] = others if self.is_list else others[0]
+        if self.detected is not None:
+            answer["detectedLanguage"] = self.detected if self.is_list else self.detected[0]
+        return answer
+
+
+async def plan_libretranslate(
+    body: LibreTranslateRequest, task: Task[GeneratingLane], settings: Settings
+) -> LibreTranslateWork:
+    """Check, split and tokenise."""
+    source, target = _check_languages(body, task)
+    if body.format not in (None, "text"):
+        raise InvalidRequest(f"format is {body.format[:20]!r}; only text is supported yet")
+    n_alternatives = body.alternatives or 0
+    search = _search(n_alternatives, settings, task)
+    if body.q is None:
+        raise InvalidRequest("q: Field required")
+    texts = check_texts(body.q, settings, "q")
+
+    def direction(text: str) -> tuple[str, str]:
+        return detect_language(text) if source == _AUTO else source, target
+
+    plan = await plan_texts(texts, direction, search, task)
+    detected = [_rounded(detect(text)) for text in texts] if source == _AUTO else None
+    return LibreTranslateWork(plan, detected, n_alternatives, isinstance(body.q, list))
+
+
+def _check_languages(body: LibreTranslateRequest, task: Task[GeneratingLane]) -> tuple[str, str]:
+    languages = task.tokenizer.languages
+    source, target = _AUTO if body.source is None else body.source, body.target
+    if target is None:
+        raise InvalidRequest("target: Field required")
+    for name, code in (("source", source), ("target", target)):
+        if code not in languages and (name, code) != ("source", _AUTO):
+            known = ", ".join(sorted(languages))
+            raise InvalidRequest(f"{name}: no language {code[:20]!r}; there are {known}")
+    return source, target
+
+
+def _search(n_alternatives: int, settings: Settings, task: Task[GeneratingLane]) -> Search:
+    limits = task.lane.limits
+    max_beams = min(settings.max_beams, limits.n_slots)
+    check_count("alternatives", n_alternatives, 0, max_beams - 1)
+    limit = min(settings.max_new_tokens, limits.max_new_tokens)
+    n_best = n_alternatives + 1
+    num_beams = max(min(settings.default_beams, max_beams), n_best)
+    beams = BeamParams(num_beams=num_beams, num_return_sequences=n_best, max_new_tokens=limit)
+    return Search(beams, None, limit)
+
+
+def detect(text: str) -> Detection:
+    """The language by script alone, with what its letters are of all letters, Hangul counted double.
+
+    The script cannot tell English from other languages in Latin letters: that is half as sure at most.
+    """
+    n_hangul, _ = count_scripts(text)
+    n_ascii = sum(letter.isascii() and letter.isalpha() for letter in text)
+    n_others = max(sum(letter.isalpha() for letter in text) - n_hangul - n_ascii, 0)
+    total = 2 * n_hangul + n_ascii + n_others
+    language = detect_language(text)
+    certain = 100.0 * 2 * n_hangul if language == "ko" else _LATIN_CONFIDENCE * n_ascii
+    return Detection(confidence=round(certain / total, 1) if total else 0.0, language=language)
+
+
+def _rounded(detection: Detection) -> Detection:
+    return Detection(confidence=round(detection["confidence"]), language=detection["language"])
+
+
+@router.post("/detect", response_model=list[Detection], responses=_ERRORS)
+async def detect_text(
+    request: Request,
+    services: ServicesDep,
+    body: Annotated[Annotated[DetectRequest, BeforeValidator(read_form)] | None, Body()] = None,
+) -> Json:
+    """The language of a text, by its script."""
+    text = body.q if body is not None and body.q is not None else request.query_params.get("q")
+    if text is None:
+        raise InvalidRequest("q: Field required")
+    check_text("q", text, services.settings.max_text_chars)
+    return Json([detect(text)])
+
+
+@router.get("/languages", response_model=list[Language], responses=_ERRORS)
+async def list_languages(services: ServicesDep) -> Json:
+    """The languages, each with what it can be translated to."""
+    codes = sorted(services.loaded(services.translate, "translate").tokenizer.languages)
+    return Json([Language(code=code, name=_NAMES.get(code, code), targets=codes) for code in codes])

@@ -1,0 +1,88 @@
+"""POST /tokenize: the tokens of a text, as the model of a task sees them."""
+
+from typing import Any
+
+from fastapi import APIRouter
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from app.api.bounds import Strict, Texts, check_texts
+from app.api.deps import Services, ServicesDep, prepare
+from app.errors import InvalidRequest, Json, NotLoaded
+from model.tokenizer import Piece, Tokenizer
+
+router = APIRouter()
+
+
+class TokenizeRequest(Strict):
+    """One text or a list of texts."""
+
+    inputs: str | Texts = Field(examples=["I go home."])
+    task: str | None = Field(
+        None, description="translate, fill-mask or generate; by default the first of them that is loaded"
+    )
+
+
+class TokenSpan(TypedDict):
+    """A token, with the characters [start, stop) it came from; parts of one character share its place."""
+
+    id: int
+    text: str
+    start: int
+    stop: int
+    special: bool
+
+
+@router.post("/tokenize", response_model=list[TokenSpan] | list[list[TokenSpan]])
+async def tokenize(body: TokenizeRequest, services: ServicesDep) -> Json:
+    """Nothing is added to the text. For fill-mask the mask token counts, with the space before it."""
+    name = _task_name(body.task, services)
+    texts = check_texts(body.inputs, services.settings)
+    n_chars, limit = sum(map(len, texts)), services.settings.max_tokenize_chars
+    if n_chars > limit:
+        raise InvalidRequest(f"inputs has {n_chars} characters in all, the limit is {limit}")
+    tokenizer = services.tasks[name].tokenizer
+    is_list = isinstance(body.inputs, list)
+    return await prepare(n_chars, _answer, texts, is_list, name == "fill-mask", tokenizer)
+
+
+def _task_name(asked: str | None, services: Services) -> str:
+    names = list(services.tasks)
+    if not names:
+        raise NotLoaded("no model is loaded")
+    if asked is not None and asked not in names:
+        raise InvalidRequest(f"task: no task {asked[:20]!r} is loaded; there are {', '.join(names)}")
+    return names[0] if asked is None else asked
+
+
+def _answer(texts: list[str], is_list: bool, with_masks: bool, tokenizer: Tokenizer) -> Json:
+    cut = split_masked if with_masks else Tokenizer.encode_with_offsets
+    answers = [[_span(piece, tokenizer) for piece in cut(tokenizer, text)] for text in texts]
+    return Json(answers if is_list else answers[0])
+
+
+def _span(piece: Piece, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "id": piece.id,
+        "text": piece.text,
+        "start": piece.start,
+        "stop": piece.stop,
+        "special": piece.id in tokenizer.special_ids,
+    }
+
+
+def split_masked(tokenizer: Tokenizer, text: str) -> list[Piece]:
+    """`Tokenizer.encode_masked` with offsets."""
+    pieces: list[Piece] = []
+    *before, last = text.split(tokenizer.mask_token)
+    start = 0
+    for part in before:
+        kept = part.removesuffix(" ")
+        pieces += _shift(tokenizer.encode_with_offsets(kept), start)
+        mask_start, start = start + len(kept), start + len(part) + len(tokenizer.mask_token)
+        pieces.append(Piece(tokenizer.mask_id, text[mask_start:start], mask_start, start))
+    return pieces + _shift(tokenizer.encode_with_offsets(last), start)
+
+
+def _shift(pieces: list[Piece], by: int) -> list[Piece]:
+    return [Piece(piece.id, piece.text, piece.start + by, piece.stop + by) for piece in pieces]
