@@ -12,7 +12,15 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
-from app.engine.errors import Aborted, Draining, EngineError, Overloaded, PromptTooLong, StepFailed
+from app.engine.errors import (
+    Aborted,
+    Draining,
+    EngineError,
+    Overloaded,
+    PromptTooLong,
+    RequestTooLarge,
+    StepFailed,
+)
 
 
 class ErrorBody(TypedDict):
@@ -69,6 +77,7 @@ TABLE: tuple[tuple[type[Exception], int, str], ...] = (
     (InvalidRequest, 422, "validation"),
     (RequestValidationError, 422, "validation"),
     (PromptTooLong, 422, "validation"),
+    (RequestTooLarge, 422, "validation"),
     (Overloaded, 429, "overloaded"),
     (Draining, 503, "draining"),
     (Aborted, 503, "draining"),

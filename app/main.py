@@ -35,7 +35,7 @@ from app.errors import ErrorBody
 from app.lifecycle import Lifecycle, Phase, begin_drain
 from app.middleware import BodyLimitMiddleware, RecordMiddleware
 from app.settings import Settings, is_given
-from model.checkpoint import Checkpoint, CheckpointError, load
+from model.checkpoint import Checkpoint, CheckpointError, load, load_config
 from model.sampling import BeamParams, SamplingParams
 
 log = logging.getLogger("app")
@@ -48,6 +48,17 @@ Load = Callable[[Settings, Lifecycle], Services]
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (404, 413, 422, 429, 500, 503, 504)
 }
+
+
+_ARCHITECTURES = {
+    "translate_model": "translator",
+    "fill_mask_model": "masked_lm",
+    "generate_model": "causal_lm",
+}
+
+
+class StartError(Exception):
+    """Settings that this machine cannot serve; the message names them."""
 
 
 def load_services(settings: Settings, lifecycle: Lifecycle) -> Services:
@@ -89,7 +100,9 @@ def load_services(settings: Settings, lifecycle: Lifecycle) -> Services:
 
 
 def resolve_device(settings: Settings) -> tuple[torch.device, torch.dtype]:
-    """What "auto" means on this machine."""
+    """What "auto" means on this machine. Raises StartError where it has no such device."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise StartError("device is cuda, but torch finds no CUDA device here")
     cuda = torch.cuda.is_available() if settings.device == "auto" else settings.device == "cuda"
     dtypes = {
         "auto": torch.bfloat16 if cuda else torch.float32,
@@ -109,6 +122,9 @@ def load_checkpoint(
             raise CheckpointError(f"{folder}: no such folder ({setting})")
         log.warning("no model at %s: its task is off", folder)
         return None
+    wanted, found = _ARCHITECTURES[setting], load_config(folder).architecture
+    if found != wanted:
+        raise CheckpointError(f"{folder}: holds a {found}, {setting} takes a {wanted}")
     return load(folder, device=device, dtype=dtype)
 
 
@@ -168,7 +184,7 @@ async def open_or_fail(app: FastAPI) -> None:
         await open_services(app)
     except Exception as error:
         # A broken checkpoint explains itself in one line; anything else wants its traceback.
-        log.critical("cannot start: %s", error, exc_info=not isinstance(error, CheckpointError))
+        log.critical("cannot start: %s", error, exc_info=not isinstance(error, (CheckpointError, StartError)))
         app.state.failure = error
 
 
@@ -198,7 +214,7 @@ def create_app(
     and the model routes say 503, and a failure to load stands in `app.state.failure`.
     """
     settings = settings or Settings()
-    app = FastAPI(title="Transformer", version=__version__, lifespan=lifespan)
+    app = FastAPI(title="Transformer", version=__version__, lifespan=lifespan, redirect_slashes=False)
     app.state.settings, app.state.load, app.state.lifecycle = settings, load, Lifecycle()
     app.state.services, app.state.failure, app.state.listen_early = None, None, listen_early
     for module in (translate, fill_mask, generate, next_sentence, tokenize, dispatch):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from app import metrics
 from app.engine.errors import Aborted, EngineError, Overloaded, PromptTooLong, StepFailed
-from app.engine.lane import Door, Failures, Handover, Handovers, halving
+from app.engine.lane import Door, Failures, Handover, Handovers, check_fits, halving
 from app.engine.runner import MaskedRunner
 from model.checkpoint import Checkpoint
 
@@ -118,13 +118,13 @@ class BatchLane:
         for item in items:
             self._check(item)
         tokens = sum(item.n_tokens for item in items)
+        check_fits(len(items), tokens, self.limits)
         now = time.monotonic()
         with self._lock:
             self.door.check()
             full = len(self._waiting) + len(items) > self.limits.max_queue_items
             heavy = self._waiting_tokens + tokens > self.limits.max_queue_tokens
-            # A request larger than the whole queue may wait when nothing else does.
-            if self._waiting and (full or heavy):
+            if full or heavy:
                 raise Overloaded(self.door.retry_after(len(self._waiting)))
             for item in items:
                 item.submitted_at = now

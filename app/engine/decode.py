@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 from app import metrics
 from app.engine.beams import BeamGroup, Candidate, Ended
 from app.engine.errors import Aborted, EngineError, Overloaded, PromptTooLong, StepFailed
-from app.engine.lane import Door, Failures, Handover, Handovers, halving
+from app.engine.lane import Door, Failures, Handover, Handovers, check_fits, halving
 from app.engine.runner import DecodeRunner, Drawn, GenerateRunner, Guards, TranslateRunner
 from app.engine.scheduler import Moves, Scheduler
 from app.engine.sequence import FinishReason, Hypothesis, Outcome, Sequence, SequenceStatus, TokenEvent
@@ -65,24 +65,26 @@ class DecodeLane(ABC, Generic[Choice]):
     # On the event loop
 
     def submit(self, sequences: list[Sequence]) -> None:
-        """Queue all or nothing. Raises `Draining`, `PromptTooLong` or `Overloaded`.
+        """Queue all or nothing. Raises `Draining`, `PromptTooLong`, `RequestTooLarge` or `Overloaded`.
 
         ValueError for what a route should never let through: other parameters, more beams than rows,
         tokens outside the vocabulary.
         """
         for sequence in sequences:
             self._check(sequence)
+        n_tokens = sum(sequence.n_prompt_tokens for sequence in sequences)
+        check_fits(len(sequences), n_tokens, self.limits)
         now = time.monotonic()
         with self._lock:
             self.door.check()
-            if not self.scheduler.has_room(sequences):
+            if not self.scheduler.has_room(len(sequences), n_tokens):
                 raise Overloaded(self.door.retry_after(len(self.scheduler.waiting)))
             for sequence in sequences:
                 sequence.submitted_at = now
             self.scheduler.add(sequences)
             self._measure_queue()
         self.door.enter(len(sequences))
-        metrics.prompt_tokens_total.labels(self.name).inc(sum(s.n_prompt_tokens for s in sequences))
+        metrics.prompt_tokens_total.labels(self.name).inc(n_tokens)
         if any(sequence.aborted for sequence in sequences):
             self._departures = True
         self.wake()
@@ -274,7 +276,6 @@ class GenerateLane(DecodeLane[Drawn]):
         super().__init__(name, runner, limits, prefill_tokens)
         self._generations: dict[Sequence, _Generation] = {}
         self._rows: tuple[list[Sequence], SamplingRows] | None = None
-        self._inter_token = metrics.inter_token_seconds.labels(name)  # looked up once, observed per token
 
     def _check_length(self, sequence: Sequence) -> None:
         n_tokens = sequence.n_prompt_tokens + sequence.params.max_new_tokens
@@ -364,7 +365,7 @@ class GenerateLane(DecodeLane[Drawn]):
         if sequence.last_token_at is None:
             metrics.time_to_first_token_seconds.labels(self.name).observe(now - sequence.submitted_at)
         else:
-            self._inter_token.observe(now - sequence.last_token_at)
+            metrics.inter_token_seconds.labels(self.name).observe(now - sequence.last_token_at)
         sequence.last_token_at = now
 
     def _hypothesis(self, sequence: Sequence, reason: FinishReason) -> Hypothesis:

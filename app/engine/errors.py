@@ -22,6 +22,16 @@ class PromptTooLong(EngineError):
         super().__init__(f"the input has {n_tokens} tokens, the limit is {limit}")
 
 
+class RequestTooLarge(EngineError):
+    """One request holds more than the whole queue may; it would never fit. Nothing was taken in."""
+
+    def __init__(self, n_items: int, n_tokens: int, max_items: int, max_tokens: int) -> None:
+        super().__init__(
+            f"the request holds {n_items} items (texts or sentences) of {n_tokens} tokens in all, "
+            f"the limit is {max_items} items and {max_tokens} tokens"
+        )
+
+
 class Draining(EngineError):
     """The service is shutting down: accepted work goes on, new work is refused."""
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from app import metrics
-from app.engine.errors import Draining, EngineError
+from app.engine.errors import Draining, EngineError, RequestTooLarge
 
 log = logging.getLogger("app.engine")
 
@@ -26,6 +26,21 @@ class Receiver(Protocol[D_contra]):
     """A piece of work that takes what the device produced for it, on the event loop."""
 
     def deliver(self, delivery: D_contra, /) -> None: ...
+
+
+class QueueLimits(Protocol):
+    """The bounds of a lane's queue."""
+
+    @property
+    def max_queue_items(self) -> int: ...
+    @property
+    def max_queue_tokens(self) -> int: ...
+
+
+def check_fits(n_items: int, n_tokens: int, limits: QueueLimits) -> None:
+    """Raises `RequestTooLarge` for what would not fit into an empty queue: trying again cannot help."""
+    if n_items > limits.max_queue_items or n_tokens > limits.max_queue_tokens:
+        raise RequestTooLarge(n_items, n_tokens, limits.max_queue_items, limits.max_queue_tokens)
 
 
 class Door:

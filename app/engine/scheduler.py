@@ -31,15 +31,11 @@ class Scheduler:
     def n_active(self) -> int:
         return len(self.owners)
 
-    def has_room(self, sequences: Iterable[Sequence]) -> bool:
-        """May these wait? A request larger than the whole queue may, when nothing else waits."""
-        if not self.waiting:
-            return True
-        new = list(sequences)
-        tokens = sum(sequence.n_prompt_tokens for sequence in new)
+    def has_room(self, n_items: int, n_tokens: int) -> bool:
+        """May so many more wait?"""
         return (
-            len(self.waiting) + len(new) <= self.max_queue_items
-            and self.waiting_tokens + tokens <= self.max_queue_tokens
+            len(self.waiting) + n_items <= self.max_queue_items
+            and self.waiting_tokens + n_tokens <= self.max_queue_tokens
         )
 
     def add(self, sequences: Iterable[Sequence]) -> None:

@@ -121,6 +121,26 @@ async def test_metrics_start_at_zero_in_spite_of_the_warm_up(client: Client) -> 
     assert all(line.endswith(" 0.0") for line in counters)
 
 
+async def test_every_token_after_the_first_is_timed(client: Client) -> None:
+    body = {"inputs": "home", "parameters": {"max_new_tokens": 4, "details": True}}
+    answer = (await client.post("/generate", json=body)).json()
+    metric = 'transformer_inter_token_seconds_count{endpoint="generate"}'
+    text = (await client.get("/metrics")).text
+    counted = next(line for line in text.splitlines() if line.startswith(metric))
+    assert float(counted.removeprefix(metric)) == answer["details"]["generated_tokens"] - 1
+
+
+async def test_a_trailing_slash_is_an_unknown_path(client: Client) -> None:
+    answer = await client.post("/generate/", json={"inputs": "home"})
+    assert (answer.status_code, answer.json()["error_type"]) == (404, "not_found")
+
+
+def test_a_folder_of_another_task_is_refused_by_name(weights: Path) -> None:
+    folder = weights / "causal_lm"
+    with pytest.raises(CheckpointError, match=f"{folder}: holds a causal_lm, translate_model takes a trans"):
+        load_services(make_settings(translate_model=folder), Lifecycle())
+
+
 def test_a_folder_that_was_asked_for_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     missing = tmp_path / "none"

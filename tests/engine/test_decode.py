@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from app.engine.decode import make_decode_lane
-from app.engine.errors import Aborted, Draining, Overloaded, PromptTooLong
+from app.engine.errors import Aborted, Draining, Overloaded, PromptTooLong, RequestTooLarge
 from app.engine.sequence import FinishReason, Sequence
 from model.checkpoint import Checkpoint
 from model.sampling import BeamParams, SamplingParams
@@ -242,6 +242,15 @@ def test_a_full_queue_refuses_all_or_nothing(causal: Checkpoint) -> None:
     lane.submit([greedy()])
     drive(lane)
     assert gauge("queue_items", "generate") == gauge("queue_tokens", "generate") == 0
+
+
+def test_a_request_larger_than_the_queue_is_refused_for_good(causal: Checkpoint) -> None:
+    lane = generate_lane(causal, max_queue_items=3, max_queue_tokens=20)
+    with pytest.raises(RequestTooLarge, match="4 items .* limit is 3 items"):
+        lane.submit([greedy()] * 4)
+    with pytest.raises(RequestTooLarge, match="21 tokens .* 20 tokens"):
+        lane.submit([greedy(n_prompt=7)] * 3)
+    assert (len(lane.scheduler.waiting), lane.door.n_inside) == (0, 0)
 
 
 def test_what_cannot_fit_is_refused_with_the_numbers(causal: Checkpoint, translator: Checkpoint) -> None:

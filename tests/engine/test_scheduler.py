@@ -132,11 +132,12 @@ def test_a_prompt_over_the_budget_is_admitted_alone() -> None:
 
 def test_the_queue_is_bounded_in_items_and_tokens() -> None:
     lane = scheduler(items=3, queue_tokens=20)
-    assert lane.has_room([make(500)] * 5)  # nothing waits
+    assert lane.has_room(3, 20)
+    assert not lane.has_room(4, 4)
     lane.add([make(5), make(5)])
-    assert lane.has_room([make(10)])
-    assert not lane.has_room([make(11)])
-    assert not lane.has_room([make(1), make(1)])
+    assert lane.has_room(1, 10)
+    assert not lane.has_room(1, 11)
+    assert not lane.has_room(2, 2)
 
 
 def test_the_aborted_leave_the_queue() -> None:
