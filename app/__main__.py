@@ -1,6 +1,7 @@
 """`python -m app`: serve with the settings, and leave in order when told to."""
 
 import asyncio
+import logging
 import os
 import signal
 import sys
@@ -13,7 +14,9 @@ from pydantic import ValidationError
 
 from app.lifecycle import begin_drain
 from app.logs import configure_logs
-from app.settings import Settings, settings_table
+from app.settings import Settings, settings_table, unknown_variables
+
+log = logging.getLogger("app")
 
 # The end of the grace period belongs to closing: answers of aborted work, the device thread's last step.
 _CLOSING_SHARE, _CLOSING_SECONDS = 0.25, 3.0
@@ -58,11 +61,19 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
+def warn_of_unknown_variables() -> None:
+    """A misspelled variable changes nothing, and nobody would know."""
+    unknown = unknown_variables(os.environ)
+    if unknown:
+        log.warning("no such settings, ignored: %s", ", ".join(unknown))
+
+
 def serve(settings: Settings) -> None:
     """Returns when the service has been told to end and has ended."""
     from app.main import create_app  # here, because it imports torch, which the table does not need
 
     configure_logs(settings.log_level)
+    warn_of_unknown_variables()
     app = create_app(settings, listen_early=True)
     config = uvicorn.Config(
         app,
@@ -86,7 +97,7 @@ def main(arguments: list[str]) -> None:
     try:
         settings = Settings(_cli_parse_args=arguments)
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        faults = [": ".join(filter(None, (".".join(map(str, f["loc"])), f["msg"]))) for f in error.errors()]
         sys.exit("settings: " + "; ".join(faults))
     serve(settings)
 

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -92,7 +92,15 @@ TABLE: tuple[tuple[type[Exception], int, str], ...] = (
 _HTTP_TYPES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 # pydantic names the branch of a union in its path ("str", "list[str]", "Pair"); clients know no branches.
 _BRANCH = re.compile(r"str|[A-Z]\w*|\w+\[.*\]")
-_MAX_FAULTS, _MAX_FAULT_CHARS = 10, 300
+_KINDS = {
+    "string_type": "a string",
+    "int_type": "an integer",
+    "list_type": "a list",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+}
+_BRANCH_KINDS = {"str": ("a string", "strings"), "int": ("an integer", "integers")}
+_MAX_FAULTS, _MAX_FAULT_CHARS, _MAX_ECHO_CHARS = 10, 300, 80
 NO_OBJECT = "the body must be a JSON object, sent with Content-Type: application/json"
 _UNPARSABLE = "the body is not valid JSON"
 
@@ -103,6 +111,12 @@ class Json(JSONResponse):
     def render(self, content: Any) -> bytes:
         text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         return text.encode("utf-8", "backslashreplace")
+
+
+def brief(value: object) -> str:
+    """What a client sent, for a message: not more than it takes to recognise it."""
+    text = str(value)
+    return text if len(text) <= _MAX_ECHO_CHARS else f"{text[: _MAX_ECHO_CHARS - 3]}..."
 
 
 def classify(exc: Exception) -> tuple[int, str]:
@@ -118,7 +132,9 @@ def classify(exc: Exception) -> tuple[int, str]:
 def describe(exc: Exception) -> str:
     """The message a client may read; never that of an exception nobody planned."""
     if isinstance(exc, RequestValidationError):
-        faults = dict.fromkeys(_describe_fault(fault) for fault in exc.errors())
+        found = exc.errors()
+        kinds = _expected_kinds(found)
+        faults = dict.fromkeys(_describe_fault(fault, kinds) for fault in found if _is_meant(fault, kinds))
         return "; ".join(fault[:_MAX_FAULT_CHARS] for fault in islice(faults, _MAX_FAULTS))
     if isinstance(exc, HTTPException):
         return _describe_http(exc)
@@ -146,19 +162,52 @@ def error_headers(exc: Exception) -> dict[str, str]:
     return dict(exc.headers or {}) if isinstance(exc, HTTPException) else {}
 
 
-def _describe_fault(fault: Mapping[str, Any]) -> str:
+def _path(fault: Mapping[str, Any]) -> tuple[str, ...]:
+    """Where a fault is in the body, for a client."""
+    return tuple(str(part) for part in fault["loc"] if part != "body" and not _is_branch(part))
+
+
+def _is_branch(part: str | int) -> bool:
+    return _BRANCH.fullmatch(str(part)) is not None
+
+
+def _expected_kinds(faults: Iterable[Mapping[str, Any]]) -> dict[tuple[str, ...], dict[str, None]]:
+    """What could stand at each path with a fault; the branches of a union each have one of their own."""
+    kinds: dict[tuple[str, ...], dict[str, None]] = {}
+    for fault in faults:
+        here = kinds.setdefault(_path(fault), {})
+        if fault["type"] in _KINDS:
+            branch = str(fault["loc"][-1])
+            here[_kind_of_branch(branch) if _is_branch(branch) else _KINDS[fault["type"]]] = None
+    return kinds
+
+
+def _kind_of_branch(branch: str, *, plural: bool = False) -> str:
+    if branch.startswith("list["):
+        return f"{'lists' if plural else 'a list'} of {_kind_of_branch(branch[5:-1], plural=True)}"
+    return _BRANCH_KINDS.get(branch, ("an object", "objects"))[plural]
+
+
+def _is_meant(fault: Mapping[str, Any], kinds: Iterable[tuple[str, ...]]) -> bool:
+    """No fault is a branch of a union that another branch, whose fault is deeper, fits better."""
+    path = _path(fault)
+    return fault["type"] not in _KINDS or not any(
+        len(other) > len(path) and other[: len(path)] == path for other in kinds
+    )
+
+
+def _describe_fault(fault: Mapping[str, Any], kinds: Mapping[tuple[str, ...], Iterable[str]]) -> str:
     if fault["type"] == "json_invalid":
         return f"{_UNPARSABLE}: {fault['ctx']['error']} at character {fault['loc'][-1]}"
-    path = [str(part) for part in fault["loc"] if part != "body"]
     if fault["type"] == "value_error":
         return str(fault["ctx"]["error"])  # one of our own, written to be read
     if fault["type"] == "extra_forbidden":
-        return f"unknown parameter: {'.'.join([*_without_branches(path[:-1]), path[-1]])}"
-    where = ".".join(_without_branches(path))
+        *around, name = fault["loc"]  # whatever it is called, the name itself is no branch
+        return f"unknown parameter: {'.'.join([*_path({'loc': around}), brief(name)])}"
+    where = ".".join(_path(fault))
     if not where:
         return NO_OBJECT
+    expected = list(kinds[_path(fault)]) if fault["type"] in _KINDS else []
+    if len(expected) > 1:
+        return f"{where} must be {' or '.join(expected)}"
     return f"{where}: {fault['msg']}"
-
-
-def _without_branches(path: list[str]) -> list[str]:
-    return [part for part in path if not _BRANCH.fullmatch(part)]

@@ -1,16 +1,33 @@
 """Every setting, with its bound: environment (TRANSFORMER_*), `.env`, or the command line."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "TRANSFORMER_"
 
 
+# The first of each pair must not be above the second.
+_ORDER = (
+    ("default_new_tokens", "max_new_tokens"),
+    ("default_beams", "max_beams"),
+    ("max_beams", "translate_slots"),
+)
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
 class Settings(BaseSettings):
-    """Read once, in `app.main`. A value out of bounds ends the start with a message that names it."""
+    """Serve the models over HTTP: translation, fill-mask, generation.
+
+    Each setting is read from the command line, else from the environment (TRANSFORMER_PORT for --port), else
+    from the file .env. A value out of bounds ends the start with a message that names it.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -26,7 +43,7 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = Field(
         "info", description="least level of the log"
     )
 
@@ -85,14 +102,31 @@ class Settings(BaseSettings):
     max_stop_chars: int = Field(256, ge=1, le=100_000, description="characters of one stop string")
     max_targets: int = Field(256, ge=1, le=100_000, description="targets of a fill-mask request")
     max_masks: int = Field(64, ge=1, le=10_000, description="masks in one text")
+    max_fillings: int = Field(
+        4096, ge=1, le=10_000_000, description="fillings in one answer: of all masks of all texts"
+    )
 
     timeout_seconds: PositiveFloat = Field(120.0, le=86_400.0, description="a request's time; then 504")
     shutdown_seconds: float = Field(30.0, ge=0.0, le=3600.0, description="grace period for accepted work")
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        for low, high in _ORDER:
+            value, limit = getattr(self, low), getattr(self, high)
+            if value > limit:
+                raise ValueError(f"{low} is {value}, it must not be above {high}, which is {limit}")
+        return self
 
 
 def is_given(settings: Settings, name: str) -> bool:
     """Was the setting given, rather than left at its default?"""
     return name in settings.model_fields_set
+
+
+def unknown_variables(environment: Iterable[str]) -> list[str]:
+    """Names with our prefix that are no setting: misspelled, as a rule."""
+    known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
+    return sorted(name for name in environment if name.startswith(PREFIX) and name.upper() not in known)
 
 
 def settings_table() -> str:

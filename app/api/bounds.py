@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, FailFast, model_validator
 from typing_extensions import TypeAliasType
 
-from app.errors import InvalidRequest
+from app.errors import InvalidRequest, brief
 from app.settings import Settings
 
 # A million elements of the wrong kind, or unknown names, would be a million faults, and the event loop would
@@ -37,7 +37,7 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
 def check_count(name: str, value: int, low: int, high: int) -> None:
     """`check_range` for whole numbers, however long."""
     if not low <= value <= high:
-        raise InvalidRequest(f"{name} is {value}, the limit is {low} to {high}")
+        raise InvalidRequest(f"{name} is {brief(value)}, the limit is {low} to {high}")
 
 
 def check_length(name: str, value: Sized, limit: int, unit: str) -> None:

@@ -21,13 +21,14 @@ from app.api.deps import (
     prepare,
 )
 from app.engine.batch import BatchItem, Filled
-from app.errors import InvalidRequest, Json
+from app.errors import InvalidRequest, Json, brief
 from app.settings import Settings
 from model.tokenizer import Tokenizer
 
 router = APIRouter()
 
 DEFAULT_TOP_K = 5
+_FILLING_CHARS = 16  # the least that a filling counts for, so that a few hundred are no small work
 
 
 class FillMaskParameters(Strict):
@@ -83,9 +84,14 @@ async def admit(
     parameters = body.parameters or FillMaskParameters()
     targets = _check(parameters, services.settings)
     texts = check_texts(body.inputs, services.settings)
-    masked = await prepare(sum(map(len, texts)), _encode_all, body.inputs, task, services.settings)
+    n_chars = sum(map(len, [*texts, *(targets or ())]))
+    masked = await prepare(n_chars, _encode_all, body.inputs, task, services.settings)
     top_k = DEFAULT_TOP_K if parameters.top_k is None else parameters.top_k
-    items = [_item(text, task.tokenizer, targets, top_k) for text in masked]
+    if targets is not None:
+        top_k = min(top_k, len(targets))
+    _check_fillings(sum(len(text.spaced) for text in masked), top_k, services.settings)
+    wanted = await prepare(n_chars, _resolve, targets, masked, task.tokenizer)
+    items = [_item(text, wanted, top_k) for text in masked]
     record.n_prompt_tokens = sum(len(item.token_ids) for item in items)
     async with admitted(services, task.lane, items):
         yield FillMaskWork(task, masked, items, isinstance(body.inputs, list))
@@ -99,6 +105,15 @@ async def fill_mask(
     results = await attendance.wait_for(gather(_filled(item) for item in work.items))
     note_times(record, work.items)
     record.n_generated_tokens = 0
+    # Each filling is written with its whole text.
+    n_chars = sum(
+        (len(text.text) + _FILLING_CHARS) * sum(map(len, result))
+        for text, result in zip(work.texts, results, strict=True)
+    )
+    return await prepare(n_chars, _render, work, results)
+
+
+def _render(work: FillMaskWork, results: list[Filled]) -> Json:
     answers = [
         [_fillings(text, k, ranked, work.task.tokenizer) for k, ranked in enumerate(result)]
         for text, result in zip(work.texts, results, strict=True)
@@ -123,7 +138,18 @@ def _check(parameters: FillMaskParameters, settings: Settings) -> list[str] | No
     check_length("targets", given, settings.max_targets, "words")
     for i, target in enumerate(given):
         check_text(f"targets[{i}]", target, settings.max_text_chars)
-    return list(dict.fromkeys(given))
+        if not target.strip():
+            raise InvalidRequest(f"targets[{i}] is empty, it must be a word")
+    # Whether a space stands before the word is the mask's affair.
+    return list(dict.fromkeys(target.lstrip() for target in given))
+
+
+def _check_fillings(n_masks: int, n_each: int, settings: Settings) -> None:
+    if n_masks * n_each > settings.max_fillings:
+        raise InvalidRequest(
+            f"inputs has {n_masks} masks with {n_each} fillings each: together {n_masks * n_each}, "
+            f"the limit is {settings.max_fillings}"
+        )
 
 
 def _encode_all(inputs: str | list[str], task: Task[OneShotLane], settings: Settings) -> list[MaskedText]:
@@ -144,17 +170,23 @@ def _encode(name: str, text: str, task: Task[OneShotLane], settings: Settings) -
     return MaskedText(text, token_ids, spaced)
 
 
-def _item(masked: MaskedText, tokenizer: Tokenizer, targets: list[str] | None, top_k: int) -> BatchItem:
-    wanted: list[list[int] | None] = [None] * len(masked.spaced)
-    if targets is not None:
-        wanted = [[_target_id(target, spaced, tokenizer) for target in targets] for spaced in masked.spaced]
-        top_k = min(top_k, len(targets))
+def _resolve(
+    targets: list[str] | None, masked: list[MaskedText], tokenizer: Tokenizer
+) -> dict[bool, list[int] | None]:
+    """The ids of the targets where a space belongs to the filling, and where none does."""
+    places = sorted({spaced for text in masked for spaced in text.spaced}, reverse=True)
+    if targets is None:
+        return dict.fromkeys(places)
+    return {spaced: [_target_id(target, spaced, tokenizer) for target in targets] for spaced in places}
+
+
+def _item(masked: MaskedText, wanted: dict[bool, list[int] | None], top_k: int) -> BatchItem:
     return BatchItem(
         token_ids=masked.token_ids,
         segment_ids=[0] * len(masked.token_ids),
         task="fill-mask",
         top_k=top_k,
-        targets=wanted,
+        targets=[wanted[spaced] for spaced in masked.spaced],
         allowed=["space" if spaced else "no_space" for spaced in masked.spaced],
     )
 
@@ -163,7 +195,7 @@ def _target_id(target: str, spaced: bool, tokenizer: Tokenizer) -> int:
     ids = tokenizer.encode(f" {target}" if spaced else target)
     if len(ids) != 1:
         where = "after a space" if spaced else "without a space before it"
-        raise InvalidRequest(f"targets: {target!r} {where} is {len(ids)} tokens, it must be one")
+        raise InvalidRequest(f"targets: {brief(target)!r} {where} is {len(ids)} tokens, it must be one")
     return ids[0]
 
 

@@ -40,12 +40,13 @@ from app.api.generation import (
     check_stops,
     first_of,
     fit_new_tokens,
+    max_new_tokens,
     sse_event,
     sse_response,
 )
 from app.dialects import Dialect, error_body
 from app.engine.sequence import Sequence
-from app.errors import InvalidRequest, Json, classify
+from app.errors import InvalidRequest, Json, brief, classify
 from app.middleware import RequestRecord
 from app.settings import Settings
 from model.sampling import SamplingParams
@@ -143,7 +144,7 @@ async def admit(
     task = services.loaded(services.generate, "generate")
     parameters = body.parameters or GenerateParameters()
     texts = check_texts(body.inputs, services.settings)
-    stops = _check(parameters, services.settings)
+    stops = _check(parameters, services.settings, task)
     if is_streamed(body, request):
         _check_stream(parameters, texts)
     sampling = _sampling(parameters)
@@ -287,7 +288,7 @@ def _prefill(generation: Generation, work: GenerateWork) -> list[PrefillToken]:
     return [PrefillToken(id=i, text=pieces.push(i), logprob=logprob) for i, logprob in pairs]
 
 
-def _check(parameters: GenerateParameters, settings: Settings) -> list[str]:
+def _check(parameters: GenerateParameters, settings: Settings, task: Task[GeneratingLane]) -> list[str]:
     """Check the bounds of what is given; the stop strings as a list."""
     given = {name: value for name, value in parameters.model_dump().items() if value is not None}
     for name, low, high in (
@@ -295,14 +296,14 @@ def _check(parameters: GenerateParameters, settings: Settings) -> list[str]:
         ("seed", 0, settings.max_seed),
         ("top_n_tokens", 0, settings.max_top_n_tokens),
         ("best_of", 1, settings.max_best_of),
-        ("max_new_tokens", 1, settings.max_new_tokens),
+        ("max_new_tokens", 1, max_new_tokens(settings, task)),
     ):
         if name in given:
             check_count(name, given[name], low, high)
     if parameters.frequency_penalty is not None:
         check_frequency_penalty(parameters.frequency_penalty, settings)
     if parameters.truncate is not None and parameters.truncate < 1:
-        raise InvalidRequest(f"truncate is {parameters.truncate}, the least is 1")
+        raise InvalidRequest(f"truncate is {brief(parameters.truncate)}, the least is 1")
     if parameters.repetition_penalty is not None:
         check_penalty("repetition_penalty", parameters.repetition_penalty, settings)
     if parameters.temperature is not None:

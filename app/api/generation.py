@@ -104,6 +104,11 @@ def check_stops(stop: str | list[str] | None, settings: Settings) -> list[str]:
     return stops
 
 
+def max_new_tokens(settings: Settings, task: Task[GeneratingLane]) -> int:
+    """What a request may ask for: a prompt has one token at least, and the context holds both."""
+    return min(settings.max_new_tokens, task.lane.limits.max_new_tokens - 1)
+
+
 def fit_new_tokens(
     name: str, n_prompt: int, parameter: str, asked: int | None, default: int, task: Task[GeneratingLane]
 ) -> int:

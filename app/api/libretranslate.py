@@ -30,6 +30,8 @@ router = APIRouter()
 _AUTO = "auto"
 _NAMES = {"en": "English", "ko": "Korean"}
 _MAX_FORM_FIELDS = 1000
+_MULTIPART = b"--"  # what begins its boundary; the content type itself does not get here
+_CONTENT_TYPES = "application/json or application/x-www-form-urlencoded"
 # Letters of the Latin script are English at best: many languages share them.
 _LATIN_CONFIDENCE = 50.0
 
@@ -101,6 +103,8 @@ def read_form(body: Any) -> Any:
     """A body that is no JSON arrives as bytes; a field that is repeated is a list."""
     if not isinstance(body, bytes):
         return body
+    if body.startswith(_MULTIPART):
+        raise ValueError(f"a multipart form is not understood; send {_CONTENT_TYPES}")
     try:
         text = body.decode()
         pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=_MAX_FORM_FIELDS)
@@ -125,7 +129,8 @@ def _from_pairs(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
 def is_libretranslate(body: Any) -> bool:
     """Is a body of POST /translate in this form? A form always is."""
     if isinstance(body, bytes):
-        return body.lstrip()[:1].isalpha() and b"=" in body
+        first = body.lstrip()[:1]
+        return body.startswith(_MULTIPART) or ((first.isalpha() or first == b"%") and b"=" in body)
     return isinstance(body, dict) and "inputs" not in body and not body.keys().isdisjoint(("q", "target"))
 
 
@@ -202,12 +207,10 @@ def _check_languages(body: LibreTranslateRequest, task: Task[GeneratingLane]) ->
 
 
 def _search(n_alternatives: int, settings: Settings, task: Task[GeneratingLane]) -> Search:
-    limits = task.lane.limits
-    max_beams = min(settings.max_beams, limits.n_slots)
-    check_count("alternatives", n_alternatives, 0, max_beams - 1)
-    limit = min(settings.max_new_tokens, limits.max_new_tokens)
+    check_count("alternatives", n_alternatives, 0, settings.max_beams - 1)
+    limit = min(settings.max_new_tokens, task.lane.limits.max_new_tokens)
     n_best = n_alternatives + 1
-    num_beams = max(min(settings.default_beams, max_beams), n_best)
+    num_beams = max(settings.default_beams, n_best)
     beams = BeamParams(num_beams=num_beams, num_return_sequences=n_best, max_new_tokens=limit)
     return Search(beams, None, limit)
 

@@ -39,10 +39,18 @@ from app.api.deps import (
     note_times,
     prepare,
 )
-from app.api.generation import Generation, check_stops, first_of, fit_new_tokens, sse_event, sse_response
+from app.api.generation import (
+    Generation,
+    check_stops,
+    first_of,
+    fit_new_tokens,
+    max_new_tokens,
+    sse_event,
+    sse_response,
+)
 from app.dialects import Dialect, error_body
 from app.engine.sequence import FinishReason, Sequence
-from app.errors import InvalidRequest, Json, UnknownModel, classify
+from app.errors import InvalidRequest, Json, UnknownModel, brief, classify
 from app.middleware import RequestRecord
 from app.settings import Settings
 from model.sampling import SamplingParams
@@ -337,7 +345,7 @@ async def admit(
     """Check, tokenise and submit; abort what is left on exit."""
     task = services.loaded(services.generate, "generate")
     _check_model(body.model, services)
-    stops = _check(body, services.settings)
+    stops = _check(body, services.settings, task)
     prompts = await _read_prompts("" if body.prompt is None else body.prompt, task, services.settings)
     groups = [
         _choices(name, prompt, body, stops, task, services.settings) for name, prompt in prompts.items()
@@ -395,7 +403,7 @@ def _check_model(name: str | None, services: Services) -> None:
     known = None if services.generate is None else services.generate.name
     if name is not None and name != known:
         there = "there is none" if known is None else f"there is {known!r}"
-        raise UnknownModel(f"no model {name[:100]!r} completes here; {there}")
+        raise UnknownModel(f"no model {brief(name)!r} completes here; {there}")
 
 
 def _most_probable(group: list[Choice], n: int) -> list[Choice]:
@@ -468,9 +476,9 @@ def _chunk(work: CompletionWork, choices: list[CompletionChoice], usage: Usage |
     return chunk | {"usage": usage} if work.include_usage else chunk
 
 
-def _check(body: CompletionRequest, settings: Settings) -> list[str]:
+def _check(body: CompletionRequest, settings: Settings, task: Task[GeneratingLane]) -> list[str]:
     """Check the bounds of what is given; the stop strings as a list."""
-    _check_counts(body, settings)
+    _check_counts(body, settings, task)
     _check_unsupported(body)
     if body.temperature is not None:
         check_temperature(body.temperature, settings)
@@ -485,10 +493,10 @@ def _check(body: CompletionRequest, settings: Settings) -> list[str]:
     return check_stops(body.stop, settings)
 
 
-def _check_counts(body: CompletionRequest, settings: Settings) -> None:
+def _check_counts(body: CompletionRequest, settings: Settings, task: Task[GeneratingLane]) -> None:
     n = 1 if body.n is None else body.n
     for name, low, high in (
-        ("max_tokens", 0 if body.echo else 1, settings.max_new_tokens),
+        ("max_tokens", 0 if body.echo else 1, max_new_tokens(settings, task)),
         ("n", 1, settings.max_best_of),
         ("best_of", n, settings.max_best_of),
         ("seed", 0, settings.max_seed),
@@ -557,7 +565,8 @@ def _choices(
 ) -> list[Choice]:
     """best_of choices for one prompt, each with a seed of its own."""
     asked = None if body.max_tokens is None else max(body.max_tokens, 1)
-    n_new = fit_new_tokens(name, len(prompt.token_ids), "max_tokens", asked, _DEFAULT_MAX_TOKENS, task)
+    default = min(_DEFAULT_MAX_TOKENS, settings.max_new_tokens)
+    n_new = fit_new_tokens(name, len(prompt.token_ids), "max_tokens", asked, default, task)
     sampling = replace(_sampling(body), max_new_tokens=n_new)
     choices = []
     for i in range(body.best_of or body.n or 1):

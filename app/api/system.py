@@ -19,11 +19,13 @@ router = APIRouter()
 
 
 @router.get("/health")
+@router.head("/health", include_in_schema=False)
 async def health() -> dict[str, str]:
     """The process is alive and its event loop turns."""
     return {"status": "ok"}
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", responses={503: {"description": "Loading, draining or broken."}})
 async def ready(request: Request) -> Response:
     """The models are warm, their loop beats, and new work is welcome."""

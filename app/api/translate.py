@@ -33,7 +33,7 @@ from app.api.translation import (
 )
 from app.dialects import LIBRETRANSLATE_TAG, Dialect, speak
 from app.engine.sequence import FinishReason, Hypothesis, Sequence
-from app.errors import NO_OBJECT, ErrorBody, InvalidRequest, Json
+from app.errors import NO_OBJECT, ErrorBody, InvalidRequest, Json, brief
 from app.settings import Settings
 from model.sampling import BeamParams
 from model.tokenizer import TextStream, Tokenizer
@@ -45,7 +45,11 @@ class BeamParameters(Strict):
     """How to search; null means the default."""
 
     num_beams: int | None = Field(None, description="4 by default; 1 is greedy")
-    num_return_sequences: int | None = Field(None, description="entries for each text, at most num_beams")
+    num_return_sequences: int | None = Field(
+        None,
+        description="entries for each text, at most num_beams; always so many, and so some may be the same: "
+        "different tokens can spell one text, and a sentence may have fewer translations",
+    )
     length_penalty: float | None = Field(
         None, description="above 0 favours long translations; 1.0 by default"
     )
@@ -104,7 +108,7 @@ class TranslateWork:
     is_list: bool
 
     def answer(self, found: Found) -> list[Translation] | list[list[Translation]]:
-        """The best for each text; all that were asked for, where they were."""
+        """The best for each text; all that were asked for, where they were, equal texts among them."""
         n_best = self.plan.n_best
         answers = [
             [self._translation(text, found, rank) for rank in range(n_best)] for text in self.plan.texts
@@ -203,7 +207,9 @@ def _merge(parameters: TranslateParameters) -> BeamParameters:
     for name in BeamParameters.model_fields:
         here, there = getattr(parameters, name), getattr(inner, name)
         if here is not None and there is not None and here != there:
-            raise InvalidRequest(f"{name} is {here} in parameters but {there} in generate_parameters")
+            raise InvalidRequest(
+                f"{name} is {brief(here)} in parameters but {brief(there)} in generate_parameters"
+            )
         merged[name] = there if here is None else here
     return BeamParameters(**merged)
 
@@ -212,10 +218,9 @@ def _resolve(parameters: TranslateParameters, settings: Settings, task: Task[Gen
     """Fill in the defaults and check the bounds."""
     asked = _merge(parameters)
     limit = min(settings.max_new_tokens, task.lane.limits.max_new_tokens)
-    max_beams = min(settings.max_beams, task.lane.limits.n_slots)
-    num_beams = min(settings.default_beams, max_beams) if asked.num_beams is None else asked.num_beams
+    num_beams = settings.default_beams if asked.num_beams is None else asked.num_beams
     n_best = 1 if asked.num_return_sequences is None else asked.num_return_sequences
-    check_count("num_beams", num_beams, 1, max_beams)
+    check_count("num_beams", num_beams, 1, settings.max_beams)
     check_count("num_return_sequences", n_best, 1, num_beams)
     given = {name: value for name, value in asked.model_dump().items() if value is not None}
     beams = BeamParams(

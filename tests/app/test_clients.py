@@ -41,5 +41,5 @@ async def test_streamed_text_generation(url: str) -> None:
 
 async def test_errors_reach_the_caller(url: str) -> None:
     async with huggingface_hub.AsyncInferenceClient(f"{url}/generate") as client:
-        with pytest.raises(Exception, match="max_new_tokens is 9999, the limit is 1 to 1024"):
+        with pytest.raises(Exception, match="max_new_tokens is 9999, the limit is 1 to 99"):
             await client.text_generation("a", max_new_tokens=9999)

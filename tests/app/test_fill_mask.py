@@ -1,10 +1,13 @@
 """POST /fill-mask and /next-sentence on the lane that ranks a fixed list."""
 
+import threading
 from typing import Any
 
 import httpx
 import pytest
 
+from app.errors import Json
+from model.tokenizer import Tokenizer
 from tests.app.fakes import FakeBatchLane, word_tokenizer
 
 Client = httpx.AsyncClient
@@ -68,13 +71,77 @@ async def test_targets(client: Client) -> None:
     assert [entry["sequence"] for entry in await fill(client, "[MASK]!", targets="집")] == ["집!"]
 
 
+async def test_a_target_may_have_a_space_before_it(client: Client) -> None:
+    answer = await fill(client, "나는 [MASK]에 간다", targets=[" 학교", "학교", " 집"])
+    assert [entry["token_str"] for entry in answer] == ["학교", "집"]
+    assert [entry["sequence"] for entry in await fill(client, "[MASK]!", targets=" 집")] == ["집!"]
+
+
+async def test_each_target_is_resolved_once(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded, encode = [], Tokenizer.encode
+
+    def counting(self: Tokenizer, text: str) -> list[int]:
+        encoded.append(text)
+        return encode(self, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", counting)
+    await fill(client, ["[MASK] [MASK] ([MASK]"] * 3, targets=["home", "school"])
+    assert sorted(text for text in encoded if text.strip() in ("home", "school")) == [
+        *(" home", " school"),
+        *("home", "school"),
+    ]
+
+
+class TestFillings:
+    @pytest.fixture
+    def settings_values(self) -> dict[str, object]:
+        return {"max_fillings": 12}
+
+    async def test_are_bounded_over_all_masks_of_all_texts(self, client: Client) -> None:
+        texts = ["[MASK] [MASK]", "[MASK]"]
+        await fill(client, texts, top_k=4)
+        assert await refusal(client, "/fill-mask", {"inputs": texts, "parameters": {"top_k": 5}}) == (
+            "inputs has 3 masks with 5 fillings each: together 15, the limit is 12"
+        )
+
+    async def test_no_more_than_the_targets_count(self, client: Client) -> None:
+        await fill(client, "[MASK]", top_k=1000, targets=["home", "school"])
+        body = {"inputs": "[MASK]", "parameters": {"top_k": 13}}
+        assert "together 13, the limit is 12" in await refusal(client, "/fill-mask", body)
+
+
+@pytest.mark.parametrize(("n_texts", "on_the_loop"), [(1, True), (16, False)])
+async def test_a_long_answer_is_written_off_the_loop(
+    client: Client, monkeypatch: pytest.MonkeyPatch, n_texts: int, on_the_loop: bool
+) -> None:
+    threads = []
+
+    def noting(content: object) -> Json:
+        threads.append(threading.current_thread())
+        return Json(content)
+
+    monkeypatch.setattr("app.api.fill_mask.Json", noting)
+    await fill(client, ["[MASK]" * 10] * n_texts, top_k=4)
+    assert (threads == [threading.current_thread()]) is on_the_loop
+
+
 @pytest.mark.parametrize(
     ("inputs", "parameters", "message"),
     [
         ("no mask", {}, "inputs has no mask; write [MASK] where a word is missing"),
         (["[MASK]", ""], {}, "inputs[1] has no mask; write [MASK] where a word is missing"),
         ("a [MASK]", {"targets": ["homely"]}, "targets: 'homely' after a space is 3 tokens, it must be one"),
-        ("[MASK]", {"targets": [""]}, "targets: '' without a space before it is 0 tokens, it must be one"),
+        ("[MASK]", {"targets": [""]}, "targets[0] is empty, it must be a word"),
+        ("[MASK]", {"targets": ["home", " \n"]}, "targets[1] is empty, it must be a word"),
+        (
+            "[MASK]",
+            {"targets": ["y" * 300]},
+            f"targets: '{'y' * 77}...' without a space before it is 300 tokens, it must be one",
+        ),
+        ("[MASK]", {"top_k": 10**300}, f"top_k is 1{'0' * 76}..., the limit is 1 to 1000"),
+        (3, {}, "inputs must be a string or a list of strings"),
+        ([3], {}, "inputs.0: Input should be a valid string"),
+        ("[MASK]", {"targets": 3}, "parameters.targets must be a string or a list of strings"),
         ("[MASK]", {"targets": []}, "targets has 0 words, the limit is 1 to 256"),
         ("[MASK]", {"targets": ["a"] * 257}, "targets has 257 words, the limit is 1 to 256"),
         ("[MASK]", {"top_k": 0}, "top_k is 0, the limit is 1 to 1000"),
@@ -112,5 +179,7 @@ async def test_next_sentence_refusals(client: Client) -> None:
     assert await refusal(client, path, many) == "inputs has 65 pairs, the limit is 1 to 64"
     long = {"inputs": [{"first": "a", "second": "b" * 20_001}]}
     assert await refusal(client, path, long) == "inputs[0].second has 20001 characters, the limit is 20000"
-    assert "inputs.second" in await refusal(client, path, {"inputs": {"first": "a"}})
+    assert await refusal(client, path, {"inputs": {"first": "a"}}) == "inputs.second: Field required"
+    assert await refusal(client, path, {"inputs": [{"first": "a"}]}) == "inputs.0.second: Field required"
+    assert await refusal(client, path, {"inputs": 3}) == "inputs must be an object or a list of objects"
     assert "parameters.top_k" in await refusal(client, path, {"inputs": pair, "parameters": {"top_k": 1}})

@@ -217,8 +217,8 @@ async def test_a_full_queue_refuses_at_the_door(
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens is 0, the limit is 1 to 1024"),
-        ({"max_new_tokens": 5000}, "max_new_tokens is 5000, the limit is 1 to 1024"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, the limit is 1 to 99"),
+        ({"max_new_tokens": 5000}, "max_new_tokens is 5000, the limit is 1 to 99"),
         ({"temperature": -1.0}, "temperature is -1, the limit is 0.01 to 100"),
         ({"temperature": 1e-9}, "temperature is 1e-09, the limit is 0.01 to 100"),
         ({"temperature": 101}, "temperature is 101, the limit is 0.01 to 100"),

@@ -132,6 +132,19 @@ async def test_refusals_of_forms(client: Client, form: bytes, message: str) -> N
     assert check(await client.post("/translate", content=form, headers=FORM), 400) == message
 
 
+async def test_a_form_whose_names_are_percent_encoded(client: Client) -> None:
+    answer = await client.post("/translate", content=b"%71=a&%74arget=ko&source=en", headers=FORM)
+    assert answer.json() == {"translatedText": "A"}
+
+
+@pytest.mark.parametrize("path", ["/translate", "/detect"])
+async def test_a_multipart_form_is_refused(client: Client, path: str) -> None:
+    answer = await client.post(path, files={"q": (None, "a"), "target": (None, "ko")})
+    assert check(answer, 400) == (
+        "a multipart form is not understood; send application/json or application/x-www-form-urlencoded"
+    )
+
+
 async def test_refusals_of_queries(client: Client) -> None:
     answer = await client.post("/translate?q=a&target=ko&alternatives=many")
     assert check(answer, 400) == "alternatives: must be a whole number"

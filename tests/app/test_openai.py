@@ -248,8 +248,8 @@ def test_names_of_tokens() -> None:
 @pytest.mark.parametrize(
     ("body", "param", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens", "max_tokens is 0, the limit is 1 to 1024"),
-        ({"max_tokens": 1025}, "max_tokens", "max_tokens is 1025, the limit is 1 to 1024"),
+        ({"max_tokens": 0}, "max_tokens", "max_tokens is 0, the limit is 1 to 99"),
+        ({"max_tokens": 1025}, "max_tokens", "max_tokens is 1025, the limit is 1 to 99"),
         ({"max_tokens": "5"}, "max_tokens", "max_tokens: Input should be a valid integer"),
         ({"max_tokens": 98}, "prompt",
          "prompt has 3 tokens and max_tokens is 98: together 101, the limit is 100"),
@@ -272,6 +272,8 @@ def test_names_of_tokens() -> None:
         ({"stream_options": {}}, "stream_options", "stream_options: only together with stream"),
         ({"stream_options": {"x": 1}}, "stream_options", "unknown parameter: stream_options.x"),
         ({"no_such": 1}, "no_such", "unknown parameter: no_such"),
+        ({"prompt": 3}, "prompt",
+         "prompt must be a string or a list of strings or a list of integers or a list of lists of integers"),
         ({"prompt": []}, "prompt", "prompt has 0 prompts, the limit is 1 to 64"),
         ({"prompt": ["a"] * 65}, "prompt", "prompt has 65 prompts, the limit is 1 to 64"),
         ({"prompt": "a" * 20_001}, "prompt", "prompt has 20001 characters, the limit is 20000"),

@@ -1,10 +1,12 @@
 """Splitting: the parts joined are the text, whatever the text is; no sentence is over the limit."""
 
 import random
+from typing import Any
 
 import pytest
 
 from app.sentences import split_text
+from model.tokenizer import Piece
 from tests.app.fakes import byte_tokenizer
 
 
@@ -52,5 +54,62 @@ def test_any_text() -> None:
             sentences(text, language, max_tokens=noise.randrange(4, 30))
 
 
-def test_a_long_text_is_split_in_reasonable_time() -> None:
-    assert len(sentences("word " * 4000, max_tokens=128)) >= 4000 * 5 / 128
+class CountingTokenizer:
+    """Every UTF-8 byte is a token; counts the characters it is given."""
+
+    def __init__(self) -> None:
+        self.n_chars = 0
+
+    def encode(self, text: str) -> list[int]:
+        self.n_chars += len(text)
+        return byte_tokenizer().encode(text)
+
+    def encode_with_offsets(self, text: str) -> list[Piece]:
+        self.n_chars += len(text)
+        return byte_tokenizer().encode_with_offsets(text)
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "a",
+        "가",
+        "word ",
+        ",",
+        "a. ",
+        "(",
+        "\u200b",
+        "\u0301",
+        "🙂",
+        "👨\u200d👩\u200d👧",
+        "x" + " " * 50,
+        "a  ",
+    ],
+)
+def test_a_text_is_looked_at_a_few_times_however_long(unit: str) -> None:
+    tokenizer: Any = CountingTokenizer()
+    text = unit * (20_000 // len(unit))
+    parts = split_text(text, "en", tokenizer, 250)
+    assert "".join(part.text for part in parts) == text
+    assert max(len(part.text.encode()) for part in parts) <= 250
+    assert tokenizer.n_chars <= 8 * len(text)
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\n ", "\u3000"])
+def test_a_run_of_white_space_is_looked_at_once(space: str) -> None:
+    # Long enough that looking at it anew from each of its characters would outlast the test's time limit.
+    run = space * 300_000
+    assert [part.text for part in split_text(f"a{run}b{run}", "en", byte_tokenizer(), 250)] == [
+        *("a", run),
+        *("b", run),
+    ]
+
+
+def test_what_stands_before_a_space_is_not_cut_before_it() -> None:
+    assert sentences("aaaa bbbb cccc", max_tokens=9) == ["aaaa bbbb", "cccc"]
+    assert sentences("aaaa bbbb     cccc", max_tokens=9) == ["aaaa bbbb", "cccc"]
+
+
+def test_a_character_of_more_tokens_than_fit_stands_alone() -> None:
+    parts = split_text("🙂🙂a", "en", byte_tokenizer(), 3)
+    assert [part.text for part in parts] == ["🙂", "🙂", "a"]

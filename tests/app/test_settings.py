@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from app.__main__ import main
-from app.settings import PREFIX, Settings, is_given, settings_table
+from app.__main__ import main, warn_of_unknown_variables
+from app.settings import PREFIX, Settings, is_given, settings_table, unknown_variables
 from tests.app.fakes import make_settings
 
 ROOT = Path(__file__).parents[2]
@@ -44,8 +44,8 @@ def test_environment_then_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_dotenv(tmp_path: Path) -> None:
     file = tmp_path / ".env"
-    file.write_text(f"{PREFIX}MAX_BEAMS=2\nOTHER=1\n")
-    assert Settings(_env_file=file).max_beams == 2
+    file.write_text(f"{PREFIX}MAX_BEAMS=5\nOTHER=1\n")
+    assert Settings(_env_file=file).max_beams == 5
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,50 @@ def test_dotenv(tmp_path: Path) -> None:
 def test_bounds(values: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match=next(iter(values))):
         make_settings(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ({"max_beams": 3}, ("default_beams is 4", "max_beams, which is 3")),
+        ({"max_new_tokens": 19}, ("default_new_tokens is 20", "max_new_tokens, which is 19")),
+        ({"translate_slots": 7}, ("max_beams is 8", "translate_slots, which is 7")),
+    ],
+)
+def test_contradictions_are_refused(values: dict[str, object], names: tuple[str, str]) -> None:
+    with pytest.raises(ValidationError, match=f"{names[0]}, it must not be above {names[1]}"):
+        make_settings(**values)
+
+
+def test_a_contradiction_ends_with_a_message() -> None:
+    with pytest.raises(SystemExit, match="settings: Value error, default_beams is 9, it must not be above"):
+        main(["--default-beams", "9"])
+
+
+def test_the_log_level_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"{PREFIX}LOG_LEVEL", "WARNING")
+    assert Settings(_env_file=None).log_level == "warning"
+    assert Settings(_env_file=None, _cli_parse_args=["--log-level", "Error"]).log_level == "error"
+
+
+def test_unknown_variables() -> None:
+    given = [f"{PREFIX}PORT", f"{PREFIX}max_beams", f"{PREFIX}MAX_BEANS", "TRANSFORMERS_CACHE", "HOME"]
+    assert unknown_variables(given) == [f"{PREFIX}MAX_BEANS"]
+
+
+def test_unknown_variables_are_told_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(f"{PREFIX}MAX_BEANS", "1")
+    with caplog.at_level("WARNING", "app"):
+        warn_of_unknown_variables()
+    assert caplog.messages == [f"no such settings, ignored: {PREFIX}MAX_BEANS"]
+
+
+def test_help_tells_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "Serve the models over HTTP" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["--port", "70000"], ["--device", "tpu"]])

@@ -30,6 +30,14 @@ async def test_health_and_ready(client: Client) -> None:
     assert await sample(client, "ready") == 1
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+async def test_probes_may_ask_for_the_head_alone(url: str, path: str) -> None:
+    async with httpx.AsyncClient() as client:
+        whole, head = await client.get(url + path), await client.head(url + path)
+    assert (head.status_code, head.content) == (whole.status_code, b"")
+    assert head.headers["content-length"] == whole.headers["content-length"]
+
+
 async def test_not_ready_while_draining(client: Client, app: FastAPI) -> None:
     begin_drain(app)
     answer = await client.get("/ready")

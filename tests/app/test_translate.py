@@ -173,6 +173,15 @@ async def test_refusals(client: Client, parameters: dict[str, object], message: 
     assert await refusal(client, "a", **parameters) == message
 
 
+async def test_as_many_entries_as_were_asked_for_even_when_they_are_the_same(client: Client) -> None:
+    assert await translate(client, " ", num_return_sequences=2) == [{"translation_text": " "}] * 2
+
+
+async def test_a_long_number_is_not_sent_back(client: Client) -> None:
+    error = await refusal(client, "a", num_beams=10**1000, generate_parameters={"num_beams": 10**1000 + 1})
+    assert len(error) < 250
+
+
 async def test_headers(client: Client) -> None:
     answer = await client.post("/translate", json={"inputs": ["ab", " "]})
     assert (answer.headers["x-prompt-tokens"], answer.headers["x-generated-tokens"]) == ("5", "2")
