@@ -246,9 +246,9 @@ def test_a_full_queue_refuses_all_or_nothing(causal: Checkpoint) -> None:
 
 def test_a_request_larger_than_the_queue_is_refused_for_good(causal: Checkpoint) -> None:
     lane = generate_lane(causal, max_queue_items=3, max_queue_tokens=20)
-    with pytest.raises(RequestTooLarge, match="4 items .* limit is 3 items"):
+    with pytest.raises(RequestTooLarge, match=r"4 items .* limit is 3 items"):
         lane.submit([greedy()] * 4)
-    with pytest.raises(RequestTooLarge, match="21 tokens .* 20 tokens"):
+    with pytest.raises(RequestTooLarge, match=r"21 tokens .* 20 tokens"):
         lane.submit([greedy(n_prompt=7)] * 3)
     assert (len(lane.scheduler.waiting), lane.door.n_inside) == (0, 0)
 
