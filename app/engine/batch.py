@@ -16,6 +16,7 @@ from app import metrics
 from app.engine.errors import Aborted, EngineError, Overloaded, PromptTooLong, StepFailed
 from app.engine.lane import Door, Failures, Handover, Handovers, check_fits, halving
 from app.engine.runner import MaskedRunner
+from app.engine.scheduler import fits
 from model.checkpoint import Checkpoint
 
 Filled = list[list[tuple[int, float]]]  # per mask: token ids with scores, best first
@@ -114,7 +115,7 @@ class BatchLane:
     # On the event loop
 
     def submit(self, items: list[BatchItem]) -> None:
-        """Queue all or nothing. Raises `Draining`, `PromptTooLong` or `Overloaded`."""
+        """Queue all or nothing. Raises `Draining`, `PromptTooLong`, `RequestTooLarge` or `Overloaded`."""
         for item in items:
             self._check(item)
         tokens = sum(item.n_tokens for item in items)
@@ -122,9 +123,7 @@ class BatchLane:
         now = time.monotonic()
         with self._lock:
             self.door.check()
-            full = len(self._waiting) + len(items) > self.limits.max_queue_items
-            heavy = self._waiting_tokens + tokens > self.limits.max_queue_tokens
-            if full or heavy:
+            if not fits(len(self._waiting) + len(items), self._waiting_tokens + tokens, self.limits):
                 raise Overloaded(self.door.retry_after(len(self._waiting)))
             for item in items:
                 item.submitted_at = now

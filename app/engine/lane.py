@@ -10,6 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from app import metrics
 from app.engine.errors import Draining, EngineError, RequestTooLarge
+from app.engine.scheduler import QueueLimits, fits
 
 log = logging.getLogger("app.engine")
 
@@ -28,18 +29,9 @@ class Receiver(Protocol[D_contra]):
     def deliver(self, delivery: D_contra, /) -> None: ...
 
 
-class QueueLimits(Protocol):
-    """The bounds of a lane's queue."""
-
-    @property
-    def max_queue_items(self) -> int: ...
-    @property
-    def max_queue_tokens(self) -> int: ...
-
-
 def check_fits(n_items: int, n_tokens: int, limits: QueueLimits) -> None:
     """Raises `RequestTooLarge` for what would not fit into an empty queue: trying again cannot help."""
-    if n_items > limits.max_queue_items or n_tokens > limits.max_queue_tokens:
+    if not fits(n_items, n_tokens, limits):
         raise RequestTooLarge(n_items, n_tokens, limits.max_queue_items, limits.max_queue_tokens)
 
 

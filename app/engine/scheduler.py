@@ -8,10 +8,25 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from typing import Protocol
 
 from app.engine.sequence import Sequence, SequenceStatus
 
 Moves = list[tuple[int, int]]  # (source row, target row); no row is both
+
+
+class QueueLimits(Protocol):
+    """The bounds of a lane's queue."""
+
+    @property
+    def max_queue_items(self) -> int: ...
+    @property
+    def max_queue_tokens(self) -> int: ...
+
+
+def fits(n_items: int, n_tokens: int, limits: QueueLimits) -> bool:
+    """Is a queue of so much within its bounds?"""
+    return n_items <= limits.max_queue_items and n_tokens <= limits.max_queue_tokens
 
 
 class Scheduler:
@@ -33,10 +48,7 @@ class Scheduler:
 
     def has_room(self, n_items: int, n_tokens: int) -> bool:
         """May so many more wait?"""
-        return (
-            len(self.waiting) + n_items <= self.max_queue_items
-            and self.waiting_tokens + n_tokens <= self.max_queue_tokens
-        )
+        return fits(len(self.waiting) + n_items, self.waiting_tokens + n_tokens, self)
 
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Append to the queue; ask `has_room` first."""
