@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from model import checkpoint
 from model.config import TransformerConfig
 from model.models import MaskedLM, build_model
 from model.tokenizer import Tokenizer
@@ -61,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
             metavar="KEY=VALUE",
             help="override the recipe, in TOML: steps=100 or data.batch_tokens=1024",
         )
+        train.add_argument(
+            "--continue-from", type=Path, help="begin with this model folder's weights"
+        )
         train.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
         if command != "masked":
             train.add_argument("--start-from", type=Path, help="a masked model's folder: take its encoder")
@@ -87,6 +91,9 @@ def _train(arguments: argparse.Namespace) -> int:
     config = model_config(arguments.command, recipe["model"], tokenizer)
     torch.manual_seed(options.seed)
     model = build_model(config)
+    if arguments.continue_from:
+        model.load_state_dict(checkpoint.load(arguments.continue_from).model.state_dict())
+        print(f"begins with the weights of {arguments.continue_from}")
     if getattr(arguments, "start_from", None) and not isinstance(model, MaskedLM):
         copied = start_from_encoder(model, load_file(arguments.start_from / "model.safetensors"))
         print(f"{copied} tensors taken from {arguments.start_from}")

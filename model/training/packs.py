@@ -86,11 +86,16 @@ def clean_pair(pair: Pair, max_ratio: float = 3.0) -> bool:
 
 
 _MARKUP = re.compile(r"[|{}=<>*_\\]|https?:")
+# What is left where a template or a foreign name was cut out of an article: "(, )", "(~ )", "[[...]]".
+_REMAINS = re.compile(r"\(\s*[,;~)]|[,;~]\s*\)|\[\[|\]\]")
+_IDEOGRAPH = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
 
 
 def clean_paragraph(text: str) -> bool:
     """Is this paragraph prose? Lists, tables and boilerplate are not."""
     if len(text) < 40 or not text.rstrip("\"'”’)").endswith((".", "!", "?", "…", "다")):
+        return False
+    if _REMAINS.search(text) or len(_IDEOGRAPH.findall(text)) > 0.03 * len(text):
         return False
     marks = sum(not (c.isalpha() or c.isspace() or c in ".,'\"“”‘’!?;:-—()") for c in text)
     return marks <= 0.15 * len(text) and len(_MARKUP.findall(text)) <= 1

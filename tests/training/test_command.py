@@ -4,6 +4,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 from model import checkpoint
 from model.models import build_model
@@ -70,6 +71,15 @@ def test_a_translator_may_start_from_a_masked_model(
     start = ["--start-from", str(tmp_path / "masked/model")]
     assert train(work, "translate", tmp_path / "translate", *start) == 0
     assert "tensors taken from" in capsys.readouterr().out
+
+
+def test_training_may_go_on_from_a_trained_model(work: Path, tmp_path: Path) -> None:
+    assert train(work, "causal", tmp_path / "first", "--set", "steps=3") == 0
+    more = ["--continue-from", str(tmp_path / "first/model"), "--set", "steps=1", "--set", "lr=1e-12"]
+    assert train(work, "causal", tmp_path / "second", *more) == 0
+    first, second = (checkpoint.load(tmp_path / run / "model").model for run in ("first", "second"))
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
 def test_a_wrong_override_is_refused(work: Path, tmp_path: Path) -> None:
