@@ -62,9 +62,7 @@ def _parser() -> argparse.ArgumentParser:
             metavar="KEY=VALUE",
             help="override the recipe, in TOML: steps=100 or data.batch_tokens=1024",
         )
-        train.add_argument(
-            "--continue-from", type=Path, help="begin with this model folder's weights"
-        )
+        train.add_argument("--continue-from", type=Path, help="begin with this model folder's weights")
         train.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
         if command != "masked":
             train.add_argument("--start-from", type=Path, help="a masked model's folder: take its encoder")
