@@ -53,16 +53,22 @@ class Attention(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        d_model, d_kv = config.d_model, config.kv_heads * config.head_dim
+        d_model = config.d_model
+        d_q, d_kv = config.n_heads * config.head_dim, config.kv_heads * config.head_dim
+        qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
+        out_bias = config.bias if config.out_bias is None else config.out_bias
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.kv_heads, config.head_dim
-        self.q_proj = nn.Linear(d_model, d_model, bias=config.bias)
-        self.k_proj = nn.Linear(d_model, d_kv, bias=config.bias)
-        self.v_proj = nn.Linear(d_model, d_kv, bias=config.bias)
-        self.out_proj = nn.Linear(d_model, d_model, bias=config.bias)
+        self.q_proj = nn.Linear(d_model, d_q, bias=qkv_bias)
+        self.k_proj = nn.Linear(d_model, d_kv, bias=qkv_bias)
+        self.v_proj = nn.Linear(d_model, d_kv, bias=qkv_bias)
+        self.out_proj = nn.Linear(d_q, d_model, bias=out_bias)
+        # Queries and keys of one length (Henry et al. 2020), head by head.
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def project_kv(self, x: Tensor, rotation: Rotation | None = None) -> KV:
         """x (B, S, D) -> keys and values, each (B, H_kv, S, K)."""
-        k = self._split(self.k_proj(x), self.n_kv_heads)
+        k = self.k_norm(self._split(self.k_proj(x), self.n_kv_heads))
         v = self._split(self.v_proj(x), self.n_kv_heads)
         return (k if rotation is None else rotate(k, rotation)), v
 
@@ -85,7 +91,7 @@ class Attention(nn.Module):
 
     def project_q(self, x: Tensor, rotation: Rotation | None) -> Tensor:
         """x (B, T, D) -> queries (B, H, T, K)."""
-        q = self._split(self.q_proj(x), self.n_heads)
+        q = self.q_norm(self._split(self.q_proj(x), self.n_heads))
         return q if rotation is None else rotate(q, rotation)
 
     def _split(self, x: Tensor, n_heads: int) -> Tensor:

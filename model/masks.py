@@ -26,6 +26,15 @@ def position_mask(positions: Tensor, size: int) -> Tensor:
     return (torch.arange(size, device=positions.device) <= positions[..., None])[:, None]
 
 
+def window_mask(positions: Tensor, size: int, window: int) -> Tensor:
+    """positions (B, T) of the queries in their rows -> (B, 1, T, S): the last `window` up to themselves.
+
+    Sliding-window attention (Beltagy et al. 2020, section 3.1), where key s stands at position s.
+    """
+    first = positions - window
+    return (torch.arange(size, device=positions.device) > first[..., None])[:, None]
+
+
 def document_mask(documents: Tensor) -> Tensor:
     """documents (B, T), an id per token -> (B, 1, T, T): causal, within the own document only."""
     same = documents[:, :, None] == documents[:, None, :]

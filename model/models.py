@@ -14,7 +14,7 @@ from model.transformer import Decoder, Embeddings, Encoder
 
 
 class Translator(nn.Module):
-    """Encoder and decoder with cross-attention (Vaswani et al. 2017); one embedding for all three uses."""
+    """Encoder and decoder with cross-attention (Vaswani et al. 2017); tokens share one embedding."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -22,8 +22,9 @@ class Translator(nn.Module):
         self.embeddings = Embeddings(config)
         self.embeddings.apply(init_weights)
         self.encoder = Encoder(config, self.embeddings)
-        self.decoder = Decoder(config, self.embeddings, cross=True)
-        self.head = LMHead(self.embeddings)
+        own = Embeddings(config, self.embeddings.tokens) if config.own_positions else self.embeddings
+        self.decoder = Decoder(config, own, cross=True)
+        self.head = LMHead(config, self.embeddings, bias=config.head_bias)
 
     def encode(self, src: Tensor) -> tuple[Tensor, Tensor]:
         """src (B, S) -> memory (B, S, D) and its mask (B, 1, 1, S)."""
@@ -45,7 +46,11 @@ class Translator(nn.Module):
 
 
 class MaskedLM(nn.Module):
-    """BERT: an encoder with a masked-token head and a next-sentence head (Devlin et al. 2018)."""
+    """BERT: an encoder with a masked-token head and a next-sentence head (Devlin et al. 2018).
+
+    A configuration may leave out one of the heads; then there is no such attribute, and `forward`, which
+    runs both, is not for this model.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -53,10 +58,12 @@ class MaskedLM(nn.Module):
         self.embeddings = Embeddings(config)
         self.embeddings.apply(init_weights)
         self.encoder = Encoder(config, self.embeddings)
-        self.mlm_head = MLMHead(config, self.embeddings)
-        self.nsp_head = NSPHead(config)
-        self.nsp_head.apply(init_weights)
-        self.mlm_head.transform.apply(init_weights)
+        if config.mlm_head:
+            self.mlm_head = MLMHead(config, self.embeddings)
+            self.mlm_head.transform.apply(init_weights)
+        if config.nsp_head:
+            self.nsp_head = NSPHead(config)
+            self.nsp_head.apply(init_weights)
 
     def encode(self, token_ids: Tensor, segment_ids: Tensor | None = None) -> Tensor:
         """token_ids and segment_ids (B, S) -> hidden states (B, S, D)."""
@@ -86,7 +93,7 @@ class CausalLM(nn.Module):
         self.embeddings = Embeddings(config)
         self.embeddings.apply(init_weights)
         self.decoder = Decoder(config, self.embeddings, cross=False)
-        self.head = LMHead(self.embeddings)
+        self.head = LMHead(config, self.embeddings, bias=config.head_bias)
 
     def hidden(self, token_ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """token_ids (B, T) -> hidden states (B, T, D), causal unless a mask (B, 1, T, T) is given."""

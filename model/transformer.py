@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +12,37 @@ from model.attention import KV, Rotation
 from model.block import Block, init_weights, make_norm, scale_residual_projections
 from model.cache import LayerCache
 from model.config import TransformerConfig
+from model.masks import window_mask
 
 
-def sinusoidal_table(max_len: int, d_model: int) -> Tensor:
-    """PE(pos, 2i) = sin(pos / 10000^(2i/D)), PE(pos, 2i+1) = cos(...), section 3.5 -> (max_len, D)."""
-    positions = torch.arange(max_len, dtype=torch.float32)[:, None]
-    rates = torch.exp(torch.arange(0, d_model, 2, dtype=torch.float32) * (-math.log(10_000.0) / d_model))
-    table = torch.empty(max_len, d_model)
-    table[:, 0::2] = torch.sin(positions * rates)
-    table[:, 1::2] = torch.cos(positions * rates)
-    return table
+def _waves(n_positions: int, d_model: int, exponent: float) -> tuple[Tensor, Tensor]:
+    """Sines and cosines of pos / 10000^(i / exponent), each (n_positions, D / 2), on the CPU."""
+    positions = torch.arange(n_positions, dtype=torch.float32, device="cpu")[:, None]
+    steps = torch.arange(d_model // 2, dtype=torch.float32, device="cpu")
+    angles = positions * torch.exp(steps * (-math.log(10_000.0) / exponent))
+    return torch.sin(angles), torch.cos(angles)
+
+
+def sinusoidal_table(n_positions: int, d_model: int) -> Tensor:
+    """PE(pos, 2i) = sin(pos / 10000^(2i/D)), PE(pos, 2i+1) = cos(...), section 3.5 -> (n_positions, D)."""
+    return torch.stack(_waves(n_positions, d_model, d_model / 2), dim=-1).flatten(1)
+
+
+def split_table(n_positions: int, d_model: int) -> Tensor:
+    """The same waves, first all sines, then all cosines -> (n_positions, D)."""
+    return torch.cat(_waves(n_positions, d_model, d_model / 2), dim=-1)
+
+
+def tensor2tensor_table(n_positions: int, d_model: int) -> Tensor:
+    """Sines, then cosines, with rates that reach 1/10000 (Vaswani et al. 2018, the library) -> (n, D)."""
+    return torch.cat(_waves(n_positions, d_model, d_model / 2 - 1), dim=-1)
+
+
+_TABLES: dict[str, Callable[[int, int], Tensor]] = {
+    "sinusoidal": sinusoidal_table,
+    "sinusoidal_split": split_table,
+    "sinusoidal_tensor2tensor": tensor2tensor_table,
+}
 
 
 class SinusoidalPositions(nn.Module):
@@ -31,7 +52,8 @@ class SinusoidalPositions(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.register_buffer("table", sinusoidal_table(config.max_len, config.d_model), persistent=False)
+        table = _TABLES[config.positions](config.max_len + config.position_offset, config.d_model)
+        self.register_buffer("table", table[config.position_offset :], persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         return x + self.table[positions].to(x.dtype)
@@ -42,10 +64,11 @@ class LearnedPositions(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(config.max_len, config.d_model)
+        self.offset = config.position_offset
+        self.embedding = nn.Embedding(config.max_len + self.offset, config.d_model)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        out: Tensor = x + self.embedding(positions)
+        out: Tensor = x + self.embedding(positions + self.offset)
         return out
 
 
@@ -56,42 +79,102 @@ class NoPositions(nn.Module):
         return x
 
 
+def _linear_scaling(frequencies: Tensor, _: TransformerConfig, factor: float) -> Tensor:
+    """Position interpolation (Chen et al. 2023): every position counts for 1 / factor."""
+    return frequencies / factor
+
+
+def _llama3_scaling(
+    frequencies: Tensor,
+    _: TransformerConfig,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_max_len: float,
+) -> Tensor:
+    """Slow waves are stretched, fast ones stay, those between go over (Llama 3.1)."""
+    turns = frequencies * original_max_len / (2 * math.pi)  # of each wave over the original length
+    keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return frequencies * keep + frequencies / factor * (1 - keep)
+
+
+def _yarn_scaling(
+    frequencies: Tensor,
+    config: TransformerConfig,
+    factor: float,
+    beta_fast: float,
+    beta_slow: float,
+    original_max_len: float,
+    attention_factor: float,  # read by `Rotary`
+) -> Tensor:
+    """Waves stretched from the one that turns beta_slow times on, fast ones kept (Peng et al. 2023, 3.2)."""
+
+    def dimension(turns: float) -> float:
+        wave = original_max_len / (turns * 2 * math.pi)
+        return config.head_dim * math.log(wave) / (2 * math.log(config.rotary_base))
+
+    low = max(math.floor(dimension(beta_fast)), 0)
+    high = min(math.ceil(dimension(beta_slow)), config.head_dim - 1)
+    steps = torch.arange(len(frequencies), dtype=torch.float32, device="cpu")
+    stretched = ((steps - low) / max(high - low, 0.001)).clamp(0, 1)
+    return frequencies / factor * stretched + frequencies * (1 - stretched)
+
+
+_SCALINGS: dict[str, Callable[..., Tensor]] = {
+    "none": lambda frequencies, _: frequencies,
+    "linear": _linear_scaling,
+    "llama3": _llama3_scaling,
+    "yarn": _yarn_scaling,
+}
+
+
 class Rotary(nn.Module):
     """The angles by which queries and keys turn (RoFormer, Su et al. 2021, section 3.2.2)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.base, self.head_dim = config.rotary_base, config.head_dim
+        exponents = torch.arange(0, config.head_dim, 2, device="cpu") / config.head_dim
+        scale = _SCALINGS[config.rotary_scaling]
+        # No buffer: in a model cast to bfloat16 its rounding would turn far positions by whole radians.
+        self.frequencies = scale(config.rotary_base**-exponents, config, **config.rotary_factors)
+        self.amplitude = config.rotary_factors.get("attention_factor", 1.0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved = fn(self.frequencies)
+        self.frequencies = self.frequencies if moved.is_meta else self.frequencies.to(moved.device)
+        return self
 
     def forward(self, positions: Tensor) -> Rotation:
         """positions (B, T) -> cosines and sines, each (B, 1, T, K / 2), in float32."""
-        # No buffer: in a model cast to bfloat16 its rounding would turn far positions by whole radians.
-        exponents = torch.arange(0, self.head_dim, 2, device=positions.device) / self.head_dim
-        angles = positions[:, None, :, None].float() * self.base**-exponents
-        return angles.cos(), angles.sin()
+        angles = positions[:, None, :, None].float() * self.frequencies
+        return angles.cos() * self.amplitude, angles.sin() * self.amplitude
 
 
-_POSITIONS: dict[str, type[nn.Module]] = {"learned": LearnedPositions, "rotary": NoPositions}
+_POSITIONS: dict[str, Callable[[TransformerConfig], nn.Module]] = {
+    "learned": LearnedPositions,
+    "rotary": lambda _: NoPositions(),
+}
 
 
 class Embeddings(nn.Module):
-    """Token embeddings times √D (section 3.4), plus positions, plus segments where the model has them."""
+    """Token embeddings, by the paper times √D (section 3.4), plus positions, plus any segments."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, tokens: nn.Embedding | None = None) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(config.vocab_size, config.d_model)
-        self.scale = math.sqrt(config.d_model)
-        added = _POSITIONS.get(config.positions)
-        self.positions = added() if added is NoPositions else (added or SinusoidalPositions)(config)
+        self.tokens = nn.Embedding(config.vocab_size, config.d_model) if tokens is None else tokens
+        self.scale = math.sqrt(config.d_model) if config.scale_embeddings else 1.0
+        self.positions = _POSITIONS.get(config.positions, SinusoidalPositions)(config)
         self.segments = nn.Embedding(config.n_segments, config.d_model) if config.n_segments else None
+        self.norm = make_norm(config) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, token_ids: Tensor, positions: Tensor, segment_ids: Tensor | None = None) -> Tensor:
-        """token_ids, positions and segment_ids (B, T) -> (B, T, D)."""
+        """token_ids, positions and segment_ids (B, T), without segments all in the first -> (B, T, D)."""
         x = self.positions(self.tokens(token_ids) * self.scale, positions)
-        if self.segments is not None and segment_ids is not None:
-            x = x + self.segments(segment_ids)
-        out: Tensor = self.dropout(x)
+        if self.segments is not None:
+            x = x + self.segments(torch.zeros_like(token_ids) if segment_ids is None else segment_ids)
+        out: Tensor = self.dropout(self.norm(x))
         return out
 
 
@@ -136,6 +219,8 @@ class Decoder(_Stack):
 
     def __init__(self, config: TransformerConfig, embeddings: Embeddings, *, cross: bool) -> None:
         super().__init__(config, embeddings, config.n_decoder_layers, cross=cross)
+        self.window = config.window
+        self.n_full_layers = config.n_full_layers if config.window else config.n_decoder_layers
 
     def project_memory(self, memory: Tensor) -> list[KV]:
         """memory (B, S, D) -> per layer the (k, v) of its cross-attention: once per request."""
@@ -154,9 +239,20 @@ class Decoder(_Stack):
         x = self.embeddings(token_ids, positions)
         rotation = self._rotation(positions)
         nothing = [None] * len(self.blocks)
-        for block, layer_cache, layer_memory in zip(
-            self.blocks, cache or nothing, memory or nothing, strict=True
+        masks = self._masks(mask, positions)
+        for block, layer_mask, layer_cache, layer_memory in zip(
+            self.blocks, masks, cache or nothing, memory or nothing, strict=True
         ):
-            x = block(x, mask, layer_cache, layer_memory, memory_mask, rotation)
+            x = block(x, layer_mask, layer_cache, layer_memory, memory_mask, rotation)
         hidden: Tensor = self.norm(x)
         return hidden
+
+    def _masks(self, mask: Tensor | None, positions: Tensor) -> list[Tensor | None]:
+        """A mask per layer: as given, narrowed to the window where a layer has one."""
+        full = [mask] * self.n_full_layers
+        if self.window is None:
+            return full
+        if mask is None:
+            raise ValueError("a decoder with a window needs a mask, whose last size is that of the keys")
+        near = mask & window_mask(positions, mask.size(-1), self.window)
+        return [*full, *[near] * (len(self.blocks) - self.n_full_layers)]
