@@ -72,24 +72,30 @@ class Attention(nn.Module):
         v = self._split(self.v_proj(x), self.n_kv_heads)
         return (k if rotation is None else rotate(k, rotation)), v
 
+    def project_qkv(self, x: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, KV]:
+        """All three of one input: queries (B, H, T, K), and keys and values, each (B, H_kv, T, K)."""
+        return self.project_q(x, rotation), self.project_kv(x, rotation)
+
     def forward(self, x: Tensor, kv: KV, mask: Tensor | None, rotation: Rotation | None = None) -> Tensor:
         """x (B, T, D), kv each (B, H_kv, S, K), mask broadcastable to (B, 1, T, S) -> (B, T, D)."""
-        q, (k, v) = self.project_q(x, rotation), kv
+        return self.attend(self.project_q(x, rotation), kv, mask)
+
+    def attend(self, q: Tensor, kv: KV, mask: Tensor | None) -> Tensor:
+        """Projected queries (B, H, T, K) over kv, each (B, H_kv, S, K) -> (B, T, D)."""
+        k, v = kv
         grouped = self.n_kv_heads != self.n_heads
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
         return self._merge(out)
 
-    def weights(
-        self, x: Tensor, kv: KV, mask: Tensor | None, rotation: Rotation | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The same as `forward` by the readable reference, and the attention weights (B, H, T, S)."""
-        q, (k, v) = self.project_q(x, rotation), kv
+    def weights(self, q: Tensor, kv: KV, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same as `attend` by the readable reference, and the attention weights (B, H, T, S)."""
+        k, v = kv
         group = self.n_heads // self.n_kv_heads
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         out, weights = scaled_dot_product_attention(q, k, v, mask)
         return self._merge(out), weights
 
-    def project_q(self, x: Tensor, rotation: Rotation | None) -> Tensor:
+    def project_q(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         """x (B, T, D) -> queries (B, H, T, K)."""
         q = self.q_norm(self._split(self.q_proj(x), self.n_heads))
         return q if rotation is None else rotate(q, rotation)

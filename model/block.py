@@ -113,9 +113,8 @@ class Block(nn.Module):
         """x (B, T, D) -> (B, T, D); memory is the cross-attention's (k, v), projected once a request."""
 
         def attend(y: Tensor) -> Tensor:
-            kv = self.attention.project_kv(y, rotation)
-            out: Tensor = self.attention(y, cache.update(*kv) if cache else kv, mask, rotation)
-            return out
+            q, kv = self.attention.project_qkv(y, rotation)
+            return self.attention.attend(q, cache.update(*kv) if cache else kv, mask)
 
         x = self.add_attention(x, attend)
         if memory is not None:
@@ -127,7 +126,7 @@ class Block(nn.Module):
 class WeightsTap:
     """While entered, collects the weights of every `Attention` in a module, in the order they run.
 
-    It swaps each module's forward for the readable reference and puts it back on exit, so that the
+    It swaps each module's `attend` for the readable reference and puts it back on exit, so that the
     path that does not ask for weights carries no test for them. Not for concurrent use on one module.
     """
 
@@ -137,20 +136,20 @@ class WeightsTap:
 
     def __enter__(self) -> WeightsTap:
         for name, layer in self._layers:
-            layer.forward = self._tapped(name, layer)  # type: ignore[method-assign]
+            layer.attend = self._tapped(name, layer)  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
         for _, layer in self._layers:
-            del layer.forward
+            del layer.attend
 
     def _tapped(self, name: str, layer: Attention) -> Callable[..., Tensor]:
-        def forward(x: Tensor, kv: KV, mask: Tensor | None, rotation: Rotation | None = None) -> Tensor:
-            out, weights = layer.weights(x, kv, mask, rotation)
+        def attend(q: Tensor, kv: KV, mask: Tensor | None) -> Tensor:
+            out, weights = layer.weights(q, kv, mask)
             self.weights[name].append(weights.detach())
             return out
 
-        return forward
+        return attend
 
 
 def init_weights(module: nn.Module) -> None:

@@ -127,7 +127,7 @@ async def test_alignments(translator: Checkpoint) -> None:
         for row in hypothesis.alignment:
             assert len(row) == sequence.n_prompt_tokens
             assert sum(row) == pytest.approx(1, abs=1e-4)
-    assert not any("forward" in vars(module) for module in translator.model.modules())
+    assert not any("attend" in vars(module) for module in translator.model.modules())
 
 
 async def test_a_generation_may_fill_the_whole_context(causal: Checkpoint, causal_oracle: Checkpoint) -> None:

@@ -69,7 +69,7 @@ def test_attention_weights_path_equals_forward(n_kv_heads: int | None, rotary: b
     rotation: Rotation | None = Rotary(config)(torch.arange(T).expand(B, T)) if rotary else None
     kv = attention.project_kv(x, rotation)
     assert kv[0].shape == (B, config.kv_heads, T, config.head_dim)
-    out, weights = attention.weights(x, kv, mask, rotation)
+    out, weights = attention.weights(attention.project_q(x, rotation), kv, mask)
     torch.testing.assert_close(out, attention(x, kv, mask, rotation))
     assert weights.shape == (B, config.n_heads, T, T)
 

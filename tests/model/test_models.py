@@ -152,7 +152,7 @@ def test_weights_tap_lets_go_after_an_error() -> None:
     model = make("causal_lm")
     with pytest.raises(IndexError), WeightsTap(model):
         model(torch.tensor([[1000]]))
-    assert all("forward" not in vars(module) for module in model.modules())
+    assert all("attend" not in vars(module) for module in model.modules())
 
 
 def test_the_output_projection_is_the_embedding() -> None:
