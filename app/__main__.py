@@ -1,5 +1,6 @@
-"""`python -m app`: serve with the settings, and leave in order when told to."""
+"""`python -m app`: serve with the settings, leave in order when told to. `python -m app key`: make a key."""
 
+import argparse
 import asyncio
 import logging
 import os
@@ -12,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import ValidationError
 
+from app.keys import KeyFileError, key_line, make_key
 from app.lifecycle import begin_drain
 from app.logs import configure_logs
 from app.settings import Settings, settings_table, unknown_variables
@@ -74,7 +76,10 @@ def serve(settings: Settings) -> None:
 
     configure_logs(settings.log_level)
     warn_of_unknown_variables()
-    app = create_app(settings, listen_early=True)
+    try:
+        app = create_app(settings, listen_early=True)
+    except KeyFileError as error:
+        sys.exit(f"API keys: {error}")
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -89,10 +94,30 @@ def serve(settings: Settings) -> None:
         sys.exit(1)
 
 
+def print_key(arguments: list[str]) -> None:
+    """Make a key and print it, this once, with the line that a key file takes."""
+    parser = argparse.ArgumentParser(
+        prog="python -m app key", description="Make an API key; only its hash is to be stored."
+    )
+    parser.add_argument("--name", default="client", help="what logs call it (default: client)")
+    parser.add_argument("--admin", action="store_true", help="may administer the service, too")
+    chosen = parser.parse_args(arguments)
+    key = make_key()
+    try:
+        line = key_line(chosen.name, key, admin=chosen.admin)
+    except KeyFileError as error:
+        sys.exit(str(error))
+    print(f"key, for the client:       {key}")
+    print(f"line, for the key file:    {line}")
+
+
 def main(arguments: list[str]) -> None:
     """Settings come from the environment, `.env` and the arguments; the last win."""
     if arguments == ["--settings-table"]:
         print(settings_table(), end="")
+        return
+    if arguments[:1] == ["key"]:
+        print_key(arguments[1:])
         return
     try:
         settings = Settings(_cli_parse_args=arguments)

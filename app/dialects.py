@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Scope
 
-from app.errors import TABLE, InvalidRequest, Json, classify, describe, error_headers
+from app.errors import TABLE, InvalidRequest, Json, classify, describe, error_headers, reason_of
 
 
 class Dialect(StrEnum):
@@ -104,7 +104,7 @@ def _names_parameter(fault: Any) -> bool:
 async def _handle(request: Request, exc: Exception) -> Response:
     record = request.scope.get("state", {}).get("record")
     if record is not None:
-        record.error_type = classify(exc)[1]
+        record.error_type = reason_of(exc)
     if isinstance(exc, RequestValidationError) and any(
         LIBRETRANSLATE_TAG in fault["loc"] for fault in exc.errors()
     ):

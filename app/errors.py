@@ -67,6 +67,37 @@ class TimedOut(Exception):
     """The request's time is over."""
 
 
+class BodyTooSlow(Exception):
+    """The body was not in by the end of its time."""
+
+    def __init__(self, limit_seconds: float) -> None:
+        super().__init__(f"the body was not in after {limit_seconds:g} seconds")
+
+
+class Unauthorized(Exception):
+    """No key, or one that is not known."""
+
+
+class Forbidden(Exception):
+    """A known key, but not one that may do this."""
+
+
+class RateLimited(Exception):
+    """A key has asked for all that it may in this minute."""
+
+    def __init__(self, retry_after_seconds: float, detail: str) -> None:
+        self.retry_after_seconds = retry_after_seconds
+        super().__init__(f"{detail}; try again in {retry_after_seconds:.1f} seconds")
+
+
+class Crowded(Exception):
+    """More connections than the limit: only probes are answered on those above it."""
+
+    def __init__(self, retry_after_seconds: float) -> None:
+        self.retry_after_seconds = retry_after_seconds
+        super().__init__("too many connections are open")
+
+
 class ClientGone(Exception):
     """The client left before the answer; nobody reads the response."""
 
@@ -78,7 +109,12 @@ TABLE: tuple[tuple[type[Exception], int, str], ...] = (
     (RequestValidationError, 422, "validation"),
     (PromptTooLong, 422, "validation"),
     (RequestTooLarge, 422, "validation"),
+    (Unauthorized, 401, "unauthorized"),
+    (Forbidden, 403, "forbidden"),
     (Overloaded, 429, "overloaded"),
+    (RateLimited, 429, "overloaded"),
+    (Crowded, 503, "overloaded"),
+    (BodyTooSlow, 408, "timeout"),
     (Draining, 503, "draining"),
     (Aborted, 503, "draining"),
     (TimedOut, 504, "timeout"),
@@ -90,6 +126,7 @@ TABLE: tuple[tuple[type[Exception], int, str], ...] = (
     (Exception, 500, "generation"),
 )
 _HTTP_TYPES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+_REASONS: dict[type[Exception], str] = {RateLimited: "rate_limited", Crowded: "crowded"}
 # pydantic names the branch of a union in its path ("str", "list[str]", "Pair"); clients know no branches.
 _BRANCH = re.compile(r"str|[A-Z]\w*|\w+\[.*\]")
 _KINDS = {
@@ -129,6 +166,11 @@ def classify(exc: Exception) -> tuple[int, str]:
     return next((status, kind) for cls, status, kind in TABLE if isinstance(exc, cls))
 
 
+def reason_of(exc: Exception) -> str:
+    """The error_type, but for what only the metrics tell apart: a key's own limits from a full queue."""
+    return _REASONS.get(type(exc)) or classify(exc)[1]
+
+
 def describe(exc: Exception) -> str:
     """The message a client may read; never that of an exception nobody planned."""
     if isinstance(exc, RequestValidationError):
@@ -154,11 +196,15 @@ def _describe_http(exc: HTTPException) -> str:
 
 def error_headers(exc: Exception) -> dict[str, str]:
     """When to try again, and what Starlette's own errors tell."""
-    if isinstance(exc, Overloaded | Draining):
+    if isinstance(exc, Overloaded | RateLimited | Crowded | Draining):
         seconds = max(exc.retry_after_seconds, 0.001)
         return {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000))}
-    if isinstance(exc, Aborted):
-        return {"retry-after": "1"}
+    if isinstance(exc, Aborted | NotReady):
+        return {"retry-after": "1", "retry-after-ms": "1000"}
+    if isinstance(exc, Unauthorized):
+        return {"www-authenticate": "Bearer"}
+    if isinstance(exc, BodyTooSlow):
+        return {"connection": "close"}
     return dict(exc.headers or {}) if isinstance(exc, HTTPException) else {}
 
 

@@ -25,6 +25,7 @@ from app.api import (
 )
 from app.api.deps import GeneratingLane, OneShotLane, Services, Task, gather
 from app.api.dispatch import ENDPOINTS
+from app.bodies import BodyLimits
 from app.dialects import add_handlers
 from app.engine.batch import BatchItem, BatchLane
 from app.engine.decode import make_decode_lane
@@ -32,8 +33,11 @@ from app.engine.lane import Lane
 from app.engine.sequence import Sequence
 from app.engine.worker import DeviceWorker
 from app.errors import ErrorBody
+from app.guard import DOCS, METRICS, PROBES, GuardMiddleware, Rules
+from app.keys import load_keys
 from app.lifecycle import Lifecycle, Phase, begin_drain
-from app.middleware import BodyLimitMiddleware, RecordMiddleware
+from app.middleware import RecordMiddleware
+from app.quotas import Quotas
 from app.settings import Settings, is_given
 from model.checkpoint import Checkpoint, CheckpointError, load, load_config
 from model.sampling import BeamParams, SamplingParams
@@ -46,7 +50,7 @@ Load = Callable[[Settings, Lifecycle], Services]
 
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (404, 413, 422, 429, 500, 503, 504)
+    status: {"model": ErrorBody} for status in (401, 403, 404, 408, 413, 422, 429, 500, 503, 504)
 }
 
 
@@ -205,13 +209,32 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             await asyncio.to_thread(app.state.services.worker.stop)
 
 
+def make_rules(settings: Settings) -> Rules:
+    """What the door goes by. Raises KeyFileError."""
+    keys = load_keys(settings.api_keys_file, settings.api_keys)
+    return Rules(
+        keys=keys,
+        quotas=Quotas(keys, settings.key_requests, settings.key_characters),
+        open_paths=PROBES
+        | (METRICS if settings.open_metrics else frozenset())
+        | (DOCS if settings.open_docs else frozenset()),
+        body=BodyLimits(
+            settings.max_body_bytes,
+            settings.max_json_depth,
+            settings.max_json_items,
+            settings.receive_seconds,
+        ),
+        dialect_of=dispatch.dialect_of,
+    )
+
+
 def create_app(
     settings: Settings | None = None, load: Load = load_services, *, listen_early: bool = False
 ) -> FastAPI:
     """The application. `load` builds the services when it starts; tests give their own.
 
     With `listen_early` start-up does not wait for the models: until they are warm, /health answers, /ready
-    and the model routes say 503, and a failure to load stands in `app.state.failure`.
+    and the model routes say 503, and a failure to load stands in `app.state.failure`. Raises KeyFileError.
     """
     settings = settings or Settings()
     app = FastAPI(title="Transformer", version=__version__, lifespan=lifespan, redirect_slashes=False)
@@ -223,7 +246,7 @@ def create_app(
     app.include_router(libretranslate.router)
     app.include_router(system.router)
     add_handlers(app)
-    app.add_middleware(BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(GuardMiddleware, rules=make_rules(settings))
     # Added last, so outermost: it sees every request and every answer.
     app.add_middleware(RecordMiddleware, endpoints=ENDPOINTS, lifecycle=app.state.lifecycle)
     return app

@@ -11,7 +11,10 @@ LANES = ("translate", "fill-mask", "generate")
 ENDPOINTS = (*LANES, "next-sentence")
 PHASES = ("prefill", "decode", "encode", "batch")
 OUTCOMES = ("success", "refused", "failed", "timeout", "disconnected")
-REASONS = ("validation", "overloaded", "draining", "too_large")
+REASONS = (
+    *("validation", "overloaded", "draining", "too_large"),
+    *("unauthorized", "forbidden", "rate_limited", "crowded", "timeout"),
+)
 MEMORY_KINDS = ("allocated", "reserved")
 
 DURATION_BUCKETS = tuple(round(0.001 * 1.5**k, 6) for k in range(28))  # 1 ms to 56.8 s

@@ -1,4 +1,4 @@
-"""What every request gets: an id, headers, a bound on its body, one log line, its metrics.
+"""What every request gets: an id, headers, one log line, its metrics.
 
 Plain ASGI: under Starlette's `@app.middleware("http")` a client's disconnect does not reach the route.
 """
@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import metrics
 from app.dialects import error_response
-from app.errors import BodyTooLarge, classify
+from app.errors import reason_of
 from app.lifecycle import Lifecycle
 from app.logs import request_log
 
@@ -31,6 +31,7 @@ class RequestRecord:
 
     request_id: str
     endpoint: str | None
+    key_name: str | None = None
     started: float = field(default_factory=time.monotonic)
     n_prompt_tokens: int | None = None
     n_generated_tokens: int | None = None
@@ -112,40 +113,10 @@ class RecordMiddleware:
         try:
             await self.app(scope, noting_receive, noting_send)
         except Exception as exc:
-            record.error_type = classify(exc)[1]
+            record.error_type = reason_of(exc)
             log.exception("unhandled exception", extra={"fields": {"id": record.request_id}})
             if record.status is None:
                 await error_response(exc, scope)(scope, receive, noting_send)
-
-
-class BodyLimitMiddleware:
-    """Refuses a body over the limit, by its declared length or, chunked, as it arrives."""
-
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
-        self.app = app
-        self.max_body_bytes = max_body_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdecimal() and int(declared) > self.max_body_bytes:
-            too_large = BodyTooLarge(self.max_body_bytes, int(declared))
-            scope["state"]["record"].error_type = classify(too_large)[1]
-            await error_response(too_large, scope)(scope, receive, send)
-            return
-        n_bytes = 0
-
-        async def bounded_receive() -> Message:
-            nonlocal n_bytes
-            message = await receive()
-            n_bytes += len(message.get("body", b""))
-            if n_bytes > self.max_body_bytes:
-                raise BodyTooLarge(self.max_body_bytes, None)
-            return message
-
-        await self.app(scope, bounded_receive, send)
 
 
 def _request_id(scope: Scope) -> str:
@@ -162,6 +133,7 @@ def _conclude(record: RequestRecord, scope: Scope) -> None:
             metrics.rejected_total.labels(record.endpoint, record.error_type).inc()
     fields = {
         "id": record.request_id,
+        "key": record.key_name,
         "method": scope["method"],
         # The template, or nothing: a path that no route knows may hold anything.
         "route": getattr(scope.get("route"), "path", None),

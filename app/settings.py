@@ -47,6 +47,19 @@ class Settings(BaseSettings):
         "info", description="least level of the log"
     )
 
+    api_keys_file: Path | None = Field(
+        None, description="file of API keys, a line each; see docs/operations.md"
+    )
+    api_keys: str | None = Field(None, description="API keys as in the file, lines parted by semicolons")
+    open_metrics: bool = Field(False, description="/metrics needs no key, where the others do")
+    open_docs: bool = Field(True, description="/docs and /openapi.json need no key, where the others do")
+    key_requests: int = Field(
+        0, ge=0, le=1_000_000, description="requests a minute of one key; 0: as many as it likes"
+    )
+    key_characters: int = Field(
+        0, ge=0, le=1_000_000_000, description="characters a minute of one key; 0: as many as it likes"
+    )
+
     translate_model: Path = Field(Path("weights/translate"), description="folder of the translation model")
     fill_mask_model: Path = Field(
         Path("weights/fill-mask"), description="folder of the masked model (fill-mask, next-sentence)"
@@ -73,6 +86,10 @@ class Settings(BaseSettings):
     max_queue_tokens: int = Field(65536, ge=1, le=100_000_000, description="tokens that may wait, each model")
 
     max_body_bytes: int = Field(4_194_304, ge=1024, le=1_073_741_824, description="bytes of a request's body")
+    max_json_depth: int = Field(32, ge=4, le=200, description="lists and objects within each other in a body")
+    max_json_items: int = Field(
+        200_000, ge=100, le=100_000_000, description="commas and brackets of a JSON body"
+    )
     max_texts: int = Field(64, ge=1, le=100_000, description="texts in one request")
     max_text_chars: int = Field(20_000, ge=1, le=10_000_000, description="characters of one text")
     max_tokenize_chars: int = Field(
@@ -107,6 +124,9 @@ class Settings(BaseSettings):
     )
 
     timeout_seconds: PositiveFloat = Field(120.0, le=86_400.0, description="a request's time; then 504")
+    receive_seconds: PositiveFloat = Field(
+        20.0, le=3600.0, description="time for a request's head to arrive, and again for its body; then 408"
+    )
     shutdown_seconds: float = Field(30.0, ge=0.0, le=3600.0, description="grace period for accepted work")
 
     @model_validator(mode="after")
@@ -115,6 +135,10 @@ class Settings(BaseSettings):
             value, limit = getattr(self, low), getattr(self, high)
             if value > limit:
                 raise ValueError(f"{low} is {value}, it must not be above {high}, which is {limit}")
+        if self.api_keys_file is None and self.api_keys is None:
+            for name in ("key_requests", "key_characters"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} is {getattr(self, name)}, but there are no keys to limit")
         return self
 
 

@@ -1,6 +1,6 @@
 """POST /: for clients that post to the bare root, the body tells which route is meant."""
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from functools import cache
 from typing import Any
 
@@ -94,6 +94,13 @@ def choose_path(body: Any, services: Services) -> str:
         return fitting[0]
     reading = f"this body could be for {' or '.join(fitting)}" if fitting else "this body fits no model here"
     raise UnclearTask(f"{reading}; {_advice(services)}")
+
+
+def dialect_of(path: str, fields: Mapping[str, Any]) -> Dialect | None:
+    """Whose form a body at /translate or / is in, by its fields; None for the form of Hugging Face."""
+    if is_libretranslate(dict(fields)):
+        return Dialect.LIBRETRANSLATE
+    return Dialect.OPENAI if path == "/" and "prompt" in fields else None
 
 
 def _fitting(body: dict[str, Any], services: Services) -> list[str]:

@@ -44,14 +44,14 @@ class LibreTranslateRequest(Strict):
     target: str | None = Field(None, description="a language")
     format: str | None = Field(None, description="text; html is not supported yet")
     alternatives: int | None = Field(None, description="so many more translations, where there are")
-    api_key: str | None = Field(None, description="ignored: there are no keys")
+    api_key: str | None = Field(None, description="where the server wants one")
 
 
 class DetectRequest(Strict):
     """As JSON, as a form, or in the query string."""
 
     q: str | None = Field(None, description="the text", examples=["I go home."])
-    api_key: str | None = Field(None, description="ignored: there are no keys")
+    api_key: str | None = Field(None, description="where the server wants one")
 
 
 class Detection(TypedDict):

@@ -1,10 +1,12 @@
 """POST /generate and /generate_stream on the alphabet lane."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from app.api.generate import GenerateParameters
 from app.api.generation import find_stop
@@ -306,8 +308,10 @@ class TestTimeout:
         assert answer.json()["error"] == "the request took longer than 0.25 seconds"
         assert not generate_lane.running
 
-    async def test_in_mid_stream(self, client: Client, generate_lane: FakeDecodeLane) -> None:
+    async def test_in_mid_stream(self, app: FastAPI, client: Client, generate_lane: FakeDecodeLane) -> None:
         generate_lane.pause_seconds = 0.1
+        longer = app.state.settings.model_copy(update={"timeout_seconds": 1.5})
+        app.state.services = replace(app.state.services, settings=longer)
         events = await stream(client, "a")
         assert events[0]["index"] == 1
         assert [event.get("error_type") for event in events][-2:] == [None, "timeout"]
