@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.constraints import Phrase
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -19,6 +21,8 @@ class SamplingParams:
     typical_p: float = 1.0
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
     max_new_tokens: int = 20
     min_new_tokens: int = 0
     seed: int | None = None
@@ -37,6 +41,7 @@ class BeamParams:
     no_repeat_ngram_size: int = 0
     repetition_penalty: float = 1.0
     return_alignment: bool = False
+    required: tuple[Phrase, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_return_sequences <= self.num_beams:
@@ -45,18 +50,26 @@ class BeamParams:
             )
 
 
-def penalise(logits: Tensor, history: Tensor, repetition: Tensor, frequency: Tensor | None = None) -> Tensor:
+def penalise(
+    logits: Tensor,
+    history: Tensor,
+    repetition: Tensor,
+    frequency: Tensor | None = None,
+    presence: Tensor | None = None,
+) -> Tensor:
     """Make tokens of the history less likely, out of place.
 
     logits (B, V); history (B, S), token ids with -1 where there is none; repetition (B,) divides positive
     and multiplies negative logits of every token that occurred (Keskar et al. 2019, section 4.1);
-    frequency (B,) is subtracted once per occurrence.
+    frequency (B,) is subtracted once per occurrence, presence (B,) once where there is any.
     """
     real = history >= 0
     ids = history.clamp(min=0)
     counts = torch.zeros_like(logits).scatter_add_(1, ids, real.to(logits.dtype))
     if frequency is not None:
         logits = logits - counts * frequency[:, None]
+    if presence is not None:
+        logits = logits - (counts > 0) * presence[:, None]
     factor = repetition[:, None]
     penalised = torch.where(logits > 0, logits / factor, logits * factor)
     return torch.where(counts > 0, penalised, logits)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from model.constraints import LEAST_LOGPROB, Progress, share_out
 from model.decoding import normalise, repeated_ngram_tokens
 from model.sampling import BeamParams
 
@@ -26,9 +28,19 @@ class Beam:
     """A hypothesis that still grows."""
 
     row: int  # index into the sequence's rows
+    progress: Progress
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     total: float = 0.0
+
+
+class _Option(NamedTuple):
+    """A live beam with one more token."""
+
+    beam: Beam
+    token: int
+    logprob: float
+    progress: Progress
 
 
 class BeamGroup:
@@ -40,7 +52,7 @@ class BeamGroup:
 
     def __init__(self, params: BeamParams, eos_id: int) -> None:
         self.params, self.eos_id = params, eos_id
-        self.live = [Beam(0)]
+        self.live = [Beam(0, Progress(params.required))]
         self.ended: list[Ended] = []
         self.n_steps = 0
         self.done = False
@@ -55,31 +67,22 @@ class BeamGroup:
         too_short = self.n_steps < self.params.min_new_tokens
         for beam in self.live:
             banned = repeated_ngram_tokens(beam.tokens, self.params.no_repeat_ngram_size)
+            banned |= beam.progress.repeated(beam.tokens)
             yield beam.row, beam.tokens, banned | {self.eos_id} if too_short else banned
 
-    def advance(self, candidates: list[list[Candidate]]) -> list[tuple[int, int]]:
-        """One step; `candidates[i]` belongs to live beam i and holds its 2k best.
+    def wanted(self) -> Iterator[tuple[int, set[int]]]:
+        """Per live beam that still owes a phrase: its row, and the tokens that would further it."""
+        return ((beam.row, beam.progress.wanted()) for beam in self.live if not beam.progress.complete)
+
+    def advance(
+        self, candidates: list[list[Candidate]], wanted: Mapping[int, list[Candidate]] | None = None
+    ) -> list[tuple[int, int]]:
+        """One step; `candidates[i]` belongs to live beam i and holds its 2k best; `wanted` has those that
+        `wanted()` named, by row.
 
         Returns copies (source row, target row) as indices into the sequence's rows; no row is both.
         """
-        width = self.params.num_beams
-        ranked = sorted(
-            (
-                (beam.total + logprob, -i, token, logprob)
-                for i, (beam, own) in enumerate(zip(self.live, candidates, strict=True))
-                for token, logprob in own
-                if logprob > float("-inf")
-            ),
-            reverse=True,
-        )[: 2 * width]
-        chosen: list[tuple[Beam, int, float]] = []
-        for rank, (_, negative, token, logprob) in enumerate(ranked):
-            beam = self.live[-negative]
-            if token != self.eos_id:
-                if len(chosen) < width:
-                    chosen.append((beam, token, logprob))
-            elif rank < width:
-                self._finish(beam, logprob)
+        chosen = self._finish_and_choose(self._options(candidates, wanted or {}))
         self.n_steps += 1
         if not chosen and not self.ended:  # nothing may follow: what there is must do
             self.done = True
@@ -88,14 +91,59 @@ class BeamGroup:
         self.done = self._is_done()
         return copies
 
-    def results(self) -> list[Ended]:
-        """The best `num_return_sequences`, finished ones first; at least one, fewer where beams ran out."""
-        open_ends = [
-            Ended(b.tokens, b.logprobs, normalise(b.total, len(b.tokens), self.params), False)
-            for b in self.live
+    def _options(
+        self, candidates: list[list[Candidate]], wanted: Mapping[int, list[Candidate]]
+    ) -> list[_Option]:
+        """What the live beams may become, best first. Nothing ends before it has met its phrases."""
+        width = 2 * self.params.num_beams
+        ranked: list[tuple[float, int, int, float]] = []
+        for i, (beam, own) in enumerate(zip(self.live, candidates, strict=True)):
+            # How many there are of them hangs on the neighbours; what is chosen must not.
+            possible = dict(own[:width])
+            if not beam.progress.complete:
+                possible |= self._forced(beam, own, wanted.get(beam.row, []))
+                possible.pop(self.eos_id, None)
+            ranked += [
+                (beam.total + logprob, -i, token, logprob)
+                for token, logprob in possible.items()
+                if logprob > float("-inf")
+            ]
+        ranked.sort(reverse=True)
+        return [
+            _Option(self.live[-i], token, logprob, self.live[-i].progress.take(token))
+            for _, i, token, logprob in (ranked if self.params.required else ranked[:width])
         ]
-        ranked = [*self.ended, *sorted(open_ends, key=lambda e: -e.score)]
+
+    def _forced(self, beam: Beam, own: list[Candidate], wanted: Iterable[Candidate]) -> dict[int, float]:
+        """Tokens of a phrase that are not among the likeliest: where they are not far from it, else late."""
+        ends = self.eos_id in (token for token, _ in own[: self.params.num_beams])
+        late = self.params.max_new_tokens - self.n_steps <= beam.progress.n_missing + 1
+        begun = bool(beam.progress.begun)
+        return {
+            token: logprob for token, logprob in wanted if ends or late or begun or logprob > LEAST_LOGPROB
+        }
+
+    def _finish_and_choose(self, options: list[_Option]) -> list[_Option]:
+        """Note the hypotheses that end here; returns the options that live on, best first."""
+        width = self.params.num_beams
+        complete = [option for option in options if option.progress.complete]
+        for place, option in enumerate(complete):
+            if option.token == self.eos_id and place < width:
+                self._finish(option.beam, option.logprob)
+        going_on = [option for option in options if option.token != self.eos_id]
+        return share_out(((option.progress.rank, option) for option in going_on), width)
+
+    def results(self) -> list[Ended]:
+        """The best `num_return_sequences`, finished ones first, then those that have met most phrases.
+
+        At least one, fewer where beams ran out.
+        """
+        open_ends = sorted(self.live, key=lambda b: (-len(b.progress.met), -self._score(b)))
+        ranked = self.ended + [Ended(b.tokens, b.logprobs, self._score(b), False) for b in open_ends]
         return ranked[: self.params.num_return_sequences]
+
+    def _score(self, beam: Beam) -> float:
+        return normalise(beam.total, len(beam.tokens), self.params)
 
     def _finish(self, beam: Beam, logprob: float) -> None:
         score = normalise(beam.total + logprob, len(beam.tokens) + 1, self.params)
@@ -103,20 +151,20 @@ class BeamGroup:
         self.ended.sort(key=lambda e: -e.score)
         del self.ended[self.params.num_beams :]
 
-    def _grow(self, chosen: list[tuple[Beam, int, float]]) -> list[tuple[int, int]]:
-        parents = {id(beam) for beam, _, _ in chosen}
+    def _grow(self, chosen: list[_Option]) -> list[tuple[int, int]]:
+        parents = {id(option.beam) for option in chosen}
         kept = {beam.row for beam in self.live if id(beam) in parents}
         free = [row for row in range(self.params.num_beams) if row not in kept]
         at_home: set[int] = set()
         copies, grown = [], []
-        for beam, token, logprob in chosen:
-            row = beam.row
+        for option in chosen:
+            beam, row = option.beam, option.beam.row
             if row in at_home:
                 row = free.pop()
                 copies.append((beam.row, row))
             at_home.add(row)
-            total = beam.total + logprob
-            grown.append(Beam(row, [*beam.tokens, token], [*beam.logprobs, logprob], total))
+            tokens, logprobs = [*beam.tokens, option.token], [*beam.logprobs, option.logprob]
+            grown.append(Beam(row, option.progress, tokens, logprobs, beam.total + option.logprob))
         self.live = grown
         return copies
 

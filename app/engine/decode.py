@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from app import metrics
 from app.engine.beams import BeamGroup, Candidate, Ended
@@ -324,9 +324,10 @@ class GenerateLane(DecodeLane[Drawn]):
         params = state.params
         if len(state.token_ids) < params.min_new_tokens:
             guards.banned.append((row, self.runner.config.eos_id))
-        if params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0:
-            history = [*sequence.prompt_ids, *state.token_ids]
-            guards.penalty(row, history, params.repetition_penalty, params.frequency_penalty)
+        guards.bias += [(row, token, amount) for token, amount in params.logit_bias]
+        penalties = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
+        if penalties != (1.0, 0.0, 0.0):
+            guards.penalty(row, [*sequence.prompt_ids, *state.token_ids], *penalties)
 
     def _sampling_rows(self, owners: list[Sequence]) -> SamplingRows:
         if self._rows is None or self._rows[0] != owners:
@@ -375,7 +376,14 @@ class GenerateLane(DecodeLane[Drawn]):
         return Hypothesis(state.token_ids[:n_tokens], score, state.logprobs[:n_tokens], reason)
 
 
-class TranslateLane(DecodeLane[list[Candidate]]):
+class Ranked(NamedTuple):
+    """What a row may go on with: its likeliest tokens, and those that a phrase needs."""
+
+    best: list[Candidate]
+    wanted: list[Candidate]
+
+
+class TranslateLane(DecodeLane[Ranked]):
     """Beam search under continuous batching: a sentence takes a row per beam, gives all back at its end."""
 
     runner: TranslateRunner
@@ -411,14 +419,16 @@ class TranslateLane(DecodeLane[list[Candidate]]):
         second = sequence.prompt_ids[1] if sequence.n_prompt_tokens > 1 else None
         return second if second in self._languages else self.runner.config.bos_id
 
-    def _choose(self, rows: Items[int]) -> dict[int, list[Candidate]]:
+    def _choose(self, rows: Items[int]) -> dict[int, Ranked]:
         running = self._owners(rows)
         inputs = self._inputs(running)
         token_ids, positions = zip(*(inputs[row] for row in rows), strict=True)
         logits = self.runner.step(rows[0], list(token_ids), list(positions))
         logits = self.runner.guard(logits, self._guards(running, rows))
         width = 2 * max(sequence.n_rows for sequence in running)
-        return dict(zip(rows, self.runner.rank(logits, width), strict=True))
+        best = self.runner.rank(logits, width)
+        wanted = self.runner.score(logits, self._wanted(running, rows))
+        return {row: Ranked(best[i], wanted.get(i, [])) for i, row in enumerate(rows)}
 
     def _inputs(self, running: list[Sequence]) -> dict[int, tuple[int, int]]:
         """Per row the token that it reads next, and its position."""
@@ -431,6 +441,15 @@ class TranslateLane(DecodeLane[list[Candidate]]):
                     inputs[sequence.rows[beam.row]] = beam.tokens[-1], len(beam.tokens)
         return inputs
 
+    def _wanted(self, running: list[Sequence], rows: Items[int]) -> dict[int, list[int]]:
+        """Per row of this step, the tokens that phrases need."""
+        owed = (
+            (sequence.rows[index], tokens)
+            for sequence in running
+            for index, tokens in self._groups[sequence].wanted()
+        )
+        return {row - rows[0]: sorted(tokens) for row, tokens in owed if row in rows}
+
     def _guards(self, running: list[Sequence], rows: Items[int]) -> Guards:
         guards = Guards()
         for sequence in running:
@@ -442,15 +461,19 @@ class TranslateLane(DecodeLane[list[Candidate]]):
                     guards.penalty(row - rows[0], tokens, group.params.repetition_penalty)
         return guards
 
-    def _commit(self, chosen: dict[int, list[Candidate]], running: list[Sequence]) -> None:
-        best = {s: [chosen[s.rows[index]] for index in self._groups[s].live_rows] for s in running}
-        broken = [s for s in running if any(math.isnan(own[0][1]) for own in best[s])]
+    def _commit(self, chosen: dict[int, Ranked], running: list[Sequence]) -> None:
+        ranked = {s: {i: chosen[s.rows[i]] for i in self._groups[s].live_rows} for s in running}
+        broken = [s for s in running if any(math.isnan(own.best[0][1]) for own in ranked[s].values())]
         sound = [s for s in running if s not in broken]
-        lost = self._copy_beams({s: self._groups[s].advance(best[s]) for s in sound})
+        lost = self._copy_beams({s: self._advance(s, ranked[s]) for s in sound})
         done = [s for s in sound if self._groups[s].done]
         self._wipe(broken)
         self._end([*broken, *done], lambda s: self._outcome(s) if s in done else _no_number())
         self._end(lost, _step_failed)
+
+    def _advance(self, sequence: Sequence, ranked: dict[int, Ranked]) -> Moves:
+        best = [own.best for own in ranked.values()]
+        return self._groups[sequence].advance(best, {index: own.wanted for index, own in ranked.items()})
 
     def _copy_beams(self, moved: dict[Sequence, Moves]) -> list[Sequence]:
         """Let beams follow their parents, but for groups that are done; returns those where that failed."""

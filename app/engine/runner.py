@@ -5,7 +5,7 @@ A runner works on rows; who owns a row, and when it ends, is the scheduler's and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -30,12 +30,17 @@ class Guards:
     histories: dict[int, list[int]] = field(default_factory=dict)
     repetition: dict[int, float] = field(default_factory=dict)
     frequency: dict[int, float] = field(default_factory=dict)
+    presence: dict[int, float] = field(default_factory=dict)
+    bias: list[tuple[int, int, float]] = field(default_factory=list)  # (row, token, added to its logit)
 
-    def penalty(self, row: int, history: list[int], repetition: float, frequency: float = 0.0) -> None:
+    def penalty(
+        self, row: int, history: list[int], repetition: float, frequency: float = 0.0, presence: float = 0.0
+    ) -> None:
         """Note a row's penalties, if it has any."""
-        if history and (repetition != 1.0 or frequency != 0.0):
+        if history and (repetition != 1.0 or frequency != 0.0 or presence != 0.0):
             self.histories[row] = history
             self.repetition[row], self.frequency[row] = repetition, frequency
+            self.presence[row] = presence
 
 
 class DecodeRunner:
@@ -83,13 +88,18 @@ class DecodeRunner:
         return responds(self.device)
 
     def guard(self, logits: Tensor, guards: Guards) -> Tensor:
-        """Apply penalties, then bans, to logits (B, V)."""
+        """Apply penalties, then biases, then bans, to logits (B, V)."""
         if guards.histories:
             rows = sorted(guards.histories)
             history = _padded([guards.histories[row] for row in rows], -1, self.device)
-            repetition = torch.tensor([guards.repetition[row] for row in rows], device=self.device)
-            frequency = torch.tensor([guards.frequency[row] for row in rows], device=self.device)
-            logits[rows] = penalise(logits[rows], history, repetition, frequency)
+            repetition, frequency, presence = (
+                torch.tensor([amount[row] for row in rows], device=self.device)
+                for amount in (guards.repetition, guards.frequency, guards.presence)
+            )
+            logits[rows] = penalise(logits[rows], history, repetition, frequency, presence)
+        if guards.bias:
+            rows_, tokens, amounts = zip(*guards.bias, strict=True)
+            logits[list(rows_), list(tokens)] += torch.tensor(amounts, device=self.device)
         if guards.banned:
             rows_, tokens = zip(*guards.banned, strict=True)
             logits[list(rows_), list(tokens)] = -torch.inf
@@ -206,6 +216,20 @@ class TranslateRunner(DecodeRunner):
         logprobs.masked_fill_(best.values == -torch.inf, -torch.inf)
         pairs = zip(best.indices.tolist(), logprobs.tolist(), strict=True)
         return [list(zip(ids, values, strict=True)) for ids, values in pairs]
+
+    def score(
+        self, logits: Tensor, tokens: Mapping[int, Sequence[int]]
+    ) -> dict[int, list[tuple[int, float]]]:
+        """Some tokens of some rows of guarded logits (B, V), with log-probabilities, by row."""
+        pairs = [(row, token) for row, each in tokens.items() for token in each]
+        if not pairs:
+            return {}
+        rows, ids = (torch.tensor(each, device=self.device) for each in zip(*pairs, strict=True))
+        logprobs = (logits[rows, ids] - logits[rows].logsumexp(-1)).tolist()
+        found: dict[int, list[tuple[int, float]]] = {row: [] for row in tokens}
+        for (row, token), logprob in zip(pairs, logprobs, strict=True):
+            found[row].append((token, logprob))
+        return found
 
     def align(self, source: Sequence[int], target: Sequence[int]) -> list[list[float]]:
         """Cross-attention of the last layer, the mean over its heads: a row per target token, (T, S).

@@ -199,10 +199,10 @@ def expected_generation(checkpoint: Checkpoint, sequence: Sequence) -> list[int]
     for n_new in range(params.max_new_tokens):
         logits = score([text], [0])
         logits[:, list(suppressed(checkpoint))] = -torch.inf
-        repetition, frequency = (
-            torch.tensor([value]) for value in (params.repetition_penalty, params.frequency_penalty)
-        )
-        logits = penalise(logits, torch.tensor([text]), repetition, frequency)
+        values = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
+        logits = penalise(logits, torch.tensor([text]), *(torch.tensor([value]) for value in values))
+        for biased, amount in params.logit_bias:
+            logits[0, biased] += amount
         if n_new < params.min_new_tokens:
             logits[:, checkpoint.config.eos_id] = -torch.inf
         uniform = torch.tensor([noise.random()], dtype=torch.float64)
@@ -234,6 +234,8 @@ def random_generation(checkpoint: Checkpoint, rng: random.Random) -> Sequence:
         typical_p=rng.choice([1.0, 1.0, 0.5]),
         repetition_penalty=rng.choice([1.0, 1.0, 1.3, 0.8]),
         frequency_penalty=rng.choice([0.0, 0.0, 0.5, -0.2]),
+        presence_penalty=rng.choice([0.0, 0.0, 1.5, -0.5]),
+        logit_bias=rng.choice([(), ((300, 4.0), (301, -100.0), (2, 2.0))]),
         max_new_tokens=rng.randint(1, 20),
         min_new_tokens=rng.choice([0, 0, 4]),
         seed=rng.choice([None, rng.randrange(2**63)]),

@@ -2,13 +2,15 @@
 
 import math
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from app.engine.beams import BeamGroup, Candidate, Ended
-from model.decoding import Decoded, beam_search
+from model.constraints import Phrase
+from model.decoding import Decoded, beam_search, normalise
 from model.sampling import BeamParams
 
 EOS, START = 0, 1
@@ -29,6 +31,10 @@ class Table:
     def score(self, prefixes: list[list[int]], _: list[int]) -> Tensor:
         return torch.tensor([self.logits(prefix) for prefix in prefixes], dtype=torch.float64)
 
+    def logprobs(self, prefix: list[int], banned: set[int]) -> dict[int, float]:
+        """Of all tokens, best first."""
+        return dict(self.best(prefix, banned, self.n_tokens))
+
     def best(self, prefix: list[int], banned: set[int], n_best: int) -> list[Candidate]:
         """The most probable tokens, those that are banned last, as the runner ranks them."""
         logits = [-math.inf if t in banned else x for t, x in enumerate(self.logits(prefix))]
@@ -44,11 +50,10 @@ def search(numbers: Table, params: BeamParams) -> list[Ended]:
     while not group.done:
         for beam in group.live:
             rows[beam.row] = [*beam.tokens]
-        candidates = [
-            numbers.best([START, *tokens], banned, 2 * params.num_beams)
-            for _, tokens, banned in group.guards()
-        ]
-        copies = group.advance(candidates)
+        logprobs = {row: numbers.logprobs([START, *tokens], banned) for row, tokens, banned in group.guards()}
+        candidates = [list(each.items())[: 2 * params.num_beams] for each in logprobs.values()]
+        wanted = {row: [(token, logprobs[row][token]) for token in tokens] for row, tokens in group.wanted()}
+        copies = group.advance(candidates, wanted)
         assert not {source for source, _ in copies} & {target for _, target in copies}
         for source, target in copies:
             rows[target] = list(rows[source])
@@ -128,3 +133,59 @@ def test_an_end_beyond_the_first_k_does_not_count() -> None:
     group.advance([[(5, -1.0), (6, -2.0), (EOS, -3.0), (7, -4.0)]])
     assert group.ended == []
     assert [beam.tokens for beam in group.live] == [[5], [6]]
+
+
+def count(tokens: list[int], phrase: Phrase) -> int:
+    return sum(
+        tuple(tokens[i : i + len(spelling)]) == spelling
+        for spelling in phrase.spellings
+        for i in range(len(tokens))
+    )
+
+
+def says(tokens: list[int], phrase: Phrase) -> bool:
+    return count(tokens, phrase) > 0
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_hypothesis_says_its_phrases(seed: int) -> None:
+    """However unlikely they are, with few beams, and in the very last tokens that are left."""
+    rng = random.Random(seed)
+    phrases = tuple(
+        Phrase(((first, first + 1), (first + 2,)), once=rng.random() < 0.5) for first in range(20, 29, 3)
+    )[: rng.randint(1, 3)]
+    n_beams = rng.randint(1, 5)
+    room = rng.choice([0, 4, 12])
+    params = BeamParams(
+        num_beams=n_beams,
+        num_return_sequences=n_beams,
+        max_new_tokens=2 * len(phrases) + 1 + room,
+        required=phrases,
+    )
+    found = search(Table(seed, 40, rng.choice([-1.0, 2.0, 6.0])), params)
+    assert found
+    assert all(says(ended.tokens, phrase) for ended in found[:1] for phrase in phrases)
+    finished = [ended for ended in found if ended.finished]
+    assert all(says(ended.tokens, phrase) for ended in finished for phrase in phrases)
+    for phrase in phrases:
+        assert all(count(ended.tokens, phrase) == 1 for ended in finished if phrase.once)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_with_beams_for_everything_the_best_that_says_the_phrase_is_found(seed: int) -> None:
+    """Against every sequence there is: four tokens and the end, up to four of them."""
+    numbers, phrase = Table(seed, 5, 0.0), Phrase(((2, 3), (4,)))
+    params = BeamParams(num_beams=700, max_new_tokens=5, required=(phrase,))
+
+    def sequences(tokens: list[int], total: float) -> Iterator[tuple[float, list[int]]]:
+        logprobs = numbers.logprobs([START, *tokens], set())
+        if says(tokens, phrase):
+            yield normalise(total + logprobs[EOS], len(tokens) + 1, params), tokens
+        if len(tokens) < 4:
+            for token in range(1, 5):
+                yield from sequences([*tokens, token], total + logprobs[token])
+
+    score, tokens = max(sequences([], 0.0))
+    (best,) = search(numbers, params)
+    assert (best.tokens, best.finished) == (tokens, True)
+    assert best.score == pytest.approx(score)

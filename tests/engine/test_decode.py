@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from functools import reduce
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from app.engine.decode import make_decode_lane
 from app.engine.errors import Aborted, Draining, Overloaded, PromptTooLong, RequestTooLarge
 from app.engine.sequence import FinishReason, Sequence
 from model.checkpoint import Checkpoint
+from model.constraints import Phrase, Progress
 from model.sampling import BeamParams, SamplingParams
 from tests.engine.rig import (
     check_generations,
@@ -75,6 +77,34 @@ async def test_translations_equal_the_oracle_in_any_mix(
     lane.abort(aborted)
     drive(lane)
     await check_translations(translator_oracle, (s for s in sequences if s not in aborted))
+
+
+async def test_required_phrases_are_said_and_change_nothing_beside_them(
+    translator: Checkpoint, translator_oracle: Checkpoint
+) -> None:
+    """Answers alone and in a crowd are the same, whether phrases are asked for or not."""
+    rng, alone, crowd = random.Random(3), translate_lane(translator), translate_lane(translator, n_slots=16)
+    free = [random_translation(translator, rng) for _ in range(6)]
+    bound: list[tuple[Sequence, Sequence]] = []
+    for first in range(300, 306):
+        phrases = (Phrase(((first, first + 20), (first + 40,))), Phrase(((410,),), once=True))
+        params = BeamParams(num_beams=3, num_return_sequences=3, max_new_tokens=12, required=phrases)
+        source = translator.tokenizer.source_ids([first], "ko")
+        bound.append((Sequence(source, params), Sequence(source, params)))
+    for i, (one, other) in enumerate(bound):
+        alone.submit([one])
+        drive(alone)
+        crowd.submit([free[i], other])
+        turn(crowd)
+    drive(crowd)
+    await check_translations(translator_oracle, free)
+    for one, other in bound:
+        assert isinstance(one.params, BeamParams)
+        found = await one.result()
+        assert [h.token_ids for h in found] == [h.token_ids for h in await other.result()]
+        assert found[0].token_ids.count(410) == 1
+        said = reduce(Progress.take, found[0].token_ids, Progress(one.params.required))
+        assert said.complete
 
 
 async def test_a_seeded_generation_is_the_same_alone_and_in_a_crowd(causal: Checkpoint) -> None:

@@ -1,0 +1,102 @@
+"""Phrases that a translation must contain: which of them a hypothesis has met, and what furthers the rest.
+
+Lexically constrained beam search after Post & Vilar 2018 ("Fast Lexically Constrained Decoding with Dynamic
+Beam Allocation"): the beams are shared out among hypotheses that have come equally far, because one that has
+just been made to say a phrase looks worse than its rivals until its next tokens make up for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# A phrase is put where the model gives its next token this much at least, or else before the end.
+LEAST_LOGPROB = -6.0
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """Spellings in tokens (with a space before it or without, say), one of which must occur.
+
+    A phrase that may stand `once` only is not said again.
+    """
+
+    spellings: tuple[tuple[int, ...], ...]
+    once: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.spellings or not all(self.spellings):
+            raise ValueError("a phrase needs spellings of one token or more")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a hypothesis has come: the phrases it has met, and its last tokens where they begin another."""
+
+    phrases: tuple[Phrase, ...]
+    met: frozenset[int] = frozenset()
+    begun: tuple[int, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        return len(self.met) == len(self.phrases)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Hypotheses of one rank compete with each other; a higher one is further."""
+        return len(self.met), len(self.begun)
+
+    @property
+    def n_missing(self) -> int:
+        """The fewest tokens that would complete it, should all go well."""
+        return sum(min(map(len, phrase.spellings)) for _, phrase in self._unmet()) - len(self.begun)
+
+    def take(self, token: int) -> Progress:
+        """After one more token."""
+        if self.complete:
+            return self
+        begun = (*self.begun, token)
+        while begun:
+            for i, phrase in self._unmet():
+                if begun in phrase.spellings:
+                    return Progress(self.phrases, self.met | {i})
+            if self._continuations(begun):
+                break
+            begun = begun[1:]
+        return Progress(self.phrases, self.met, begun)
+
+    def wanted(self) -> set[int]:
+        """The tokens that further it."""
+        return self._continuations(self.begun) | (self._continuations(()) if not self.begun else set())
+
+    def repeated(self, tokens: Sequence[int]) -> set[int]:
+        """The tokens that, after these, would say a second time what may stand once."""
+        spellings = [s for i in self.met if self.phrases[i].once for s in self.phrases[i].spellings]
+        return {s[-1] for s in spellings if tuple(tokens[len(tokens) - len(s) + 1 :]) == s[:-1]}
+
+    def _unmet(self) -> Iterable[tuple[int, Phrase]]:
+        return ((i, phrase) for i, phrase in enumerate(self.phrases) if i not in self.met)
+
+    def _continuations(self, begun: tuple[int, ...]) -> set[int]:
+        n = len(begun)
+        spellings = (s for _, phrase in self._unmet() for s in phrase.spellings)
+        return {s[n] for s in spellings if len(s) > n and s[:n] == begun}
+
+
+def share_out(ranked: Iterable[tuple[tuple[int, int], T]], width: int) -> list[T]:
+    """Up to `width` of what comes with its rank, best first: one of each rank in turn, the furthest first.
+
+    Where all have the same rank that is the first `width` of them.
+    """
+    banks: dict[tuple[int, int], list[T]] = {}
+    for rank, each in ranked:
+        banks.setdefault(rank, []).append(each)
+    chosen: list[T] = []
+    for turn in range(width):
+        for rank in sorted(banks, reverse=True):
+            if turn < len(banks[rank]) and len(chosen) < width:
+                chosen.append(banks[rank][turn])
+    return chosen

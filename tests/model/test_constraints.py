@@ -1,0 +1,67 @@
+"""Phrases that must be said: progress through them, and the sharing out of beams."""
+
+import pytest
+
+from model.constraints import Phrase, Progress, share_out
+
+ONE, TWO = Phrase(((1, 2, 3),)), Phrase(((1, 4), (5,)))
+
+
+def after(progress: Progress, *tokens: int) -> Progress:
+    for token in tokens:
+        progress = progress.take(token)
+    return progress
+
+
+def test_a_phrase_is_met_by_any_of_its_spellings() -> None:
+    start = Progress((ONE, TWO))
+    assert (start.complete, start.n_missing, start.wanted()) == (False, 4, {1, 5})
+    assert after(start, 5).met == after(start, 1, 4).met == {1}
+    assert after(start, 9, 1, 2, 3, 9, 5).complete
+    assert Progress(()).complete
+
+
+def test_what_is_begun_goes_on_or_begins_anew() -> None:
+    start = Progress((ONE, TWO))
+    begun = after(start, 1)
+    assert (begun.begun, begun.wanted(), begun.n_missing) == ((1,), {2, 4}, 3)
+    assert after(start, 1, 1).begun == (1,)
+    assert after(start, 1, 2, 1).begun == (1,)
+    assert after(start, 1, 2, 9).begun == ()
+    assert after(start, 1, 1, 2, 3).met == {0}
+    assert after(start, 1, 2).rank > after(start, 1).rank < after(start, 5).rank
+
+
+def test_overlapping_begins() -> None:
+    progress = Progress((Phrase(((1, 1, 2),)),))
+    assert after(progress, 1, 1, 1).begun == (1, 1)
+    assert after(progress, 1, 1, 1, 2).complete
+
+
+def test_the_same_phrase_twice_must_be_said_twice() -> None:
+    progress = Progress((ONE, ONE))
+    assert after(progress, 1, 2, 3).met == {0}
+    assert after(progress, 1, 2, 3, 1, 2, 3).complete
+
+
+def test_what_may_stand_once_is_not_said_again() -> None:
+    once = Phrase(((1, 2), (3,)), once=True)
+    progress = Progress((once, ONE))
+    assert progress.repeated([1]) == set()
+    met = progress.take(3)
+    assert (met.repeated([3]), met.repeated([3, 1])) == ({3}, {2, 3})
+
+
+@pytest.mark.parametrize("spellings", [(), ((),), ((1,), ())])
+def test_phrases_without_tokens_are_refused(spellings: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises(ValueError, match="one token or more"):
+        Phrase(spellings)
+
+
+def test_beams_are_shared_out_by_rank() -> None:
+    low, high, top = (0, 0), (0, 1), (1, 0)
+    ranked = [(low, "a"), (low, "b"), (high, "c"), (low, "d"), (top, "e"), (high, "f")]
+    assert share_out(ranked, 4) == ["e", "c", "a", "f"]
+    assert share_out(ranked, 2) == ["e", "c"]
+    assert share_out(ranked, 9) == ["e", "c", "a", "f", "b", "d"]
+    assert share_out([(low, "a"), (low, "b"), (low, "c")], 2) == ["a", "b"]
