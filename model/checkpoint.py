@@ -1,18 +1,24 @@
-"""A model as a folder: config.json, model.safetensors, tokenizer.json. Never a pickle."""
+"""A model as a folder: config.json, model.safetensors, tokenizer.json. Never a pickle.
+
+A classifier may also be an addition to a masked model (`model.adapter`): then the base's folder, named in
+config.json, holds the rest, tokenizer included.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from model.adapter import Adapter
 from model.config import ConfigError, TransformerConfig
 from model.models import Model, build_model
 from model.tokenizer import Tokenizer
@@ -40,10 +46,24 @@ def save(folder: Path | str, model: Model, tokenizer: Tokenizer, dtype: torch.dt
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()}
-    text = json.dumps(model.config.to_dict(), indent=2) + "\n"
+    _save_parts(folder, tensors, model.config.to_dict())
+    _replace(folder / TOKENIZER, lambda part: tokenizer.backend.save(str(part)))
+
+
+def save_adapter(
+    folder: Path | str, adapter: Adapter, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write an addition to a base as a folder that `load` reads: no tokenizer, none of the base's weights."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    own = {name: t.detach().to("cpu", dtype).contiguous() for name, t in tensors.items()}
+    _save_parts(folder, own, adapter.to_dict())
+
+
+def _save_parts(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    text = json.dumps(config, indent=2) + "\n"
     _replace(folder / WEIGHTS, lambda part: save_file(tensors, part, metadata={"format": "pt"}))
     _replace(folder / CONFIG, lambda part: part.write_text(text, encoding="utf-8"))
-    _replace(folder / TOKENIZER, lambda part: tokenizer.backend.save(str(part)))
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
@@ -56,32 +76,78 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 def load(
     folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Checkpoint:
-    """Read a folder written by `save`, ready for inference.
+    """Read a folder written by `save` or `save_adapter`, ready for inference.
 
     Raises `CheckpointError` when a file is missing, truncated, or does not fit the others.
     """
     folder = Path(folder)
-    for name in (CONFIG, WEIGHTS, TOKENIZER):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name}: no such file")
+    adapter = load_adapter(folder)
+    for name in (CONFIG, WEIGHTS, *([] if adapter else [TOKENIZER])):
+        _demand(folder / name)
     config = load_config(folder)
-    tokenizer = _load_tokenizer(folder, config)
+    tensors = _read_tensors(folder / WEIGHTS)
+    tokenizer_folder = folder
+    if adapter:
+        tokenizer_folder = folder / adapter.base
+        tensors = _compose(folder, adapter, tensors)
+    tokenizer = _load_tokenizer(tokenizer_folder, config)
     model = build_model(config)
-    _fill(model, _read_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    _fill(model, tensors, folder / WEIGHTS)
     model.to(device=device, dtype=dtype).eval().requires_grad_(False)
     return Checkpoint(model, tokenizer, config, folder.resolve().name, file_sha256(folder / WEIGHTS))
 
 
+def _demand(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+
+
+def _compose(folder: Path, adapter: Adapter, own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an addition with its base's, which must be the very weights it was trained on."""
+    path = folder / adapter.base / WEIGHTS
+    _demand(path)
+    found = file_sha256(path)
+    if found != adapter.base_sha256:
+        raise CheckpointError(
+            f"{folder / CONFIG}: made for a base of sha256 {adapter.base_sha256[:12]}, "
+            f"but {path} has {found[:12]}; train it again on that base"
+        )
+    try:
+        return adapter.compose(_read_tensors(path), own)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / WEIGHTS}: {error}") from None
+
+
 def load_config(folder: Path) -> TransformerConfig:
-    """The configuration of a folder; raises `CheckpointError`."""
+    """The configuration of a folder, an addition's with its base's; raises `CheckpointError`."""
+    adapter = load_adapter(folder)
+    try:
+        if adapter:
+            return adapter.config(TransformerConfig.from_dict(_read_config(folder / adapter.base)))
+        return TransformerConfig.from_dict(_read_config(folder))
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
+
+
+def load_adapter(folder: Path) -> Adapter | None:
+    """What a folder says of its base; None where it stands alone. Raises `CheckpointError`."""
+    values = _read_config(folder)
+    try:
+        return Adapter.from_dict(values) if "base" in values else None
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
+    _demand(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ConfigError("not a JSON object")
-        return TransformerConfig.from_dict(values)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return values
 
 
 def _load_tokenizer(folder: Path, config: TransformerConfig) -> Tokenizer:

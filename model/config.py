@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
-Architecture = Literal["translator", "masked_lm", "causal_lm"]
+Architecture = Literal["translator", "masked_lm", "causal_lm", "classifier"]
 Norm = Literal["layer", "rms"]
 Activation = Literal["relu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu"]
 PoolActivation = Literal["tanh", "relu"]
@@ -39,6 +39,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "dict[str, int]": (dict,),
     "dict[str, float]": (dict,),
     "list[int]": (list,),
+    "list[str]": (list,),
 }
 
 
@@ -102,6 +103,7 @@ class TransformerConfig:
     sep_id: int | None = 5
     start_id: int | None = None  # what a translation begins with; None: with its language
     languages: dict[str, int] = field(default_factory=dict)
+    labels: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for key, choices in _CHOICES.items():
@@ -128,6 +130,7 @@ class TransformerConfig:
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout: {self.dropout} is not in [0, 1)")
         self._check_layers()
+        self._check_labels()
         self._check_rotary()
         self._check_ids()
         if self.window is not None and self.window < 1:
@@ -153,7 +156,7 @@ class TransformerConfig:
                 raise ConfigError(f"{key}: {token_id} is outside the vocabulary of {self.vocab_size}")
 
     def _check_layers(self) -> None:
-        wants_encoder = self.architecture in ("translator", "masked_lm")
+        wants_encoder = self.architecture in ("translator", "masked_lm", "classifier")
         wants_decoder = self.architecture in ("translator", "causal_lm")
         if wants_encoder != (self.n_encoder_layers > 0):
             raise ConfigError(
@@ -163,6 +166,16 @@ class TransformerConfig:
             raise ConfigError(
                 f"n_decoder_layers: {self.n_decoder_layers} does not suit a {self.architecture}"
             )
+
+    def _check_labels(self) -> None:
+        if self.architecture != "classifier":
+            if self.labels:
+                raise ConfigError(f"labels: a {self.architecture} has none")
+            return
+        if len(self.labels) < 2 or not all(map(_is_name, self.labels)):
+            raise ConfigError(f"labels: {self.labels!r} is not a list of two or more names")
+        if len(set(self.labels)) < len(self.labels):
+            raise ConfigError(f"labels: {self.labels!r} has a name twice")
 
     @property
     def head_dim(self) -> int:
@@ -193,6 +206,10 @@ class TransformerConfig:
             return cls(**values)
         except TypeError as error:
             raise ConfigError(str(error)) from None
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
 
 
 def _fits(value: Any, annotation: str) -> bool:

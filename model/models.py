@@ -1,4 +1,4 @@
-"""The three models: composition only."""
+"""The models: composition only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from model.block import init_weights
 from model.cache import KVCache
 from model.config import TransformerConfig
-from model.heads import LMHead, MLMHead, NSPHead
+from model.heads import ClassificationHead, LMHead, MLMHead, NSPHead
 from model.masks import causal_mask, padding_mask
 from model.transformer import Decoder, Embeddings, Encoder
 
@@ -108,11 +108,31 @@ class CausalLM(nn.Module):
         return logits
 
 
-Model = Translator | MaskedLM | CausalLM
-_MODELS: dict[str, type[Translator] | type[MaskedLM] | type[CausalLM]] = {
+class Classifier(nn.Module):
+    """An encoder with a class for the whole text at its first position (Devlin et al. 2018, section 3.2)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.embeddings.apply(init_weights)
+        self.encoder = Encoder(config, self.embeddings)
+        self.head = ClassificationHead(config, len(config.labels))
+        self.head.apply(init_weights)
+
+    def forward(self, token_ids: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+        """token_ids and segment_ids (B, S) -> logits (B, labels)."""
+        mask = padding_mask(token_ids, self.config.pad_id)
+        logits: Tensor = self.head(self.encoder(token_ids, mask, segment_ids))
+        return logits
+
+
+Model = Translator | MaskedLM | CausalLM | Classifier
+_MODELS: dict[str, type[Translator] | type[MaskedLM] | type[CausalLM] | type[Classifier]] = {
     "translator": Translator,
     "masked_lm": MaskedLM,
     "causal_lm": CausalLM,
+    "classifier": Classifier,
 }
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from model import checkpoint
 from model.config import TransformerConfig
-from model.models import MaskedLM, build_model
+from model.models import CausalLM, Translator, build_model
 from model.tokenizer import Tokenizer
 from model.training import prepare
 from model.training.causal import CausalTask
@@ -92,7 +92,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.continue_from:
         model.load_state_dict(checkpoint.load(arguments.continue_from).model.state_dict())
         print(f"begins with the weights of {arguments.continue_from}")
-    if getattr(arguments, "start_from", None) and not isinstance(model, MaskedLM):
+    if getattr(arguments, "start_from", None) and isinstance(model, CausalLM | Translator):
         copied = start_from_encoder(model, load_file(arguments.start_from / "model.safetensors"))
         print(f"{copied} tensors taken from {arguments.start_from}")
     task, held = (

@@ -13,9 +13,10 @@ import sacrebleu
 import torch
 
 from model.checkpoint import Checkpoint, CheckpointError, load
-from model.models import CausalLM, MaskedLM, Translator
+from model.models import CausalLM, Classifier, MaskedLM, Translator
 from model.sampling import BeamParams
 from model.training import prepare
+from model.training.labelled import Labelled, probabilities, read_labelled, score_labels
 from model.training.packs import PackError
 from model.training.scores import (
     DIRECTIONS,
@@ -53,6 +54,10 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "--direction", choices=DIRECTIONS, action="append", default=[],
         help="of each --pairs in turn; left out, both are measured and Korean is recognised",
     )  # fmt: skip
+    parser.add_argument(
+        "--labelled", type=Path, action="append", default=[], metavar="FILE",
+        help="labelled texts for a classifier; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="examples of each text; 0 is all")
     parser.add_argument("--beams", type=int, default=4)
     parser.add_argument("--length-penalty", type=float, default=1.0)
@@ -89,10 +94,14 @@ def _report(arguments: argparse.Namespace) -> str:
         rows, note = _translator_rows(arguments, checkpoint, checkpoint.model)
     elif isinstance(checkpoint.model, MaskedLM):
         rows, note = _masked_rows(arguments, checkpoint, checkpoint.model)
+    elif isinstance(checkpoint.model, Classifier):
+        rows, note = _classifier_rows(arguments, checkpoint, checkpoint.model)
     else:
         rows, note = _causal_rows(arguments, checkpoint, checkpoint.model)
     if not rows:
-        raise ValueError("nothing to measure: give --data, or --pairs for a translator")
+        raise ValueError(
+            "nothing to measure: give --data, --pairs for a translator, --labelled for a classifier"
+        )
     seconds = time.monotonic() - started
     return (
         f"{markdown_table(rows)}\n\n{note} Weights {checkpoint.sha256[:12]}, measured in {seconds:.0f} s.\n"
@@ -154,6 +163,22 @@ def _causal_rows(
         for name, documents in held_texts(arguments)
     ]
     return rows, "Held-out text, in windows of 256 tokens."
+
+
+def _classifier_rows(
+    arguments: argparse.Namespace, checkpoint: Checkpoint, model: Classifier
+) -> tuple[list[Row], str]:
+    labels = checkpoint.config.labels
+    rows = []
+    for path in arguments.labelled:
+        examples = sample(read_labelled(path), arguments.limit)
+        data = Labelled(examples, labels, checkpoint.tokenizer, checkpoint.config.max_len)
+        found = probabilities(model, data)
+        rows.append(score_labels(path.name.split(".")[0], labels, data, found))
+        for example, shares in zip(examples[: arguments.show], found.tolist(), strict=False):
+            best = max(range(len(labels)), key=lambda i: shares[i])
+            print(f"{labels[best]} {shares[best]:.2f} (is {example.label}): {' / '.join(example.texts)}")
+    return rows, "Accuracy, and of each label the share that was recognised, in per cent."
 
 
 # --- the texts --------------------------------------------------------------------------------

@@ -105,11 +105,18 @@ class Trainer:
     """Runs a task from wherever its folder's checkpoint left off.
 
     Everything that happens at a step follows from (seed, step, rank), so a resumed run repeats the
-    unbroken one exactly on the same machine.
+    unbroken one exactly on the same machine. Without a folder nothing is kept or shown, which suits runs of
+    a minute; without a held-out task nothing is measured on the way.
     """
 
     def __init__(
-        self, model: Model, tokenizer: Tokenizer, task: Task, held: Task, options: Options, folder: Path
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        task: Task,
+        held: Task | None,
+        options: Options,
+        folder: Path | None,
     ) -> None:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device(options.device)
@@ -144,7 +151,7 @@ class Trainer:
         self.resume()
         options = self.options
         batches = self._batches_from(self.step)
-        hidden = self.rank > 0
+        hidden = self.rank > 0 or self.folder is None
         with tqdm(total=options.steps, initial=self.step, disable=hidden, mininterval=5, unit="step") as bar:
             while self.step < options.steps:
                 started = time.monotonic()
@@ -155,7 +162,7 @@ class Trainer:
                 if self.step % options.log_every == 0 or self.step == options.steps:
                     self._log(bar, loss, tokens / (time.monotonic() - started))
                 last = self.step == options.steps
-                if self.step % options.evaluate_every == 0 or last:
+                if self.held and (self.step % options.evaluate_every == 0 or last):
                     held = self.evaluate()
                     self._record({"step": self.step, "held_loss": held})
                     bar.write(f"step {self.step}: held-out loss {held:.4f}")
@@ -198,6 +205,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, max_batches: int = 20) -> float:
         """Mean loss over the same held-out batches every time."""
+        assert self.held, "there is no held-out task"
         self.model.eval()
         total, count = 0.0, 0
         for index, batch in enumerate(self.held.batches(0)[:max_batches]):
@@ -210,7 +218,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint (one file, replaced at once) and the model as a folder that can be served."""
-        if self.rank:
+        if self.rank or self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"model.{name}": p.detach().cpu().clone() for name, p in self.model.named_parameters()}
@@ -227,8 +235,8 @@ class Trainer:
 
     def resume(self) -> None:
         """Take up the folder's checkpoint; without one, begin at step 0."""
-        path = self.folder / "checkpoint.safetensors"
-        if not path.exists():
+        path = self.folder / "checkpoint.safetensors" if self.folder else None
+        if path is None or not path.exists():
             return
         with safe_open(path, framework="pt") as file:
             state = json.loads(file.metadata()["state"])
@@ -277,7 +285,7 @@ class Trainer:
         )
 
     def _record(self, row: dict[str, Any]) -> None:
-        if self.rank == 0:
+        if self.rank == 0 and self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
