@@ -21,13 +21,14 @@ PINS      := pyproject.toml constraints.txt
 FOR_SERVE := $(VENV)/.installed-serve
 FOR_TRAIN := $(VENV)/.installed-train
 FOR_DEV   := $(VENV)/.installed-dev
+FOR_BENCH := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
 MAKEFLAGS += --no-builtin-rules
 
-.PHONY: help serve test check format \
+.PHONY: help serve test check format peers \
 	train-tokenizer train-masked train-causal train-translate evaluate clean
 
 help: ## list the targets
@@ -52,6 +53,8 @@ check: $(FOR_DEV) ## lint, format check, strict types
 format: $(FOR_DEV) ## put the code in its one format
 	$(PY) -m ruff check --fix-only $(CODE)
 	$(PY) -m ruff format $(CODE)
+
+peers: $(FOR_BENCH) ## install what the benchmarks compare with (docs/performance.md)
 
 train-tokenizer: $(FOR_TRAIN) ## train the shared tokenizer on the packs in DATA
 	$(TRAIN) tokenizer --pairs $(wildcard $(DATA)/*.tsv.xz) --documents $(wildcard $(DATA)/mono.*.txt.xz) \
@@ -98,3 +101,4 @@ $(VENV)/.installed-%: $(PINS) | $(VENV)/pyvenv.cfg
 
 $(FOR_TRAIN): EXTRAS = [train]
 $(FOR_DEV): EXTRAS = [dev]
+$(FOR_BENCH): EXTRAS = [bench]
