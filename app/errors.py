@@ -16,10 +16,14 @@ from app.engine.errors import (
     Aborted,
     Draining,
     EngineError,
+    ModelConflict,
+    NoRoom,
+    NoSuchModel,
     Overloaded,
     PromptTooLong,
     RequestTooLarge,
     StepFailed,
+    UnfitModel,
 )
 
 
@@ -51,12 +55,6 @@ class BodyTooLarge(HTTPException):
 
 class NotLoaded(Exception):
     """A route of a model that this server does not run."""
-
-
-class UnknownModel(NotLoaded):
-    """A model's name that nothing here has."""
-
-    code, parameter = "model_not_found", "model"
 
 
 class NotReady(Exception):
@@ -120,6 +118,10 @@ TABLE: tuple[tuple[type[Exception], int, str], ...] = (
     (TimedOut, 504, "timeout"),
     (ClientGone, 499, "disconnected"),
     (NotLoaded, 404, "not_found"),
+    (UnfitModel, 422, "validation"),
+    (NoSuchModel, 404, "not_found"),
+    (ModelConflict, 409, "conflict"),
+    (NoRoom, 507, "out_of_memory"),
     (NotReady, 503, "not_ready"),
     (StepFailed, 500, "generation"),
     (EngineError, 500, "generation"),

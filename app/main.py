@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import platform
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -23,28 +23,24 @@ from app.api import (
     tokenize,
     translate,
 )
-from app.api.deps import GeneratingLane, OneShotLane, Services, Task, gather
+from app.api.deps import Services, gather
 from app.api.dispatch import ENDPOINTS
 from app.bodies import BodyLimits
 from app.dialects import add_handlers
-from app.engine.batch import BatchItem, BatchLane
-from app.engine.decode import make_decode_lane
-from app.engine.lane import Lane
-from app.engine.sequence import Sequence
+from app.engine.registry import Registry
 from app.engine.worker import DeviceWorker
+from app.engine.workshop import ModelWorkshop
 from app.errors import ErrorBody
 from app.guard import DOCS, METRICS, PROBES, GuardMiddleware, Rules
 from app.keys import load_keys
 from app.lifecycle import Lifecycle, Phase, begin_drain
-from app.middleware import RecordMiddleware
+from app.metrics import LANES
+from app.middleware import ModelPathMiddleware, RecordMiddleware
 from app.quotas import Quotas
-from app.settings import Settings, is_given
-from model.checkpoint import Checkpoint, CheckpointError, load, load_config
-from model.sampling import BeamParams, SamplingParams
+from app.settings import Settings, is_given, named_folders
+from model.checkpoint import CheckpointError
 
 log = logging.getLogger("app")
-
-_WARM_UP_SECONDS = 600.0  # a device that does not answer ends the start, not the patience of whoever waits
 
 Load = Callable[[Settings, Lifecycle], Services]
 
@@ -54,10 +50,11 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-_ARCHITECTURES = {
-    "translate_model": "translator",
-    "fill_mask_model": "masked_lm",
-    "generate_model": "causal_lm",
+# The setting that names the models of an endpoint.
+_SETTINGS = {
+    "translate": "translate_model",
+    "fill-mask": "fill_mask_model",
+    "generate": "generate_model",
 }
 
 
@@ -71,36 +68,40 @@ def load_services(settings: Settings, lifecycle: Lifecycle) -> Services:
     # on one of them holds up every step.
     torch.set_num_threads(settings.n_threads or max(1, torch.get_num_threads() - 1))
     device, dtype = resolve_device(settings)
-    queue = {"max_queue_items": settings.max_queue_items, "max_queue_tokens": settings.max_queue_tokens}
-
-    lanes: list[Lane] = []
-
-    def decoding(name: str, checkpoint: Checkpoint | None, n_slots: int) -> Task[GeneratingLane] | None:
-        if checkpoint is None:
-            return None
-        lane = make_decode_lane(
-            name, checkpoint, n_slots=n_slots, prefill_tokens=settings.prefill_tokens, **queue
-        )
-        lanes.append(lane)
-        return Task(lane, checkpoint.tokenizer, checkpoint.config, checkpoint.name, checkpoint.sha256)
-
-    def one_shot(name: str, checkpoint: Checkpoint | None) -> Task[OneShotLane] | None:
-        if checkpoint is None:
-            return None
-        lane = BatchLane(name, checkpoint, max_batch_tokens=settings.max_batch_tokens, **queue)
-        lanes.append(lane)
-        return Task(lane, checkpoint.tokenizer, checkpoint.config, checkpoint.name, checkpoint.sha256)
-
-    def checkpoint(setting: str) -> Checkpoint | None:
-        return load_checkpoint(settings, setting, device, dtype)
-
-    found = (
-        decoding("translate", checkpoint("translate_model"), settings.translate_slots),
-        one_shot("fill-mask", checkpoint("fill_mask_model")),
-        decoding("generate", checkpoint("generate_model"), settings.generate_slots),
+    workshop = ModelWorkshop(
+        device,
+        dtype,
+        n_slots={"translate": settings.translate_slots, "generate": settings.generate_slots},
+        prefill_tokens=settings.prefill_tokens,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_queue_items=settings.max_queue_items,
+        max_queue_tokens=settings.max_queue_tokens,
+        max_bytes=settings.max_model_bytes,
     )
+    tasks: dict[str, list[Any]] = {endpoint: [] for endpoint in LANES}
+    for endpoint, name, folder in wanted_models(settings):
+        n_bytes = sum(task.n_bytes for each in tasks.values() for task in each)
+        tasks[endpoint].append(workshop.build(endpoint, name, folder, n_bytes))
+    worker = DeviceWorker([task.lane for each in tasks.values() for task in each])
+    registry = Registry(tasks, worker, workshop, max_models=settings.max_models)
     dtype_name = str(dtype).removeprefix("torch.")
-    return Services(*found, DeviceWorker(lanes), settings, lifecycle, device=str(device), dtype=dtype_name)
+    return Services(registry, settings, lifecycle, device=str(device), dtype=dtype_name)
+
+
+def wanted_models(settings: Settings) -> Iterator[tuple[str, str, Path]]:
+    """Endpoint, name and folder of every model to load, without default folders that are not there.
+
+    A folder that was asked for must be. Raises StartError where there are more than may be.
+    """
+    for endpoint, setting in _SETTINGS.items():
+        pairs = named_folders(getattr(settings, setting))
+        if len(pairs) > settings.max_models:
+            raise StartError(f"{setting} names {len(pairs)} models, max_models is {settings.max_models}")
+        for name, folder in pairs:
+            if is_given(settings, setting) or folder.is_dir():
+                yield endpoint, name or folder.resolve().name, folder
+            else:
+                log.warning("no model at %s: its task is off", folder)
 
 
 def resolve_device(settings: Settings) -> tuple[torch.device, torch.dtype]:
@@ -116,44 +117,10 @@ def resolve_device(settings: Settings) -> tuple[torch.device, torch.dtype]:
     return torch.device("cuda" if cuda else "cpu"), dtypes[settings.dtype]
 
 
-def load_checkpoint(
-    settings: Settings, setting: str, device: torch.device, dtype: torch.dtype
-) -> Checkpoint | None:
-    """None when the default folder is not there; a folder that was asked for must be."""
-    folder: Path = getattr(settings, setting)
-    if not folder.is_dir():
-        if is_given(settings, setting):
-            raise CheckpointError(f"{folder}: no such folder ({setting})")
-        log.warning("no model at %s: its task is off", folder)
-        return None
-    wanted, found = _ARCHITECTURES[setting], load_config(folder).architecture
-    if found != wanted:
-        raise CheckpointError(f"{folder}: holds a {found}, {setting} takes a {wanted}")
-    return load(folder, device=device, dtype=dtype)
-
-
 async def warm_up(services: Services) -> None:
-    """Send a small job through every lane, so that the first client finds it warm."""
-    jobs: list[Coroutine[Any, Any, Any]] = []
-    if services.translate is not None:
-        task = services.translate
-        ids = task.tokenizer.source_ids(task.tokenizer.encode("Hello."), next(iter(task.tokenizer.languages)))
-        sequence = Sequence(ids, BeamParams(num_beams=1, max_new_tokens=4))
-        task.lane.submit([sequence])
-        jobs.append(sequence.result())
-    if services.generate is not None:
-        sequence = Sequence([services.generate.tokenizer.bos_id], SamplingParams(max_new_tokens=4))
-        services.generate.lane.submit([sequence])
-        jobs.append(sequence.result())
-    if services.fill_mask is not None:
-        tokenizer = services.fill_mask.tokenizer
-        ids = [tokenizer.cls_id, tokenizer.mask_id, tokenizer.sep_id]
-        item = BatchItem(
-            token_ids=ids, segment_ids=[0] * 3, task="fill-mask", top_k=1, targets=[None], allowed=[None]
-        )
-        services.fill_mask.lane.submit([item])
-        jobs.append(item.result())
-    await gather(jobs)
+    """Small work through every lane, so that the first client finds it warm."""
+    registry = services.registry
+    await gather(registry.workshop.warm_up(endpoint, task) for endpoint, task in registry)
 
 
 def announce(services: Services) -> None:
@@ -161,8 +128,8 @@ def announce(services: Services) -> None:
     metrics.build_info.labels(
         __version__, platform.python_version(), torch.__version__, services.device, services.dtype
     ).set(1)
-    for name, task in services.tasks.items():
-        metrics.model_info.labels(name, task.name, task.sha256).set(1)
+    for endpoint, task in services.registry:
+        metrics.add_model(endpoint, task.name, task.sha256)
     if services.device == "cuda":
         metrics.device_memory_bytes.labels("allocated").set_function(torch.cuda.memory_allocated)
         metrics.device_memory_bytes.labels("reserved").set_function(torch.cuda.memory_reserved)
@@ -174,12 +141,19 @@ async def open_services(app: FastAPI) -> None:
     services: Services = await asyncio.to_thread(app.state.load, settings, lifecycle)
     app.state.services = services
     services.worker.start(asyncio.get_running_loop())
-    async with asyncio.timeout(_WARM_UP_SECONDS):
-        await warm_up(services)
+    await warm_up(services)
     metrics.forget_warm_up()
     announce(services)
     lifecycle.phase = Phase.SERVING
     log.info("ready", extra={"fields": {"tasks": list(services.tasks), "device": services.device}})
+
+
+async def close_services(services: Services) -> None:
+    """End the device thread; the models' series end with them."""
+    services.registry.close()
+    await asyncio.to_thread(services.worker.stop)
+    for endpoint, task in services.registry:
+        metrics.remove_model(endpoint, task.name)
 
 
 async def open_or_fail(app: FastAPI) -> None:
@@ -206,7 +180,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     finally:
         opening.cancel()
         if app.state.services is not None:
-            await asyncio.to_thread(app.state.services.worker.stop)
+            await close_services(app.state.services)
 
 
 def make_rules(settings: Settings) -> Rules:
@@ -247,6 +221,7 @@ def create_app(
     app.include_router(system.router)
     add_handlers(app)
     app.add_middleware(GuardMiddleware, rules=make_rules(settings))
-    # Added last, so outermost: it sees every request and every answer.
+    # Added after what they stand around: the record sees every request and every answer.
     app.add_middleware(RecordMiddleware, endpoints=ENDPOINTS, lifecycle=app.state.lifecycle)
+    app.add_middleware(ModelPathMiddleware)
     return app

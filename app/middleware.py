@@ -22,6 +22,7 @@ from app.logs import request_log
 log = logging.getLogger("app")
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_MODELS = "/models/"
 _OUTCOMES = {"timeout": "timeout", "disconnected": "disconnected"}
 
 
@@ -32,6 +33,7 @@ class RequestRecord:
     request_id: str
     endpoint: str | None
     key_name: str | None = None
+    model: str = metrics.NO_MODEL
     started: float = field(default_factory=time.monotonic)
     n_prompt_tokens: int | None = None
     n_generated_tokens: int | None = None
@@ -73,8 +75,26 @@ class RequestRecord:
         return found | {f"x-{name}-tokens": str(n) for name, n in counts.items() if n is not None}
 
 
+class ModelPathMiddleware:
+    """/models/NAME before a path, or alone, chooses the model; what follows is an ordinary path.
+
+    Clients of the Hugging Face form have such URLs: they post to them, or put /v1/... or /info behind.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith(_MODELS):
+            name, _, rest = scope["path"].removeprefix(_MODELS).partition("/")
+            if name:
+                scope.setdefault("state", {})["model"] = name
+                scope = {**scope, "path": f"/{rest}"}
+        await self.app(scope, receive, send)
+
+
 class RecordMiddleware:
-    """Outermost: makes the record, answers what nobody handled, writes headers, log and metrics."""
+    """Makes the record, answers what nobody handled, writes headers, log and metrics."""
 
     def __init__(self, app: ASGIApp, endpoints: Mapping[str, str], lifecycle: Lifecycle) -> None:
         self.app = app
@@ -127,7 +147,8 @@ def _request_id(scope: Scope) -> str:
 def _conclude(record: RequestRecord, scope: Scope) -> None:
     seconds = record.total_seconds
     if record.endpoint is not None:
-        metrics.requests_total.labels(record.endpoint, record.outcome).inc()
+        model = record.model if metrics.is_known(record.endpoint, record.model) else metrics.NO_MODEL
+        metrics.requests_total.labels(record.endpoint, model, record.outcome).inc()
         metrics.request_duration_seconds.labels(record.endpoint).observe(seconds)
         if record.outcome == "refused" and record.error_type in metrics.REASONS:
             metrics.rejected_total.labels(record.endpoint, record.error_type).inc()
@@ -137,6 +158,7 @@ def _conclude(record: RequestRecord, scope: Scope) -> None:
         "method": scope["method"],
         # The template, or nothing: a path that no route knows may hold anything.
         "route": getattr(scope.get("route"), "path", None),
+        "model": record.model or None,
         "status": record.status,
         "error_type": record.error_type,
         "total_ms": round(1000 * seconds, 2),

@@ -1,13 +1,16 @@
 """Every setting, with its bound: environment (TRANSFORMER_*), `.env`, or the command line."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "TRANSFORMER_"
+
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 # The first of each pair must not be above the second.
@@ -16,6 +19,44 @@ _ORDER = (
     ("default_beams", "max_beams"),
     ("max_beams", "translate_slots"),
 )
+
+
+def _as_text(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _check_folders(value: str) -> str:
+    named_folders(value)
+    return value
+
+
+# A folder, or several with the names that requests choose by; `named_folders` reads it.
+Folders = Annotated[str, BeforeValidator(_as_text), AfterValidator(_check_folders)]
+
+
+def named_folders(value: str) -> list[tuple[str | None, Path]]:
+    """name=folder,... in its order; a plain folder has no name but its own. Raises ValueError."""
+    if "=" not in value:
+        return [(None, Path(value))]
+    pairs: list[tuple[str | None, Path]] = []
+    for part in value.split(","):
+        name, equals, folder = (text.strip() for text in part.partition("="))
+        if not (equals and folder):
+            raise ValueError(f"{part.strip()!r} is not name=folder")
+        check_name(name)
+        if name in dict(pairs):
+            raise ValueError(f"the name {name!r} stands twice")
+        pairs.append((name, Path(folder)))
+    return pairs
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError for what could not stand in a path or a label."""
+    if not _MODEL_NAME.fullmatch(name):
+        raise ValueError(
+            f"the name {name[:80]!r} must be 1 to 64 letters, digits, dots, dashes or underscores, "
+            "the first a letter or a digit"
+        )
 
 
 def _lower(value: object) -> object:
@@ -60,11 +101,26 @@ class Settings(BaseSettings):
         0, ge=0, le=1_000_000_000, description="characters a minute of one key; 0: as many as it likes"
     )
 
-    translate_model: Path = Field(Path("weights/translate"), description="folder of the translation model")
-    fill_mask_model: Path = Field(
-        Path("weights/fill-mask"), description="folder of the masked model (fill-mask, next-sentence)"
+    translate_model: Folders = Field(
+        "weights/translate",
+        description="folder of the translation model; or several, name=folder,name=folder, the first the "
+        "default (as for the others)",
     )
-    generate_model: Path = Field(Path("weights/generate"), description="folder of the generation model")
+    fill_mask_model: Folders = Field(
+        "weights/fill-mask", description="folder of the masked model (fill-mask, next-sentence)"
+    )
+    generate_model: Folders = Field("weights/generate", description="folder of the generation model")
+    classify_model: Folders = Field("weights/classify", description="folder of the classifier")
+    model_roots: str = Field(
+        "weights", description="folders under which the admin route may load models, with commas between"
+    )
+    max_models: int = Field(8, ge=1, le=1000, description="models of one endpoint at a time")
+    max_model_bytes: int = Field(
+        0,
+        ge=0,
+        le=2**50,
+        description="device memory of all models with their caches; 0: what is free when one is loaded",
+    )
 
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where the models run; auto: cuda if there"

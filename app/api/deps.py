@@ -4,100 +4,59 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 from fastapi import Depends, Request
 from starlette.types import Receive
 
-from app.engine.batch import BatchItem, BatchLimits
-from app.engine.decode import DecodeLimits
-from app.engine.errors import Draining
+from app.engine.errors import Draining, NoSuchModel
 from app.engine.lane import DRAIN_RETRY_SECONDS
-from app.engine.sequence import Sequence
-from app.errors import ClientGone, NotLoaded, NotReady, TimedOut
+from app.engine.registry import (
+    AnyTask,
+    Desk,
+    GeneratingLane,
+    LaneT,
+    OneShotLane,
+    Registry,
+    Shelf,
+    Task,
+    Worker,
+)
+from app.errors import ClientGone, InvalidRequest, NotLoaded, NotReady, TimedOut, brief
 from app.lifecycle import Lifecycle
 from app.middleware import RequestRecord
 from app.settings import Settings
-from model.config import TransformerConfig
-from model.tokenizer import Tokenizer
 
 T = TypeVar("T")
 Item = TypeVar("Item")
 
-
-class Lane(Protocol[Item]):
-    """Where work is handed to the engine; all methods are called on the event loop."""
-
-    def submit(self, items: list[Item], /) -> None:
-        """All or nothing; raises Overloaded, PromptTooLong, Draining."""
-
-    def abort(self, items: list[Item], /) -> None:
-        """Give up what has not ended; idempotent."""
-
-
-class GeneratingLane(Lane[Sequence], Protocol):
-    """The decode lane, as routes see it."""
-
-    @property
-    def limits(self) -> DecodeLimits: ...
-
-
-class OneShotLane(Lane[BatchItem], Protocol):
-    """The batch lane, as routes see it."""
-
-    @property
-    def limits(self) -> BatchLimits: ...
-
-
-LaneT = TypeVar("LaneT", GeneratingLane, OneShotLane)
-
-
-@dataclass(frozen=True)
-class Task(Generic[LaneT]):
-    """A loaded model and the lane that runs it."""
-
-    lane: LaneT
-    tokenizer: Tokenizer
-    config: TransformerConfig
-    name: str
-    sha256: str
-
-
-class Worker(Protocol):
-    """The device thread, as the service sees it."""
-
-    @property
-    def alive(self) -> bool: ...
-    def start(self, loop: asyncio.AbstractEventLoop, /) -> None: ...
-    def begin_drain(self) -> None: ...
-    def stop(self) -> None: ...
+# What clients of the OpenAI form send for a model when their URL has named it already.
+_PLACEHOLDERS = ("dummy", "tgi")
 
 
 @dataclass(frozen=True)
 class Services:
     """Everything that routes work with."""
 
-    translate: Task[GeneratingLane] | None
-    fill_mask: Task[OneShotLane] | None
-    generate: Task[GeneratingLane] | None
-    worker: Worker
+    registry: Registry
     settings: Settings
     lifecycle: Lifecycle
     device: str = "cpu"
     dtype: str = "float32"
 
     @property
-    def tasks(self) -> dict[str, Task[GeneratingLane] | Task[OneShotLane]]:
-        """The loaded models by the name of their task."""
-        named = {"translate": self.translate, "fill-mask": self.fill_mask, "generate": self.generate}
-        return {name: task for name, task in named.items() if task is not None}
+    def worker(self) -> Worker:
+        return self.registry.worker
 
-    def loaded(self, task: Task[LaneT] | None, name: str) -> Task[LaneT]:
-        """The task, if this server runs it; raises NotLoaded."""
-        if task is None:
-            others = ", ".join(self.tasks) or "none"
-            raise NotLoaded(f"the {name} model is not loaded; loaded models: {others}")
-        return task
+    @property
+    def shelves(self) -> dict[str, Shelf[Any]]:
+        """By endpoint, those with a model on them."""
+        return {endpoint: shelf for endpoint, shelf in self.registry.shelves.items() if len(shelf)}
+
+    @property
+    def tasks(self) -> dict[str, AnyTask]:
+        """The default model of each endpoint that has one."""
+        return {endpoint: next(iter(shelf)) for endpoint, shelf in self.shelves.items()}
 
 
 def get_services(request: Request) -> Services:
@@ -117,8 +76,88 @@ ServicesDep = Annotated[Services, Depends(get_services)]
 RecordDep = Annotated[RequestRecord, Depends(get_record)]
 
 
+class Models:
+    """The models of one request: named by its body or its path, else the default.
+
+    What it takes stays loaded until the request has ended, whatever takes its place meanwhile.
+    """
+
+    def __init__(self, services: Services, record: RequestRecord, path_name: str | None) -> None:
+        self._services, self._record, self._path_name = services, record, path_name
+        self._held: list[AnyTask] = []
+
+    def translate(self, name: str | None, languages: Iterable[str | None] = ()) -> Task[GeneratingLane]:
+        """Without a name the first that knows the languages; where none does, the default will say so."""
+        shelf, wanted = self._services.registry.translate, set(languages) - {None}
+        if self.named(name) is None:
+            fitting = (task for task in shelf if wanted <= task.tokenizer.languages.keys())
+            found = next(fitting, None)
+            if found is not None:
+                return self._hold(found)
+        return self._take(shelf, name)
+
+    def fill_mask(self, name: str | None) -> Task[OneShotLane]:
+        return self._take(self._services.registry.fill_mask, name)
+
+    def generate(self, name: str | None) -> Task[GeneratingLane]:
+        return self._take(self._services.registry.generate, name)
+
+    def classify(self, name: str | None) -> Task[OneShotLane]:
+        return self._take(self._services.registry.classify, name)
+
+    def of(self, endpoint: str, name: str | None) -> AnyTask:
+        task: AnyTask = self._take(self._services.registry.shelves[endpoint], name)
+        return task
+
+    def named(self, name: str | None) -> str | None:
+        """The name that counts; raises InvalidRequest where the body and the path have two."""
+        if self._path_name is None or name is None or name in _PLACEHOLDERS:
+            return self._path_name or name
+        if name != self._path_name:
+            raise InvalidRequest(f"model is {brief(name)!r}, the path says {brief(self._path_name)!r}")
+        return name
+
+    def endpoints(self, name: str | None) -> list[str]:
+        """Where the name that counts means a model; every endpoint with a model where there is no name."""
+        wanted, shelves = self.named(name), self._services.shelves
+        return [each for each, shelf in shelves.items() if wanted is None or shelf.get(wanted) is not None]
+
+    def release(self) -> None:
+        """The request has ended."""
+        for task in self._held:
+            task.n_users -= 1
+        self._held = []
+
+    def _take(self, shelf: Shelf[LaneT], name: str | None) -> Task[LaneT]:
+        if not len(shelf):
+            others = ", ".join(self._services.tasks) or "none"
+            raise NotLoaded(f"the {shelf.endpoint} model is not loaded; loaded models: {others}")
+        wanted = self.named(name)
+        task = shelf.default if wanted is None else shelf.get(wanted)
+        if task is None:
+            raise NoSuchModel(shelf.endpoint, str(wanted), shelf.names)
+        return self._hold(task)
+
+    def _hold(self, task: Task[LaneT]) -> Task[LaneT]:
+        task.n_users += 1
+        self._held.append(task)
+        self._record.model = task.name
+        return task
+
+
+async def get_models(request: Request, services: ServicesDep, record: RecordDep) -> AsyncIterator[Models]:
+    models = Models(services, record, request.scope["state"].get("model"))
+    try:
+        yield models
+    finally:
+        models.release()
+
+
+ModelsDep = Annotated[Models, Depends(get_models)]
+
+
 @asynccontextmanager
-async def admitted(services: Services, lane: Lane[Item], items: list[Item]) -> AsyncIterator[None]:
+async def admitted(services: Services, lane: Desk[Item], items: list[Item]) -> AsyncIterator[None]:
     """Submit on enter, abort on exit. Enter it in a `yield` dependency: its exit runs in every case."""
     if services.lifecycle.draining:
         raise Draining(DRAIN_RETRY_SECONDS)

@@ -9,9 +9,10 @@ from fastapi.routing import APIRoute
 from starlette.responses import Response
 
 from app.api import fill_mask, generate, next_sentence, openai, translate
-from app.api.deps import RecordDep, Services, ServicesDep
+from app.api.deps import Models, ModelsDep, RecordDep, Services, ServicesDep
 from app.api.libretranslate import is_libretranslate
 from app.dialects import Dialect, speak
+from app.engine.errors import NoSuchModel
 from app.errors import NO_OBJECT, InvalidRequest, UnclearTask
 
 router = APIRouter()
@@ -42,9 +43,9 @@ _BODY = {
 
 
 @router.post("/", openapi_extra=_BODY, responses={400: {"description": "The body fits no one task."}})
-async def dispatch(request: Request, services: ServicesDep, record: RecordDep) -> Response:
-    """By the one task that is loaded, or by the shape of the body."""
-    path = choose_path(await _read(request), services)
+async def dispatch(request: Request, services: ServicesDep, models: ModelsDep, record: RecordDep) -> Response:
+    """By the task of the model that is named, the one task that is loaded, or the shape of the body."""
+    path = choose_path(await _read(request), services, models)
     record.endpoint = ENDPOINTS[path]
     if path == "/v1/completions":
         speak(request.scope, Dialect.OPENAI)
@@ -72,8 +73,10 @@ async def _read(request: Request) -> Any:
         raise HTTPException(400) from None
 
 
-def choose_path(body: Any, services: Services) -> str:
+def choose_path(body: Any, services: Services, models: Models) -> str:
     """The path that a body is meant for; raises UnclearTask where it fits none or several."""
+    named = body.get("model") if isinstance(body, dict) else None
+    loaded = _endpoints(named if isinstance(named, str) else None, services, models)
     if is_libretranslate(body):
         return "/translate"
     if not isinstance(body, dict):
@@ -86,10 +89,9 @@ def choose_path(body: Any, services: Services) -> str:
         return "/next-sentence"
     if body.get("stream") is not None:
         return "/generate"
-    loaded = [f"/{name}" for name in services.tasks]
     if len(loaded) == 1:
-        return loaded[0]
-    fitting = _fitting(body, services)
+        return f"/{loaded[0]}"
+    fitting = _fitting(body, loaded, services)
     if len(fitting) == 1:
         return fitting[0]
     reading = f"this body could be for {' or '.join(fitting)}" if fitting else "this body fits no model here"
@@ -103,18 +105,27 @@ def dialect_of(path: str, fields: Mapping[str, Any]) -> Dialect | None:
     return Dialect.OPENAI if path == "/" and "prompt" in fields else None
 
 
-def _fitting(body: dict[str, Any], services: Services) -> list[str]:
+def _endpoints(named: str | None, services: Services, models: Models) -> list[str]:
+    """Where the model that is named is; every endpoint with a model where none is."""
+    loaded = models.endpoints(named)
+    if not loaded and services.shelves:
+        names = dict.fromkeys(name for shelf in services.shelves.values() for name in shelf.names)
+        raise NoSuchModel("any task", str(models.named(named)), names)
+    return loaded
+
+
+def _fitting(body: dict[str, Any], loaded: list[str], services: Services) -> list[str]:
     """The loaded tasks that know all of the parameters; a mask in the text is fill-mask's alone."""
     parameters = body.get("parameters")
     given = parameters.items() if isinstance(parameters, dict) else ()
     names = {name for name, value in given if value is not None}
-    fitting = [f"/{task}" for task in services.tasks if names <= _PARAMETERS[f"/{task}"]]
+    fitting = [f"/{task}" for task in loaded if names <= _PARAMETERS[f"/{task}"]]
     # What both take is a generation's: clients put a translation's into its generate_parameters.
     if names and "/generate" in fitting:
         fitting = [path for path in fitting if path != "/translate"]
     if "/fill-mask" not in fitting:
         return fitting
-    if services.fill_mask is not None and _has_mask(body["inputs"], services.fill_mask.tokenizer.mask_token):
+    if any(_has_mask(body["inputs"], task.tokenizer.mask_token) for task in services.registry.fill_mask):
         return ["/fill-mask"]
     return [path for path in fitting if path != "/fill-mask"]
 

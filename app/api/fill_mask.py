@@ -11,16 +11,16 @@ from typing_extensions import TypedDict
 from app.api.bounds import Strict, Texts, check_count, check_length, check_text, check_texts, input_names
 from app.api.deps import (
     AttendanceDep,
-    OneShotLane,
+    ModelsDep,
     RecordDep,
     ServicesDep,
-    Task,
     admitted,
     gather,
     note_times,
     prepare,
 )
 from app.engine.batch import BatchItem, Filled
+from app.engine.registry import OneShotLane, Task
 from app.errors import InvalidRequest, Json, brief
 from app.settings import Settings
 from model.tokenizer import Tokenizer
@@ -43,6 +43,7 @@ class FillMaskRequest(Strict):
 
     inputs: str | Texts = Field(examples=["I go [MASK]."])
     parameters: FillMaskParameters | None = None
+    model: str | None = Field(None, description="as /info names it; by default the first")
 
 
 class Filling(TypedDict):
@@ -77,10 +78,10 @@ class FillMaskWork:
 
 
 async def admit(
-    body: FillMaskRequest, services: ServicesDep, record: RecordDep
+    body: FillMaskRequest, services: ServicesDep, models: ModelsDep, record: RecordDep
 ) -> AsyncIterator[FillMaskWork]:
     """Check, tokenise and submit; abort what is left on exit."""
-    task = services.loaded(services.fill_mask, "fill-mask")
+    task = models.fill_mask(body.model)
     parameters = body.parameters or FillMaskParameters()
     targets = _check(parameters, services.settings)
     texts = check_texts(body.inputs, services.settings)

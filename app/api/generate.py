@@ -25,10 +25,9 @@ from app.api.bounds import (
 from app.api.deps import (
     Attendance,
     AttendanceDep,
-    GeneratingLane,
+    ModelsDep,
     RecordDep,
     ServicesDep,
-    Task,
     admitted,
     gather,
     note_times,
@@ -45,6 +44,7 @@ from app.api.generation import (
     sse_response,
 )
 from app.dialects import Dialect, error_body
+from app.engine.registry import GeneratingLane, Task
 from app.engine.sequence import Sequence
 from app.errors import InvalidRequest, Json, brief, classify
 from app.middleware import RequestRecord
@@ -86,6 +86,7 @@ class GenerateRequest(Strict):
 
     inputs: str | Texts = Field(examples=["Once upon a time"])
     parameters: GenerateParameters | None = None
+    model: str | None = Field(None, description="as /info names it; by default the first")
     stream: bool | None = None
 
 
@@ -138,10 +139,10 @@ class GenerateWork:
 
 
 async def admit(
-    body: GenerateRequest, request: Request, services: ServicesDep, record: RecordDep
+    body: GenerateRequest, request: Request, services: ServicesDep, models: ModelsDep, record: RecordDep
 ) -> AsyncIterator[GenerateWork]:
     """Check, tokenise and submit; abort what is left on exit."""
-    task = services.loaded(services.generate, "generate")
+    task = models.generate(body.model)
     parameters = body.parameters or GenerateParameters()
     texts = check_texts(body.inputs, services.settings)
     stops = _check(parameters, services.settings, task)

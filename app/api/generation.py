@@ -9,7 +9,7 @@ from fastapi.sse import EventSourceResponse, format_sse_event
 from typing_extensions import TypedDict
 
 from app.api.bounds import check_length, check_text
-from app.api.deps import GeneratingLane, Task
+from app.engine.registry import GeneratingLane, Task
 from app.engine.sequence import FinishReason, Sequence, TokenEvent
 from app.errors import InvalidRequest
 from app.settings import Settings

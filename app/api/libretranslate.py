@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NotRequired
 from urllib.parse import parse_qsl
 
-from fastapi import APIRouter, Body, Request
+from fastapi import APIRouter, Body, Query, Request
 from pydantic import BeforeValidator, Field
 from starlette.datastructures import QueryParams
 from typing_extensions import TypedDict
 
 from app.api.bounds import Strict, Texts, check_count, check_text, check_texts
-from app.api.deps import GeneratingLane, ServicesDep, Task
+from app.api.deps import ModelsDep, ServicesDep
 from app.api.translation import (
     Found,
     Plan,
@@ -21,6 +21,7 @@ from app.api.translation import (
     join_text,
     plan_texts,
 )
+from app.engine.registry import GeneratingLane, Task
 from app.errors import InvalidRequest, Json
 from app.settings import Settings
 from model.sampling import BeamParams
@@ -45,6 +46,14 @@ class LibreTranslateRequest(Strict):
     format: str | None = Field(None, description="text; html is not supported yet")
     alternatives: int | None = Field(None, description="so many more translations, where there are")
     api_key: str | None = Field(None, description="where the server wants one")
+    model: str | None = Field(
+        None, description="as /info names it; by default the first that knows the languages"
+    )
+
+    @property
+    def languages(self) -> list[str | None]:
+        """Those that are named."""
+        return [None if self.source == _AUTO else self.source, self.target]
 
 
 class DetectRequest(Strict):
@@ -248,7 +257,21 @@ async def detect_text(
 
 
 @router.get("/languages", response_model=list[Language], responses=_ERRORS)
-async def list_languages(services: ServicesDep) -> Json:
-    """The languages, each with what it can be translated to."""
-    codes = sorted(services.loaded(services.translate, "translate").tokenizer.languages)
-    return Json([Language(code=code, name=_NAMES.get(code, code), targets=codes) for code in codes])
+async def list_languages(
+    services: ServicesDep,
+    models: ModelsDep,
+    model: Annotated[str | None, Query(description="as /info names it; by default all together")] = None,
+) -> Json:
+    """The languages, each with what it can be translated to by one model or another."""
+    chosen = models.translate(model)
+    tasks = [chosen] if models.named(model) else services.registry.translate
+    targets: dict[str, set[str]] = {}
+    for known in (set(task.tokenizer.languages) for task in tasks):
+        for code in known:
+            targets.setdefault(code, set()).update(known)
+    return Json(
+        [
+            Language(code=code, name=_NAMES.get(code, code), targets=sorted(targets[code]))
+            for code in sorted(targets)
+        ]
+    )

@@ -11,16 +11,16 @@ from typing_extensions import TypeAliasType, TypedDict
 from app.api.bounds import Strict, check_length, check_text, input_names
 from app.api.deps import (
     AttendanceDep,
-    OneShotLane,
+    ModelsDep,
     RecordDep,
     ServicesDep,
-    Task,
     admitted,
     gather,
     note_times,
     prepare,
 )
 from app.engine.batch import BatchItem
+from app.engine.registry import OneShotLane, Task
 from app.errors import InvalidRequest, Json
 from app.settings import Settings
 
@@ -46,6 +46,7 @@ class NextSentenceRequest(Strict):
 
     inputs: Pair | Pairs
     parameters: NextSentenceParameters | None = None
+    model: str | None = Field(None, description="as /info names it; by default the first")
 
 
 class NextSentenceAnswer(TypedDict):
@@ -64,10 +65,10 @@ class NextSentenceWork:
 
 
 async def admit(
-    body: NextSentenceRequest, services: ServicesDep, record: RecordDep
+    body: NextSentenceRequest, services: ServicesDep, models: ModelsDep, record: RecordDep
 ) -> AsyncIterator[NextSentenceWork]:
     """Check, tokenise and submit; abort what is left on exit."""
-    task = services.loaded(services.fill_mask, "fill-mask")
+    task = models.fill_mask(body.model)
     pairs = _check(body.inputs, services.settings)
     n_chars = sum(len(pair.first) + len(pair.second) for pair in pairs.values())
     encoded = await prepare(n_chars, _encode_all, pairs, task)

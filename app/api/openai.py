@@ -29,11 +29,9 @@ from app.api.bounds import (
 from app.api.deps import (
     Attendance,
     AttendanceDep,
-    GeneratingLane,
+    ModelsDep,
     RecordDep,
-    Services,
     ServicesDep,
-    Task,
     admitted,
     gather,
     note_times,
@@ -49,8 +47,9 @@ from app.api.generation import (
     sse_response,
 )
 from app.dialects import Dialect, error_body
+from app.engine.registry import GeneratingLane, Task
 from app.engine.sequence import FinishReason, Sequence
-from app.errors import InvalidRequest, Json, UnknownModel, brief, classify
+from app.errors import InvalidRequest, Json, classify
 from app.middleware import RequestRecord
 from app.settings import Settings
 from model.sampling import SamplingParams
@@ -340,11 +339,10 @@ class CompletionWork:
 
 
 async def admit(
-    body: CompletionRequest, services: ServicesDep, record: RecordDep
+    body: CompletionRequest, services: ServicesDep, models: ModelsDep, record: RecordDep
 ) -> AsyncIterator[CompletionWork]:
     """Check, tokenise and submit; abort what is left on exit."""
-    task = services.loaded(services.generate, "generate")
-    _check_model(body.model, services)
+    task = models.generate(body.model)
     stops = _check(body, services.settings, task)
     prompts = await _read_prompts("" if body.prompt is None else body.prompt, task, services.settings)
     groups = [
@@ -384,26 +382,17 @@ async def complete(
 @router.get("/v1/models", response_model=ModelList, responses=_ERRORS)
 async def list_models(services: ServicesDep) -> ModelList:
     """The models that complete; the others have routes of their own."""
-    names = [] if services.generate is None else [services.generate.name]
-    return ModelList(object="list", data=[_model(name) for name in names])
+    return ModelList(object="list", data=[_model(name) for name in services.registry.generate.names])
 
 
 @router.get("/v1/models/{model_id:path}", response_model=Model, responses=_ERRORS)
-async def get_model(model_id: str, services: ServicesDep) -> Model:
+async def get_model(model_id: str, models: ModelsDep) -> Model:
     """One of them."""
-    _check_model(model_id, services)
-    return _model(model_id)
+    return _model(models.generate(model_id).name)
 
 
 def _model(name: str) -> Model:
     return Model(id=name, object="model", created=_STARTED, owned_by="transformer-server")
-
-
-def _check_model(name: str | None, services: Services) -> None:
-    known = None if services.generate is None else services.generate.name
-    if name is not None and name != known:
-        there = "there is none" if known is None else f"there is {known!r}"
-        raise UnknownModel(f"no model {brief(name)!r} completes here; {there}")
 
 
 def _most_probable(group: list[Choice], n: int) -> list[Choice]:

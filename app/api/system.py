@@ -8,10 +8,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app import __version__, metrics
-from app.api.deps import Services, ServicesDep
+from app.api.deps import ModelsDep, Services, ServicesDep
 from app.dialects import error_response
 from app.engine.errors import Draining
 from app.engine.lane import DRAIN_RETRY_SECONDS
+from app.engine.registry import AnyTask
 from app.errors import Json
 from app.lifecycle import Lifecycle, Phase
 
@@ -41,14 +42,24 @@ async def ready(request: Request) -> Response:
 
 
 @router.get("/info")
-async def info(services: ServicesDep) -> Json:
-    """What runs here, and its limits."""
+async def info(services: ServicesDep, models: ModelsDep) -> Json:
+    """What runs here, and its limits: the default model of each task, and all of them by name.
+
+    Behind the path of a model, that model alone.
+    """
+    described = {
+        endpoint: {task.name: _describe(task) for task in services.shelves[endpoint]}
+        for endpoint in models.endpoints(None)
+    }
     return Json(
         {
             "version": __version__,
             "device": services.device,
             "dtype": services.dtype,
-            "tasks": {name: _describe(task) for name, task in services.tasks.items()},
+            "tasks": {
+                endpoint: each[models.named(None) or next(iter(each))] for endpoint, each in described.items()
+            },
+            "models": described,
             "limits": _limits(services),
         }
     )
@@ -74,7 +85,7 @@ def is_ready(lifecycle: Lifecycle, services: Services | None) -> bool:
     return lifecycle.phase is Phase.SERVING and services is not None and services.worker.alive
 
 
-def _describe(task: Any) -> dict[str, Any]:
+def _describe(task: AnyTask) -> dict[str, Any]:
     limits = task.lane.limits
     names = (
         "max_prompt_tokens",

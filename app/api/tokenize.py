@@ -7,7 +7,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from app.api.bounds import Strict, Texts, check_texts
-from app.api.deps import Services, ServicesDep, prepare
+from app.api.deps import Models, ModelsDep, Services, ServicesDep, prepare
 from app.errors import InvalidRequest, Json, NotLoaded
 from model.tokenizer import Piece, Tokenizer
 
@@ -19,8 +19,10 @@ class TokenizeRequest(Strict):
 
     inputs: str | Texts = Field(examples=["I go home."])
     task: str | None = Field(
-        None, description="translate, fill-mask or generate; by default the first of them that is loaded"
+        None,
+        description="translate, fill-mask, generate or classify; by default the first of them that is loaded",
     )
+    model: str | None = Field(None, description="as /info names it; by default the first")
 
 
 class TokenSpan(TypedDict):
@@ -34,25 +36,27 @@ class TokenSpan(TypedDict):
 
 
 @router.post("/tokenize", response_model=list[TokenSpan] | list[list[TokenSpan]])
-async def tokenize(body: TokenizeRequest, services: ServicesDep) -> Json:
+async def tokenize(body: TokenizeRequest, services: ServicesDep, models: ModelsDep) -> Json:
     """Nothing is added to the text. For fill-mask the mask token counts, with the space before it."""
-    name = _task_name(body.task, services)
+    name = _task_name(body, services, models)
     texts = check_texts(body.inputs, services.settings)
     n_chars, limit = sum(map(len, texts)), services.settings.max_tokenize_chars
     if n_chars > limit:
         raise InvalidRequest(f"inputs has {n_chars} characters in all, the limit is {limit}")
-    tokenizer = services.tasks[name].tokenizer
+    tokenizer = models.of(name, body.model).tokenizer
     is_list = isinstance(body.inputs, list)
     return await prepare(n_chars, _answer, texts, is_list, name == "fill-mask", tokenizer)
 
 
-def _task_name(asked: str | None, services: Services) -> str:
+def _task_name(body: TokenizeRequest, services: Services, models: Models) -> str:
     names = list(services.tasks)
     if not names:
         raise NotLoaded("no model is loaded")
-    if asked is not None and asked not in names:
-        raise InvalidRequest(f"task: no task {asked[:20]!r} is loaded; there are {', '.join(names)}")
-    return names[0] if asked is None else asked
+    if body.task is None:
+        return next(iter(models.endpoints(body.model)), names[0])
+    if body.task not in names:
+        raise InvalidRequest(f"task: no task {body.task[:20]!r} is loaded; there are {', '.join(names)}")
+    return body.task
 
 
 def _answer(texts: list[str], is_list: bool, with_masks: bool, tokenizer: Tokenizer) -> Json:

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from typing_extensions import TypedDict
 
 from app.api.bounds import Strict, Texts, check_count, check_penalty, check_range, check_texts
-from app.api.deps import AttendanceDep, GeneratingLane, RecordDep, ServicesDep, Task, admitted
+from app.api.deps import AttendanceDep, ModelsDep, RecordDep, ServicesDep, admitted
 from app.api.libretranslate import (
     FORM_BODY,
     LibreError,
@@ -32,6 +32,7 @@ from app.api.translation import (
     translate_plan,
 )
 from app.dialects import LIBRETRANSLATE_TAG, Dialect, speak
+from app.engine.registry import GeneratingLane, Task
 from app.engine.sequence import FinishReason, Hypothesis, Sequence
 from app.errors import NO_OBJECT, ErrorBody, InvalidRequest, Json, brief
 from app.settings import Settings
@@ -80,6 +81,9 @@ class TranslateRequest(Strict):
 
     inputs: str | Texts = Field(examples=["I go home."])
     parameters: TranslateParameters | None = None
+    model: str | None = Field(
+        None, description="as /info names it; by default the first that knows the languages"
+    )
 
 
 class Alignment(TypedDict):
@@ -149,20 +153,23 @@ AnyRequest = Annotated[
 async def admit(
     request: Request,
     services: ServicesDep,
+    models: ModelsDep,
     record: RecordDep,
     body: Annotated[AnyRequest | None, Body()] = None,
 ) -> AsyncIterator[TranslateWork | LibreTranslateWork]:
     """Check, split, tokenise and submit all sentences of all texts; abort what is left on exit."""
     work: TranslateWork | LibreTranslateWork
     if isinstance(body, TranslateRequest):
-        task = services.loaded(services.translate, "translate")
+        parameters = body.parameters or TranslateParameters()
+        task = models.translate(body.model, (parameters.src_lang, parameters.tgt_lang))
         work = await _plan(body, task, services.settings)
     elif body is None and "q" not in request.query_params:
         raise InvalidRequest(NO_OBJECT)
     else:
         speak(request.scope, Dialect.LIBRETRANSLATE)
-        task = services.loaded(services.translate, "translate")
-        work = await plan_libretranslate(merge_query(body, request.query_params), task, services.settings)
+        merged = merge_query(body, request.query_params)
+        task = models.translate(merged.model, merged.languages)
+        work = await plan_libretranslate(merged, task, services.settings)
     sequences = work.plan.sequences
     record.n_prompt_tokens = sum(len(sequence.prompt_ids) for sequence in sequences)
     async with admitted(services, task.lane, sequences):

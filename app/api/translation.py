@@ -4,7 +4,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from app.api.deps import Attendance, GeneratingLane, Task, gather, note_times, prepare
+from app.api.deps import Attendance, gather, note_times, prepare
+from app.engine.registry import GeneratingLane, Task
 from app.engine.sequence import Hypothesis, Sequence
 from app.middleware import RequestRecord
 from app.sentences import split_text

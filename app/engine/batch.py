@@ -99,12 +99,13 @@ class BatchLane:
         max_queue_items: int,
         max_queue_tokens: int,
     ) -> None:
-        self.name, self.max_batch_tokens = name, max_batch_tokens
+        self.name, self.model_name, self.max_batch_tokens = name, checkpoint.name, max_batch_tokens
         self.runner = MaskedRunner(checkpoint)
         self.mask_id = checkpoint.tokenizer.mask_id
         self.limits = BatchLimits(checkpoint.config.max_len, max_queue_items, max_queue_tokens)
         self.door = Door()
-        self.failures = Failures(name, self.runner.responds)
+        self.failures = Failures(name, checkpoint.name, self.runner.responds)
+        self._levels = metrics.LaneLevels(name, checkpoint.name)
         self.wake: Callable[[], None] = lambda: None  # set by the worker
         self._lock = threading.Lock()
         self._waiting: list[BatchItem] = []
@@ -132,7 +133,7 @@ class BatchLane:
             self._measure_queue()
         self.door.enter(len(items))
         for item in items:
-            metrics.prompt_tokens_total.labels(item.task).inc(item.n_tokens)
+            metrics.prompt_tokens_total.labels(item.task, self.model_name).inc(item.n_tokens)
         self.wake()
 
     def abort(self, items: list[BatchItem]) -> None:
@@ -224,8 +225,7 @@ class BatchLane:
         self._out.append(Handover(item, outcome, self.door))
 
     def _measure_queue(self) -> None:
-        metrics.queue_items.labels(self.name).set(len(self._waiting))
-        metrics.queue_tokens.labels(self.name).set(self._waiting_tokens)
+        self._levels.set_queue(len(self._waiting), self._waiting_tokens)
 
 
 def _is_sound(result: BatchResult) -> bool:

@@ -56,7 +56,8 @@ class DecodeLane(ABC, Generic[Choice]):
             max_queue_tokens=limits.max_queue_tokens,
         )
         self.door = Door()
-        self.failures = Failures(name, runner.responds)
+        self.failures = Failures(name, runner.model_name, runner.responds)
+        self._levels = metrics.LaneLevels(name, runner.model_name)
         self.wake: Callable[[], None] = lambda: None  # set by the worker
         self._lock = threading.Lock()
         self._departures = False
@@ -84,7 +85,7 @@ class DecodeLane(ABC, Generic[Choice]):
             self.scheduler.add(sequences)
             self._measure_queue()
         self.door.enter(len(sequences))
-        metrics.prompt_tokens_total.labels(self.name).inc(n_tokens)
+        metrics.prompt_tokens_total.labels(self.name, self.runner.model_name).inc(n_tokens)
         if any(sequence.aborted for sequence in sequences):
             self._departures = True
         self.wake()
@@ -134,8 +135,7 @@ class DecodeLane(ABC, Generic[Choice]):
         return self._take_out()
 
     def _take_out(self) -> Handovers:
-        metrics.rows_in_use.labels(self.name).set(self.scheduler.n_active)
-        metrics.kv_cache_usage_ratio.labels(self.name).set(self._cache_usage())
+        self._levels.set_rows(self.scheduler.n_active, self._cache_usage())
         out, self._out = self._out, []
         return out
 
@@ -209,8 +209,7 @@ class DecodeLane(ABC, Generic[Choice]):
         return list(dict.fromkeys(self.scheduler.owners[row] for row in rows))
 
     def _measure_queue(self) -> None:
-        metrics.queue_items.labels(self.name).set(len(self.scheduler.waiting))
-        metrics.queue_tokens.labels(self.name).set(self.scheduler.waiting_tokens)
+        self._levels.set_queue(len(self.scheduler.waiting), self.scheduler.waiting_tokens)
 
     def _cache_usage(self) -> float:
         used = sum(self._row_length(s) * s.n_rows for s in self.scheduler.running)
@@ -340,7 +339,7 @@ class GenerateLane(DecodeLane[Drawn]):
         broken = [s for s in running if math.isnan(chosen[s.rows[0]].logprob)]
         sound = [s for s in running if s not in broken]
         reasons = {s: self._hand_over(s, chosen[s.rows[0]], now) for s in sound}
-        metrics.generated_tokens_total.labels(self.name).inc(len(sound))
+        metrics.generated_tokens_total.labels(self.name, self.runner.model_name).inc(len(sound))
         self._wipe(broken)
         self._end([*broken, *(s for s in sound if reasons[s])], lambda s: self._outcome(s, reasons.get(s)))
 
@@ -488,7 +487,9 @@ class TranslateLane(DecodeLane[Ranked]):
         """The hypotheses, with alignments where they were asked for."""
         hypotheses = [self._hypothesis(sequence, ended) for ended in self._groups[sequence].results()]
         sequence.n_generated_tokens = sum(len(hypothesis.token_ids) for hypothesis in hypotheses)
-        metrics.generated_tokens_total.labels(self.name).inc(sequence.n_generated_tokens)
+        metrics.generated_tokens_total.labels(self.name, self.runner.model_name).inc(
+            sequence.n_generated_tokens
+        )
         return hypotheses
 
     def _hypothesis(self, sequence: Sequence, ended: Ended) -> Hypothesis:

@@ -1,5 +1,9 @@
 """What can go wrong in the engine. HTTP statuses are given to these in app/errors.py."""
 
+from collections.abc import Iterable
+
+_MAX_NAME_CHARS = 80
+
 
 class EngineError(Exception):
     """Root of everything that the engine raises on purpose."""
@@ -52,3 +56,31 @@ class Aborted(EngineError):
 
     def __init__(self, message: str = "the request was aborted") -> None:
         super().__init__(message)
+
+
+class NoSuchModel(EngineError):
+    """A model's name that nothing of an endpoint has."""
+
+    code, parameter = "model_not_found", "model"
+
+    def __init__(self, endpoint: str, name: str, others: Iterable[str]) -> None:
+        named = name if len(name) <= _MAX_NAME_CHARS else f"{name[:_MAX_NAME_CHARS]}..."
+        there = ", ".join(map(repr, others))
+        super().__init__(
+            f"no model {named!r} for {endpoint}; {f'there is {there}' if there else 'there is none'}"
+        )
+
+
+class ModelConflict(EngineError):
+    """A load that what is loaded, or being loaded, does not allow."""
+
+
+class NoRoom(EngineError):
+    """A model that does not fit into the memory that is left."""
+
+    def __init__(self, n_bytes: int, n_free: int, what: str) -> None:
+        super().__init__(f"the model needs {n_bytes} bytes with its caches, {what} {n_free}")
+
+
+class UnfitModel(EngineError):
+    """A model that was loaded, and then could not do its first work."""

@@ -98,13 +98,13 @@ Handovers = list[Handover[Any]]
 class Failures:
     """A step that raises is counted and logged, and the device is asked whether it still lives."""
 
-    def __init__(self, name: str, responds: Callable[[], bool]) -> None:
-        self.name, self._responds = name, responds
+    def __init__(self, name: str, model_name: str, responds: Callable[[], bool]) -> None:
+        self.name, self.model_name, self._responds = name, model_name, responds
         self.broken = False  # the device answers no more: every later step would fail too
 
     def note(self, error: Exception, n_items: int) -> bool:
         """Note a failed step over some items; does trying again with fewer of them make sense?"""
-        metrics.step_failures_total.labels(self.name).inc()
+        metrics.step_failures_total.labels(self.name, self.model_name).inc()
         self.broken = not self._responds()
         # The halves of a failed step fail in the same way; the last of them tells the whole story.
         story = error if n_items == 1 or self.broken else None

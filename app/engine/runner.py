@@ -50,7 +50,7 @@ class DecodeRunner:
         model = checkpoint.model
         assert isinstance(model, CausalLM | Translator)
         self.model: CausalLM | Translator = model
-        self.config = checkpoint.config
+        self.config, self.model_name = checkpoint.config, checkpoint.name
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.n_slots, self.max_len = n_slots, max_len

@@ -6,7 +6,9 @@ import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -25,19 +27,43 @@ class DeviceWorker:
     """
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
-        self.lanes = list(lanes)
+        self.lanes: list[Lane] = []  # replaced under the lock, never changed: the thread walks over it
+        self._lock = threading.Lock()
+        self._leaving: deque[tuple[Lane, asyncio.Future[None]]] = deque()
         self._wake = threading.Event()
         self._stopping = False
+        self._draining = False
         self._beat = time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
-        for lane in self.lanes:
-            lane.wake = self._wake.set
+        for lane in lanes:
+            self.add(lane)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin taking turns; results are handed over on `loop`."""
         self._loop = loop
         self._thread.start()
+
+    def add(self, lane: Lane) -> None:
+        """From now on a lane has its turns."""
+        lane.wake = self._wake.set
+        with self._lock:
+            lane.door.draining |= self._draining
+            self.lanes = [*self.lanes, lane]
+
+    async def remove(self, lane: Lane) -> None:
+        """Take a lane out between two turns; what it still holds ends as aborted.
+
+        Afterwards nothing here refers to it, so that its memory is free with its last reader.
+        """
+        lane.door.draining = True
+        gone = asyncio.get_running_loop().create_future()
+        self._leaving.append((lane, gone))
+        self._wake.set()
+        # Looked at again and again, because a thread that ends meanwhile answers no more.
+        while self._thread.is_alive() and not gone.done():
+            await asyncio.wait([gone], timeout=1.0)
+        self._forget(lane)
 
     @property
     def alive(self) -> bool:
@@ -47,8 +73,10 @@ class DeviceWorker:
 
     def begin_drain(self) -> None:
         """Every lane refuses new work from now on; what is accepted goes on."""
-        for lane in self.lanes:
-            lane.door.draining = True
+        with self._lock:
+            self._draining = True
+            for lane in self.lanes:
+                lane.door.draining = True
 
     async def drained(self, timeout: float) -> bool:
         """Wait until all accepted work was handed its end; False if that takes over `timeout` seconds."""
@@ -75,6 +103,7 @@ class DeviceWorker:
                 self._beat = time.monotonic()
                 # Cleared before looking: work that arrives during the turn sets it again.
                 self._wake.clear()
+                self._let_go()
                 busy = [self._turn(lane) for lane in self.lanes]  # every lane has its turn
                 if not any(busy):
                     self._wake.wait(timeout=1.0)
@@ -82,6 +111,17 @@ class DeviceWorker:
             self.begin_drain()
             for lane in self.lanes:
                 self._give_up(lane, lambda: Aborted("the service stopped"))
+
+    def _let_go(self) -> None:
+        while self._leaving:
+            lane, gone = self._leaving.popleft()
+            self._forget(lane)
+            self._give_up(lane, Aborted)
+            self._call(gone.set_result, None)
+
+    def _forget(self, lane: Lane) -> None:
+        with self._lock:
+            self.lanes = [other for other in self.lanes if other is not lane]
 
     def _turn(self, lane: Lane) -> bool:
         if not lane.has_work():
@@ -100,12 +140,16 @@ class DeviceWorker:
             log.critical("lane %s cannot be cleared", lane.name, exc_info=failure)
 
     def _hand_over(self, handovers: Handovers) -> None:
-        if not handovers or self._loop is None:
+        if handovers:
+            self._call(_complete, handovers)
+
+    def _call(self, tell: Callable[[Any], None], what: Any) -> None:
+        if self._loop is None:
             return
         try:
-            self._loop.call_soon_threadsafe(_complete, handovers)
+            self._loop.call_soon_threadsafe(tell, what)
         except RuntimeError:  # the loop has closed: nobody is left to tell
-            log.warning("%d results found no event loop", len(handovers))
+            log.warning("a hand-over found no event loop")
 
 
 def _complete(handovers: Handovers) -> None:

@@ -36,19 +36,19 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture
 def generate_lane(app: FastAPI) -> FakeDecodeLane:
-    lane: FakeDecodeLane = app.state.services.generate.lane
+    lane: FakeDecodeLane = app.state.services.registry.generate.default.lane
     return lane
 
 
 @pytest.fixture
 def translate_lane(app: FastAPI) -> FakeDecodeLane:
-    lane: FakeDecodeLane = app.state.services.translate.lane
+    lane: FakeDecodeLane = app.state.services.registry.translate.default.lane
     return lane
 
 
 @pytest.fixture
 def fill_mask_lane(app: FastAPI) -> FakeBatchLane:
-    lane: FakeBatchLane = app.state.services.fill_mask.lane
+    lane: FakeBatchLane = app.state.services.registry.fill_mask.default.lane
     return lane
 
 

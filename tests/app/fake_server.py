@@ -16,7 +16,7 @@ from tests.app.fakes import FakeDecodeLane, load_fakes, make_settings
 def main(port: int, pause_seconds: float, grace_seconds: float) -> None:
     def load(settings: Settings, lifecycle: Lifecycle) -> Services:
         services = load_fakes(settings, lifecycle)
-        for task in (services.translate, services.generate):
+        for task in (services.registry.translate.default, services.registry.generate.default):
             assert task is not None
             assert isinstance(task.lane, FakeDecodeLane)
             task.lane.pause_seconds = pause_seconds

@@ -8,11 +8,14 @@ list of words. A pair of sentences follows when both have the same length.
 import asyncio
 from collections.abc import Sequence as Items
 from functools import cache
+from pathlib import Path
+from typing import Any
 
-from app.api.deps import Services, Task
+from app.api.deps import Services
 from app.engine.batch import BatchItem, BatchLimits
 from app.engine.decode import DecodeLimits
 from app.engine.errors import Aborted, Draining, Overloaded, StepFailed
+from app.engine.registry import AnyTask, Registry, Task
 from app.engine.sequence import FinishReason, Hypothesis, Sequence, TokenEvent
 from app.lifecycle import Lifecycle
 from app.settings import Settings
@@ -166,8 +169,15 @@ class FakeWorker:
     """There is no thread: the lanes run on the event loop."""
 
     def __init__(self, lanes: Items[FakeDecodeLane | FakeBatchLane]) -> None:
-        self.lanes = lanes
+        self.lanes = list(lanes)
         self.alive = False
+
+    def add(self, lane: FakeDecodeLane | FakeBatchLane) -> None:
+        self.lanes.append(lane)
+
+    async def remove(self, lane: FakeDecodeLane | FakeBatchLane) -> None:
+        self.lanes.remove(lane)
+        lane.abort_all()
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -185,6 +195,22 @@ class FakeWorker:
             self.loop.call_soon_threadsafe(lane.abort_all)
 
 
+class FakeWorkshop:
+    """Nothing needs to be warm; what it builds, a test puts into `ready` by endpoint and name."""
+
+    def __init__(self) -> None:
+        self.ready: dict[tuple[str, str], AnyTask | Exception] = {}
+
+    def build(self, endpoint: str, name: str, folder: Path, n_bytes_loaded: int) -> AnyTask:
+        built = self.ready[endpoint, name]
+        if isinstance(built, Exception):
+            raise built
+        return built
+
+    async def warm_up(self, endpoint: str, task: AnyTask) -> None:
+        return None
+
+
 def make_settings(**values: object) -> Settings:
     """Settings that no environment and no `.env` can change."""
     return Settings(_env_file=None, **values)  # type: ignore[arg-type]
@@ -196,14 +222,14 @@ def load_fakes(settings: Settings, lifecycle: Lifecycle) -> Services:
     translate = FakeDecodeLane(byte_tokenizer(), decode_limits)
     generate = FakeDecodeLane(byte_tokenizer(), decode_limits)
     fill_mask = FakeBatchLane(word_tokenizer(), BatchLimits(32, 16, 2000))
-    return Services(
-        translate=Task(translate, byte_tokenizer(), make_config("translator"), "shout", "aa"),
-        fill_mask=Task(fill_mask, word_tokenizer(), make_config("masked_lm"), "words", "bb"),
-        generate=Task(generate, byte_tokenizer(), make_config("causal_lm"), "alphabet", "cc"),
-        worker=FakeWorker([translate, generate, fill_mask]),
-        settings=settings,
-        lifecycle=lifecycle,
-    )
+    tasks: dict[str, list[Any]] = {
+        "translate": [Task(translate, byte_tokenizer(), make_config("translator"), "shout", "aa")],
+        "fill-mask": [Task(fill_mask, word_tokenizer(), make_config("masked_lm"), "words", "bb")],
+        "generate": [Task(generate, byte_tokenizer(), make_config("causal_lm"), "alphabet", "cc")],
+    }
+    worker = FakeWorker([translate, generate, fill_mask])
+    registry = Registry(tasks, worker, FakeWorkshop(), max_models=settings.max_models)
+    return Services(registry, settings, lifecycle)
 
 
 def make_config(architecture: str) -> TransformerConfig:

@@ -1,7 +1,7 @@
 """POST /: the body tells which route is meant."""
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -15,10 +15,16 @@ Client = httpx.AsyncClient
 PAIR = {"first": "a", "second": "b"}
 
 
-def only(app: FastAPI, *names: str) -> None:
-    """Leave only these tasks loaded."""
-    gone: dict[str, Any] = dict.fromkeys({"translate", "fill_mask", "generate"} - set(names))
-    app.state.services = replace(app.state.services, **gone)
+@contextmanager
+def only(app: FastAPI, *names: str) -> Iterator[None]:
+    """Meanwhile only these tasks are loaded."""
+    shelves = app.state.services.registry.shelves
+    gone = [
+        (shelf, shelf.take(name)) for e, shelf in shelves.items() if e not in names for name in shelf.names
+    ]
+    yield
+    for shelf, task in gone:
+        shelf.put(task)
 
 
 @pytest.mark.parametrize(
@@ -101,15 +107,12 @@ async def test_odd_shapes(client: Client, body: dict[str, object], status: int) 
 
 
 async def test_by_the_one_task_that_is_loaded(client: Client, app: FastAPI) -> None:
-    services = app.state.services
-    only(app, "generate")
-    assert (await client.post("/", json={"inputs": "y"})).json() == {"generated_text": "z"}
-    app.state.services = services
-    only(app, "translate")
-    assert (await client.post("/", json={"inputs": "a"})).json() == [{"translation_text": "A"}]
-    app.state.services = services
-    only(app, "fill_mask")
-    answer = await client.post("/", json={"inputs": "a"})
+    with only(app, "generate"):
+        assert (await client.post("/", json={"inputs": "y"})).json() == {"generated_text": "z"}
+    with only(app, "translate"):
+        assert (await client.post("/", json={"inputs": "a"})).json() == [{"translation_text": "A"}]
+    with only(app, "fill-mask"):
+        answer = await client.post("/", json={"inputs": "a"})
     assert (answer.status_code, "has no mask" in answer.json()["error"]) == (422, True)
 
 

@@ -113,10 +113,7 @@ async def test_the_unplanned_is_a_500_without_its_message(
 
 
 async def test_a_task_that_is_not_loaded(client: Client, app: FastAPI) -> None:
-    services = app.state.services
-    app.state.services = type(services)(
-        None, services.fill_mask, services.generate, services.worker, services.settings, services.lifecycle
-    )
+    app.state.services.registry.translate.take("shout")
     error = check(await client.post("/translate", json={"inputs": "a"}), 404, "not_found")
     assert error == "the translate model is not loaded; loaded models: fill-mask, generate"
 

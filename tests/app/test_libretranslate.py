@@ -168,7 +168,7 @@ async def test_a_full_queue(client: Client, translate_lane: FakeDecodeLane) -> N
 
 
 async def test_a_failed_step(client: Client, app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app.state.services.translate.lane, "submit", lambda sequences: 1 / 0)
+    monkeypatch.setattr(app.state.services.registry.translate.default.lane, "submit", lambda sequences: 1 / 0)
     answer = await client.post("/translate", data={"q": "a", "target": "ko"})
     assert check(answer, 500) == "internal error"
 
@@ -220,10 +220,7 @@ async def test_languages(client: Client) -> None:
 
 
 async def test_languages_of_a_model_that_is_not_loaded(client: Client, app: FastAPI) -> None:
-    services = app.state.services
-    app.state.services = type(services)(
-        None, services.fill_mask, None, services.worker, services.settings, services.lifecycle
-    )
+    app.state.services.registry.translate.take("shout")
     assert "not loaded" in check(await client.get("/languages"), 404)
     assert "not loaded" in check(await client.post("/translate", json={"q": "a", "target": "ko"}), 404)
 

@@ -323,7 +323,7 @@ async def test_models(client: Client) -> None:
 
 async def test_unknown_things(client: Client) -> None:
     error = check(await client.get("/v1/models/a/b"), 404)
-    assert error["message"] == "no model 'a/b' completes here; there is 'alphabet'"
+    assert error["message"] == "no model 'a/b' for generate; there is 'alphabet'"
     assert (error["code"], error["param"]) == ("model_not_found", "model")
     assert (await refusal(client, 404, model="gpt", prompt="a"))["code"] == "model_not_found"
     assert check(await client.get("/v1/nope"), 404)["code"] == "not_found"
@@ -331,10 +331,7 @@ async def test_unknown_things(client: Client) -> None:
 
 
 async def test_a_model_that_is_not_loaded(client: Client, app: FastAPI) -> None:
-    services = app.state.services
-    app.state.services = type(services)(
-        services.translate, None, None, services.worker, services.settings, services.lifecycle
-    )
+    app.state.services.registry.generate.take("alphabet")
     assert (await client.get("/v1/models")).json()["data"] == []
     assert "not loaded" in (await refusal(client, 404, prompt="a"))["message"]
 

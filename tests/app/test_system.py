@@ -15,12 +15,16 @@ Client = httpx.AsyncClient
 
 
 async def sample(client: Client, metric: str, /, **labels: str) -> float:
+    """The sum of all that have these labels."""
     text = (await client.get("/metrics")).text
-    for family in text_string_to_metric_families(text):
-        for found in family.samples:
-            if found.name == f"transformer_{metric}" and labels.items() <= found.labels.items():
-                return float(found.value)
-    raise AssertionError(f"no sample {metric} {labels}")
+    values = [
+        float(found.value)
+        for family in text_string_to_metric_families(text)
+        for found in family.samples
+        if found.name == f"transformer_{metric}" and labels.items() <= found.labels.items()
+    ]
+    assert values, f"no sample {metric} {labels}"
+    return sum(values)
 
 
 async def test_health_and_ready(client: Client) -> None:

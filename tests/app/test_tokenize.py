@@ -82,9 +82,8 @@ async def test_refusals(client: Client, body: dict[str, object], message: str) -
 
 
 async def test_without_a_model(client: Client, app: FastAPI) -> None:
-    services = app.state.services
-    app.state.services = type(services)(
-        None, None, None, services.worker, services.settings, services.lifecycle
-    )
+    for shelf in app.state.services.registry.shelves.values():
+        for name in shelf.names:
+            shelf.take(name)
     answer = await client.post("/tokenize", json={"inputs": "a"})
     assert (answer.status_code, answer.json()["error"]) == (404, "no model is loaded")

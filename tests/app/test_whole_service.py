@@ -137,7 +137,7 @@ async def test_a_trailing_slash_is_an_unknown_path(client: Client) -> None:
 
 def test_a_folder_of_another_task_is_refused_by_name(weights: Path) -> None:
     folder = weights / "causal_lm"
-    with pytest.raises(CheckpointError, match=f"{folder}: holds a causal_lm, translate_model takes a trans"):
+    with pytest.raises(CheckpointError, match=f"{folder}: holds a causal_lm, translate takes a trans"):
         load_services(make_settings(translate_model=folder), Lifecycle())
 
 

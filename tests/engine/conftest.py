@@ -2,6 +2,7 @@
 
 import pytest
 
+from app import metrics
 from model.checkpoint import Checkpoint
 from tests.engine.rig import load_bold
 from tests.tiny import TinyFolders
@@ -35,3 +36,10 @@ def masked(tiny_folders: TinyFolders) -> Checkpoint:
 @pytest.fixture(scope="session")
 def masked_oracle(tiny_folders: TinyFolders) -> Checkpoint:
     return load_bold(tiny_folders.fill_mask)
+
+
+@pytest.fixture(autouse=True)
+def _no_lanes_before() -> None:
+    """A lane that a test leaves at work would stay in the gauges, where lanes of one name add up."""
+    for gauge in (metrics.queue_items, metrics.queue_tokens, metrics.rows_in_use):
+        gauge.clear()

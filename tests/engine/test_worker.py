@@ -70,7 +70,7 @@ class Juggler:
     def __init__(self, name: str = "generate") -> None:
         self.name = name
         self.door = Door()
-        self.failures = Failures(name, lambda: self.responds)
+        self.failures = Failures(name, "tiny", lambda: self.responds)
         self.wake: Callable[[], None] = lambda: None
         self.responds = True
         self.raises: list[str] = []  # what the next calls raise in
@@ -555,7 +555,7 @@ async def test_a_dead_device_is_not_asked_again_and_again(
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     failing(lane).fault = dead
-    lane.failures = Failures("generate", lambda: False)
+    lane.failures = Failures("generate", "tiny", lambda: False)
     sequences = [Sequence([300, 301], SamplingParams()) for _ in range(8)]
     lane.submit(sequences)
     drive(lane)

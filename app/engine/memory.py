@@ -1,0 +1,83 @@
+"""What a model takes of a device's memory, and what is left of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model.config import TransformerConfig
+from model.models import build_model, make_cache
+
+_MEMINFO = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True)
+class _Cgroup:
+    """Where one version of control groups says what a container may take, and takes."""
+
+    folder: Path
+    limit: str
+    used: str
+    reclaimable: str  # in memory.stat: pages of files that the kernel drops when they are in the way
+
+
+_CGROUPS = (
+    _Cgroup(Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    _Cgroup(
+        Path("/sys/fs/cgroup/memory"),
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
+
+
+def needed_bytes(config: TransformerConfig, dtype: torch.dtype, n_slots: int) -> int:
+    """What a model takes with the caches of its rows: built on the meta device, which holds no numbers."""
+    with torch.device("meta"):
+        model = build_model(config)
+    n_bytes = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    if n_slots and config.n_decoder_layers:
+        n_caches = 2 if config.n_encoder_layers else 1  # a translator keeps the projected memory too
+        n_bytes += n_caches * make_cache(config, n_slots, config.max_len, "meta", dtype).n_bytes
+    return n_bytes
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What could be allocated now; None where nobody can tell."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What the allocator keeps for itself is as good as free.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    known = [n_bytes for n_bytes in (_available(), _left_in_container()) if n_bytes is not None]
+    return min(known, default=None)
+
+
+def _available(path: Path = _MEMINFO) -> int | None:
+    n_kib = _field(path, "MemAvailable:")
+    return None if n_kib is None else 1024 * n_kib
+
+
+def _left_in_container(cgroups: Iterable[_Cgroup] = _CGROUPS) -> int | None:
+    for cgroup in cgroups:
+        try:
+            limit, used = ((cgroup.folder / name).read_text().strip() for name in (cgroup.limit, cgroup.used))
+        except OSError:
+            continue
+        if not limit.isdecimal():  # "max"
+            return None
+        reclaimable = _field(cgroup.folder / "memory.stat", cgroup.reclaimable) or 0
+        return max(int(limit) - int(used) + reclaimable, 0)
+    return None
+
+
+def _field(path: Path, name: str) -> int | None:
+    """The number behind a name at the beginning of a line."""
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(words[1]) for words in map(str.split, lines) if words[:1] == [name]), None)
