@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import ValidationError
 
+from app.connections import FACTOR, bounded
 from app.keys import KeyFileError, key_line, make_key
 from app.lifecycle import begin_drain
 from app.logs import configure_logs
@@ -22,6 +24,7 @@ log = logging.getLogger("app")
 
 # The end of the grace period belongs to closing: answers of aborted work, the device thread's last step.
 _CLOSING_SHARE, _CLOSING_SECONDS = 0.25, 3.0
+_OTHER_FILES = 200  # than connections: weights, libraries, pipes
 # A signal to a process group comes twice when make, in the same group, passes it on: one wish, not two.
 _ECHO_SECONDS = 0.2
 
@@ -70,6 +73,33 @@ def warn_of_unknown_variables() -> None:
         log.warning("no such settings, ignored: %s", ", ".join(unknown))
 
 
+def make_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=bounded(settings.max_connections, settings.receive_seconds, settings.read_seconds),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=1,
+    )
+
+
+def make_room_for_connections(max_connections: int) -> None:
+    """Raise the limit of open files as far as the connections need; exits where the system forbids it."""
+    wanted = FACTOR * max_connections + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        if hard != resource.RLIM_INFINITY and hard < wanted:
+            sys.exit(
+                f"max_connections is {max_connections}: that takes {wanted} open files, {hard} are allowed"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def serve(settings: Settings) -> None:
     """Returns when the service has been told to end and has ended."""
     from app.main import create_app  # here, because it imports torch, which the table does not need
@@ -80,16 +110,8 @@ def serve(settings: Settings) -> None:
         app = create_app(settings, listen_early=True)
     except KeyFileError as error:
         sys.exit(f"API keys: {error}")
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=1,
-    )
-    DrainingServer(config, app, settings.shutdown_seconds).run()
+    make_room_for_connections(settings.max_connections)
+    DrainingServer(make_config(app, settings), app, settings.shutdown_seconds).run()
     if app.state.failure is not None:
         sys.exit(1)
 

@@ -200,7 +200,8 @@ def error_headers(exc: Exception) -> dict[str, str]:
     """When to try again, and what Starlette's own errors tell."""
     if isinstance(exc, Overloaded | RateLimited | Crowded | Draining):
         seconds = max(exc.retry_after_seconds, 0.001)
-        return {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000))}
+        found = {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000))}
+        return found | ({"connection": "close"} if isinstance(exc, Crowded) else {})
     if isinstance(exc, Aborted | NotReady):
         return {"retry-after": "1", "retry-after-ms": "1000"}
     if isinstance(exc, Unauthorized):

@@ -26,6 +26,7 @@ from app.api import (
 from app.api.deps import Services, gather
 from app.api.dispatch import ENDPOINTS
 from app.bodies import BodyLimits
+from app.cors import Cors
 from app.dialects import add_handlers
 from app.engine.registry import Registry
 from app.engine.worker import DeviceWorker
@@ -82,7 +83,8 @@ def load_services(settings: Settings, lifecycle: Lifecycle) -> Services:
     for endpoint, name, folder in wanted_models(settings):
         n_bytes = sum(task.n_bytes for each in tasks.values() for task in each)
         tasks[endpoint].append(workshop.build(endpoint, name, folder, n_bytes))
-    worker = DeviceWorker([task.lane for each in tasks.values() for task in each])
+    lanes = [task.lane for each in tasks.values() for task in each]
+    worker = DeviceWorker(lanes, settings.stall_seconds)
     registry = Registry(tasks, worker, workshop, max_models=settings.max_models)
     dtype_name = str(dtype).removeprefix("torch.")
     return Services(registry, settings, lifecycle, device=str(device), dtype=dtype_name)
@@ -221,6 +223,8 @@ def create_app(
     app.include_router(system.router)
     add_handlers(app)
     app.add_middleware(GuardMiddleware, rules=make_rules(settings))
+    if settings.cors_origins:
+        app.add_middleware(Cors, origins=settings.cors_origins)  # around the guard: pages may read why not
     # Added after what they stand around: the record sees every request and every answer.
     app.add_middleware(RecordMiddleware, endpoints=ENDPOINTS, lifecycle=app.state.lifecycle)
     app.add_middleware(ModelPathMiddleware)

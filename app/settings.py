@@ -84,6 +84,12 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    max_connections: int = Field(
+        1000, ge=1, le=100_000, description="open connections; above it only probes are answered"
+    )
+    cors_origins: str = Field(
+        "", description="origins whose pages may call, parted by spaces, or *; empty: none"
+    )
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = Field(
         "info", description="least level of the log"
     )
@@ -182,6 +188,12 @@ class Settings(BaseSettings):
     timeout_seconds: PositiveFloat = Field(120.0, le=86_400.0, description="a request's time; then 504")
     receive_seconds: PositiveFloat = Field(
         20.0, le=3600.0, description="time for a request's head to arrive, and again for its body; then 408"
+    )
+    read_seconds: PositiveFloat = Field(
+        30.0, le=3600.0, description="time that a client may let an answer wait unread; then it is cut off"
+    )
+    stall_seconds: float = Field(
+        60.0, ge=1.0, le=3600.0, description="a model step that takes longer means that the device hangs"
     )
     shutdown_seconds: float = Field(30.0, ge=0.0, le=3600.0, description="grace period for accepted work")
 

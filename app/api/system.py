@@ -1,11 +1,12 @@
 """GET /health, /ready, /info, /metrics, and /: what machines and people ask of the service itself."""
 
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
 from starlette.responses import Response
+from typing_extensions import TypedDict
 
 from app import __version__, metrics
 from app.api.deps import ModelsDep, Services, ServicesDep
@@ -13,21 +14,40 @@ from app.dialects import error_response
 from app.engine.errors import Draining
 from app.engine.lane import DRAIN_RETRY_SECONDS
 from app.engine.registry import AnyTask
-from app.errors import Json
+from app.errors import ErrorBody, Json, NotReady
 from app.lifecycle import Lifecycle, Phase
 
 router = APIRouter()
 
 
-@router.get("/health")
+class Health(TypedDict):
+    """Always ok: what is not answers 503."""
+
+    status: Literal["ok"]
+
+
+class Ready(TypedDict):
+    """The tasks that are loaded."""
+
+    ready: Literal[True]
+    tasks: list[str]
+
+
 @router.head("/health", include_in_schema=False)
-async def health() -> dict[str, str]:
-    """The process is alive and its event loop turns."""
-    return {"status": "ok"}
+@router.get("/health", response_model=Health, responses={503: {"model": ErrorBody}})
+async def health(request: Request) -> Response:
+    """The process is alive, its event loop turns and, once it serves, the device thread beats.
+
+    A 503 will not go away by itself: whoever watches may end the process and start another.
+    """
+    fault = _fault(request.app.state.lifecycle, request.app.state.services)
+    if fault is None:
+        return Json(Health(status="ok"))
+    return Json(ErrorBody(error=fault, error_type="broken"), status_code=503)
 
 
 @router.head("/ready", include_in_schema=False)
-@router.get("/ready", responses={503: {"description": "Loading, draining or broken."}})
+@router.get("/ready", response_model=Ready, responses={503: {"model": ErrorBody}})
 async def ready(request: Request) -> Response:
     """The models are warm, their loop beats, and new work is welcome."""
     lifecycle: Lifecycle = request.app.state.lifecycle
@@ -35,10 +55,8 @@ async def ready(request: Request) -> Response:
     if lifecycle.draining:
         return error_response(Draining(DRAIN_RETRY_SECONDS), request.scope)
     if is_ready(lifecycle, services) and services is not None:
-        return Json({"ready": True, "tasks": list(services.tasks)})
-    reason = "loading" if lifecycle.phase is Phase.LOADING else "the device thread does not answer"
-    body = {"error": f"not ready: {reason}", "error_type": "not_ready"}
-    return Json(body, status_code=503, headers={"retry-after": "1"})
+        return Json(Ready(ready=True, tasks=list(services.tasks)))
+    return error_response(NotReady(f"not ready: {_fault(lifecycle, services) or 'loading'}"), request.scope)
 
 
 @router.get("/info")
@@ -82,7 +100,12 @@ async def index(services: ServicesDep) -> Json:
 
 def is_ready(lifecycle: Lifecycle, services: Services | None) -> bool:
     """Serving, and the device thread beats."""
-    return lifecycle.phase is Phase.SERVING and services is not None and services.worker.alive
+    return lifecycle.phase is Phase.SERVING and services is not None and services.worker.fault is None
+
+
+def _fault(lifecycle: Lifecycle, services: Services | None) -> str | None:
+    """What is wrong with the device thread; nothing while it warms up, which may take its time."""
+    return None if services is None or lifecycle.phase is Phase.LOADING else services.worker.fault
 
 
 def _describe(task: AnyTask) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from app.engine.lane import Handovers, Lane
 
 log = logging.getLogger("app.engine")
 
-STALL_SECONDS = 60.0  # a turn that takes longer means that the device hangs
+STALL_SECONDS = 60.0
 
 
 class DeviceWorker:
@@ -26,11 +26,13 @@ class DeviceWorker:
     What a turn produces crosses to the event loop in a single hand-over.
     """
 
-    def __init__(self, lanes: Sequence[Lane]) -> None:
+    def __init__(self, lanes: Sequence[Lane], stall_seconds: float = STALL_SECONDS) -> None:
+        """A turn that takes longer than `stall_seconds` means that the device hangs."""
         self.lanes: list[Lane] = []  # replaced under the lock, never changed: the thread walks over it
         self._lock = threading.Lock()
         self._leaving: deque[tuple[Lane, asyncio.Future[None]]] = deque()
         self._wake = threading.Event()
+        self._stall_seconds = stall_seconds
         self._stopping = False
         self._draining = False
         self._beat = time.monotonic()
@@ -66,10 +68,20 @@ class DeviceWorker:
         self._forget(lane)
 
     @property
+    def fault(self) -> str | None:
+        """Why nothing more is to be expected of this thread: it ended, it hangs, its device is gone."""
+        if not self._thread.is_alive():
+            return "the device thread has ended"
+        silence = time.monotonic() - self._beat
+        if silence > self._stall_seconds:
+            return f"the device thread has not answered for {silence:.0f} seconds"
+        broken = [lane.name for lane in self.lanes if lane.failures.broken]
+        return f"the device answers no more ({', '.join(broken)})" if broken else None
+
+    @property
     def alive(self) -> bool:
         """Does the thread run, has it begun a turn lately, and does the device still answer?"""
-        beats = self._thread.is_alive() and time.monotonic() - self._beat < STALL_SECONDS
-        return beats and not any(lane.failures.broken for lane in self.lanes)
+        return self.fault is None
 
     def begin_drain(self) -> None:
         """Every lane refuses new work from now on; what is accepted goes on."""

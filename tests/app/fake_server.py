@@ -2,9 +2,7 @@
 
 import sys
 
-import uvicorn
-
-from app.__main__ import DrainingServer
+from app.__main__ import DrainingServer, make_config
 from app.api.deps import Services
 from app.lifecycle import Lifecycle
 from app.logs import configure_logs
@@ -23,9 +21,9 @@ def main(port: int, pause_seconds: float, grace_seconds: float) -> None:
         return services
 
     configure_logs("info")
-    app = create_app(make_settings(shutdown_seconds=grace_seconds), load)
-    config = uvicorn.Config(app, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=1)
-    DrainingServer(config, app, grace_seconds).run()
+    settings = make_settings(port=port, shutdown_seconds=grace_seconds)
+    app = create_app(settings, load)
+    DrainingServer(make_config(app, settings), app, grace_seconds).run()
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ class FakeWorker:
 
     def __init__(self, lanes: Items[FakeDecodeLane | FakeBatchLane]) -> None:
         self.lanes = list(lanes)
-        self.alive = False
+        self.fault: str | None = "not started"
 
     def add(self, lane: FakeDecodeLane | FakeBatchLane) -> None:
         self.lanes.append(lane)
@@ -181,7 +181,7 @@ class FakeWorker:
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.alive = True
+        self.fault = None
 
     def begin_drain(self) -> None:
         for lane in self.lanes:
@@ -190,7 +190,7 @@ class FakeWorker:
 
     def stop(self) -> None:
         """Called from another thread, as the real one is."""
-        self.alive = False
+        self.fault = "stopped"
         for lane in self.lanes:
             self.loop.call_soon_threadsafe(lane.abort_all)
 

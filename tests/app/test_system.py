@@ -54,10 +54,17 @@ async def test_not_ready_while_draining(client: Client, app: FastAPI) -> None:
 
 
 async def test_not_ready_when_broken(client: Client, app: FastAPI) -> None:
-    app.state.services.worker.alive = False
+    app.state.services.worker.fault = "the device thread has ended"
     answer = await client.get("/ready")
     assert answer.status_code == 503
-    assert answer.json()["error"] == "not ready: the device thread does not answer"
+    assert answer.json()["error"] == "not ready: the device thread has ended"
+    answer = await client.get("/health")
+    assert (answer.status_code, answer.json()) == (
+        503,
+        {"error": "the device thread has ended", "error_type": "broken"},
+    )
+    app.state.services.worker.fault = None
+    assert (await client.get("/health")).status_code == 200
 
 
 async def test_not_ready_while_loading() -> None:

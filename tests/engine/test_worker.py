@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -302,6 +303,29 @@ async def test_a_dead_device_is_not_alive() -> None:
         lane.responds = False
         assert not lane.failures.note(RuntimeError(), 1)
         assert not worker.alive
+
+
+async def test_the_fault_says_what_is_wrong() -> None:
+    lane, ball = Juggler(), Ball()
+    worker = DeviceWorker([lane], stall_seconds=0.2)
+    assert worker.fault == "the device thread has ended"
+    lane.pause.clear()
+    lane.throw([ball])
+    worker.start(asyncio.get_running_loop())
+    await until(lambda: worker.fault is not None)
+    assert re.fullmatch(r"the device thread has not answered for \d+ seconds", worker.fault or "")
+    lane.pause.set()
+    await until(lambda: worker.fault is None)
+    await wait(ball.back)
+    lane.failures.broken = True
+    assert worker.fault == "the device answers no more (generate)"
+    await asyncio.to_thread(worker.stop)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 # The real lanes, under the thread
