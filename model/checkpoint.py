@@ -1,29 +1,38 @@
 """A model as a folder: config.json, model.safetensors, tokenizer.json. Never a pickle.
 
-A classifier may also be an addition to a masked model (`model.adapter`): then the base's folder, named in
-config.json, holds the rest, tokenizer included.
+In our own layout, or in that of a published model that `model.families` knows. A classifier may also be an
+addition to a masked model (`model.adapter`): then the base's folder, named in config.json, holds the rest,
+tokenizer included.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from model import weights
 from model.adapter import Adapter
+from model.adopted import MANNER_FILE, AdoptedTokenizer
 from model.config import ConfigError, TransformerConfig
+from model.families.family import UnknownTensorError
+from model.families.registry import find_family, read_config, read_takes
+from model.families.text import read_json, read_tokenizer
 from model.models import Model, build_model
-from model.tokenizer import Tokenizer
+from model.tokenizer import TOKENIZER_FILE, Tokenizer
+from model.weights import Stored, Take, WeightsError
 
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+T = TypeVar("T")
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+WEIGHTS, TOKENIZER = weights.WEIGHTS, TOKENIZER_FILE
 
 
 class CheckpointError(Exception):
@@ -32,7 +41,7 @@ class CheckpointError(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded folder. `sha256` is the weights file's."""
+    """A loaded folder. `sha256` is the weights file's, or that of the shards' digests."""
 
     model: Model
     tokenizer: Tokenizer
@@ -47,7 +56,8 @@ def save(folder: Path | str, model: Model, tokenizer: Tokenizer, dtype: torch.dt
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()}
     _save_parts(folder, tensors, model.config.to_dict())
-    _replace(folder / TOKENIZER, lambda part: tokenizer.backend.save(str(part)))
+    for name, content in tokenizer.files().items():
+        _replace(folder / name, partial(_write_text, content))
 
 
 def save_adapter(
@@ -63,7 +73,11 @@ def save_adapter(
 def _save_parts(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     text = json.dumps(config, indent=2) + "\n"
     _replace(folder / WEIGHTS, lambda part: save_file(tensors, part, metadata={"format": "pt"}))
-    _replace(folder / CONFIG, lambda part: part.write_text(text, encoding="utf-8"))
+    _replace(folder / CONFIG, partial(_write_text, text))
+
+
+def _write_text(content: str, path: Path) -> None:
+    path.write_text(content, encoding="utf-8")
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
@@ -73,87 +87,151 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     part.replace(path)
 
 
+@dataclass(frozen=True)
+class Folder:
+    """A folder, looked at but not loaded. Raises `CheckpointError` where something is missing or unfit."""
+
+    path: Path
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """What config.json says."""
+        return _read_object(self.path / CONFIG)
+
+    @property
+    def is_own(self) -> bool:
+        """In our own layout, not a published model's."""
+        return "model_type" not in self.values
+
+    @cached_property
+    def adapter(self) -> Adapter | None:
+        """What it says of its base; None where it stands alone."""
+        try:
+            return Adapter.from_dict(self.values) if "base" in self.values else None
+        except ConfigError as error:
+            raise CheckpointError(f"{self.path / CONFIG}: {error}") from None
+
+    @cached_property
+    def base(self) -> Folder | None:
+        """The folder that it adds to."""
+        return Folder(self.path / self.adapter.base) if self.adapter else None
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The files of the weights."""
+        return _refusing(weights.weight_files, self.path)
+
+    @cached_property
+    def stored(self) -> dict[str, Stored]:
+        """The tensors in them."""
+        return _refusing(weights.read_headers, self.files)
+
+    @cached_property
+    def config(self) -> TransformerConfig:
+        """The configuration, an addition's with its base's."""
+        try:
+            if self.adapter and self.base:
+                return self.adapter.config(self.base.config)
+            if self.is_own:
+                return TransformerConfig.from_dict(self.values)
+            find_family(self.values)  # before the weights, which a stranger may not have
+            return read_config(self.values, read_json(self.path / GENERATION), self.stored)
+        except ConfigError as error:
+            raise CheckpointError(f"{self.path / CONFIG}: {error}") from None
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+
+    @cached_property
+    def takes(self) -> dict[str, Take]:
+        """What becomes of each tensor."""
+        if self.is_own:
+            return {name: Take((name,)) for name in self.stored}
+        try:
+            return read_takes(self.values, self.stored)
+        except UnknownTensorError as error:
+            raise CheckpointError(f"{self.files[0]}: unknown tensor {error}") from None
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, which must fit the configuration."""
+        if self.base:
+            return self.base.tokenizer()
+        try:
+            if not self.is_own:
+                return read_tokenizer(self.path, self.config)
+            if (self.path / MANNER_FILE).is_file():
+                return AdoptedTokenizer.read(self.path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(str(error)) from None
+        return _own_tokenizer(self.path / TOKENIZER, self.config)
+
+    def model(self, device: torch.device | str, dtype: torch.dtype) -> Model:
+        """The model, filled, ready for inference."""
+        model: Model = weights.empty_model(lambda: build_model(self.config))
+        if self.adapter and self.base:
+            _refusing(weights.fill_from, model, self._composed(self.adapter, self.base), self.files[0])
+        else:
+            takes = _refusing(weights.plan, model, self.stored, self.takes, self.files[0])
+            weights.fill(model, self.stored, takes, device, dtype)
+        return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+    def _composed(self, adapter: Adapter, base: Folder) -> dict[str, Tensor]:
+        """The tensors of an addition with its base's, which must be the very weights it was trained on."""
+        found = weights.files_sha256(base.files)
+        if found != adapter.base_sha256:
+            raise CheckpointError(
+                f"{self.path / CONFIG}: made for a base of sha256 {adapter.base_sha256[:12]}, "
+                f"but {base.files[0]} has {found[:12]}; train it again on that base"
+            )
+        below = dict(base.model("cpu", torch.float32).named_parameters())
+        own = weights.read_all(self.stored)
+        try:
+            return adapter.compose(below, own)
+        except ConfigError as error:
+            raise CheckpointError(f"{self.files[0]}: {error}") from None
+
+
 def load(
     folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Checkpoint:
-    """Read a folder written by `save` or `save_adapter`, ready for inference.
+    """Read a folder written by `save` or `save_adapter`, or one of a published model, ready for inference.
 
     Raises `CheckpointError` when a file is missing, truncated, or does not fit the others.
     """
-    folder = Path(folder)
-    adapter = load_adapter(folder)
-    for name in (CONFIG, WEIGHTS, *([] if adapter else [TOKENIZER])):
-        _demand(folder / name)
-    config = load_config(folder)
-    tensors = _read_tensors(folder / WEIGHTS)
-    tokenizer_folder = folder
-    if adapter:
-        tokenizer_folder = folder / adapter.base
-        tensors = _compose(folder, adapter, tensors)
-    tokenizer = _load_tokenizer(tokenizer_folder, config)
-    model = build_model(config)
-    _fill(model, tensors, folder / WEIGHTS)
-    model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    return Checkpoint(model, tokenizer, config, folder.resolve().name, file_sha256(folder / WEIGHTS))
-
-
-def _demand(path: Path) -> None:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-
-
-def _compose(folder: Path, adapter: Adapter, own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an addition with its base's, which must be the very weights it was trained on."""
-    path = folder / adapter.base / WEIGHTS
-    _demand(path)
-    found = file_sha256(path)
-    if found != adapter.base_sha256:
-        raise CheckpointError(
-            f"{folder / CONFIG}: made for a base of sha256 {adapter.base_sha256[:12]}, "
-            f"but {path} has {found[:12]}; train it again on that base"
-        )
-    try:
-        return adapter.compose(_read_tensors(path), own)
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / WEIGHTS}: {error}") from None
+    found = Folder(Path(folder))
+    config, tokenizer = found.config, found.tokenizer()
+    model = found.model(device, dtype)
+    return Checkpoint(model, tokenizer, config, found.path.resolve().name, weights.files_sha256(found.files))
 
 
 def load_config(folder: Path) -> TransformerConfig:
-    """The configuration of a folder, an addition's with its base's; raises `CheckpointError`."""
-    adapter = load_adapter(folder)
-    try:
-        if adapter:
-            return adapter.config(TransformerConfig.from_dict(_read_config(folder / adapter.base)))
-        return TransformerConfig.from_dict(_read_config(folder))
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
+    """The configuration of a folder; raises `CheckpointError`."""
+    return Folder(folder).config
 
 
 def load_adapter(folder: Path) -> Adapter | None:
     """What a folder says of its base; None where it stands alone. Raises `CheckpointError`."""
-    values = _read_config(folder)
+    return Folder(folder).adapter
+
+
+def file_sha256(path: Path) -> str:
+    """The hex digest of a file."""
+    return weights.files_sha256([path])
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
     try:
-        return Adapter.from_dict(values) if "base" in values else None
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
+        return read_json(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    _demand(path)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return values
-
-
-def _load_tokenizer(folder: Path, config: TransformerConfig) -> Tokenizer:
-    path = folder / TOKENIZER
+def _own_tokenizer(path: Path, config: TransformerConfig) -> Tokenizer:
     try:
         tokenizer = Tokenizer.load(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(str(error)) from None
     if tokenizer.vocab_size != config.vocab_size:
@@ -167,30 +245,8 @@ def _load_tokenizer(folder: Path, config: TransformerConfig) -> Tokenizer:
     return tokenizer
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _refusing(read: Callable[..., T], *args: Any) -> T:
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from None
-
-
-def _fill(model: Model, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy tensors into the model's parameters; names and shapes must match one to one."""
-    parameters = dict(model.named_parameters())
-    missing, extra = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
-    if missing:
-        raise CheckpointError(f"{path}: missing tensor {missing[0]} ({len(missing)} in all)")
-    if extra:
-        raise CheckpointError(f"{path}: unknown tensor {extra[0]} ({len(extra)} in all)")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if parameter.shape != tensors[name].shape:
-                found, wanted = tuple(tensors[name].shape), tuple(parameter.shape)
-                raise CheckpointError(f"{path}: {name} has shape {found}, the configuration wants {wanted}")
-            parameter.copy_(tensors[name])
-
-
-def file_sha256(path: Path) -> str:
-    """The hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return read(*args)
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from None

@@ -15,6 +15,9 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+TOKENIZER_FILE = "tokenizer.json"
+NO_ID = -1  # of a token that a vocabulary has not got
+
 PAD, BOS, EOS, MASK, CLS, SEP = "<pad>", "<s>", "</s>", "[MASK]", "[CLS]", "[SEP]"
 LANGUAGES = ("en", "ko")
 # What kind of text a translation example comes from; in use the tag is always "everyday".
@@ -51,7 +54,7 @@ class Piece:
     stop: int
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The printable stand-in of every byte in a byte-level vocabulary, as `tokenizers` spells it.
 
     Printable Latin-1 characters stand for themselves; the other bytes, in order, for U+0100 and on.
@@ -63,6 +66,9 @@ def _byte_alphabet() -> dict[str, int]:
 
 class Tokenizer:
     """Text to ids and back. Text that looks like a special token is ordinary text."""
+
+    # What fills a mask begins with a space exactly where one was typed.
+    parts_words = True
 
     def __init__(self, backend: Backend) -> None:
         backend.encode_special_tokens = True
@@ -82,7 +88,7 @@ class Tokenizer:
     def load(cls, path: Path | str) -> Tokenizer:
         """Read tokenizer.json, or the folder that holds it. Raises OSError or ValueError, naming the file."""
         path = Path(path)
-        path = path / "tokenizer.json" if path.is_dir() else path
+        path = path / TOKENIZER_FILE if path.is_dir() else path
         raw = path.read_bytes()
         try:
             tokenizer = cls(Backend.from_buffer(raw))
@@ -113,11 +119,26 @@ class Tokenizer:
 
     def save(self, folder: Path | str) -> None:
         """Write tokenizer.json into a folder."""
-        self.backend.save(str(Path(folder) / "tokenizer.json"))
+        for name, text in self.files().items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+
+    def files(self) -> dict[str, str]:
+        """Contents by name of file: what `load` reads."""
+        return {TOKENIZER_FILE: self.backend.to_str(pretty=True)}
+
+    @property
+    def sources(self) -> list[str]:
+        """The languages that can be translated from."""
+        return list(self.languages)
+
+    @property
+    def targets(self) -> list[str]:
+        """The languages that can be translated to."""
+        return list(self.languages)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, nothing added. Raises `TextError` on a lone surrogate."""
-        _check(text)
+        check_text(text)
         ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -127,7 +148,7 @@ class Tokenizer:
 
     def encode_with_offsets(self, text: str) -> list[Piece]:
         """The pieces of a text with their character offsets; pieces of one character share its offsets."""
-        _check(text)
+        check_text(text)
         encoding = self.backend.encode(text, add_special_tokens=False)
         pairs = zip(encoding.ids, encoding.offsets, strict=True)
         return [Piece(i, text[start:stop], start, stop) for i, (start, stop) in pairs]
@@ -146,9 +167,57 @@ class Tokenizer:
             ids += [*self.encode(part.removesuffix(" ")), self.mask_id]
         return ids + self.encode(last), spaced
 
-    def source_ids(self, text_ids: Sequence[int], tgt_lang: str, tag: str = "everyday") -> list[int]:
-        """The translator's encoder input: tag, target language, text, end."""
+    def masked_pieces(self, text: str) -> list[Piece]:
+        """The pieces of such a text with their offsets."""
+        pieces: list[Piece] = []
+        *before, last = text.split(self.mask_token)
+        start = 0
+        for part in before:
+            kept = part.removesuffix(" ")
+            pieces += _shift(self.encode_with_offsets(kept), start)
+            mask_start, start = start + len(kept), start + len(part) + len(self.mask_token)
+            pieces.append(Piece(self.mask_id, text[mask_start:start], mask_start, start))
+        return pieces + _shift(self.encode_with_offsets(last), start)
+
+    @property
+    def prompt_prefix(self) -> list[int]:
+        """The tokens that stand before every prompt."""
+        return [self.bos_id]
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """What a generation begins with."""
+        return [*self.prompt_prefix, *self.encode(text)]
+
+    def text_ids(self, text: str) -> list[int]:
+        """A text as an encoder reads it."""
+        return [self.cls_id, *self.encode(text), self.sep_id]
+
+    def masked_ids(self, text: str) -> tuple[list[int], list[bool]]:
+        """`encode_masked` as an encoder reads it."""
+        ids, spaced = self.encode_masked(text)
+        return [self.cls_id, *ids, self.sep_id], spaced
+
+    def pair_ids(self, first: str, second: str) -> tuple[list[int], list[int]]:
+        """Two texts as an encoder reads them, and the segment of each token."""
+        left = self.text_ids(first)
+        # In running text a space stands before a sentence that follows, and a piece carries that space.
+        follower = f" {second.lstrip()}" if second.strip() else second
+        right = [*self.encode(follower), self.sep_id]
+        return left + right, [0] * len(left) + [1] * len(right)
+
+    def source_ids(
+        self,
+        text_ids: Sequence[int],
+        tgt_lang: str,
+        tag: str = "everyday",
+        src_lang: str | None = None,
+    ) -> list[int]:
+        """The translator's encoder input: tag, target language, text, end. The source needs no telling."""
         return [self.tags[tag], self.languages[tgt_lang], *text_ids, self.eos_id]
+
+    def target_ids(self, tgt_lang: str) -> list[int]:
+        """What a translation begins with: the first is given, those that follow are forced."""
+        return [self.languages[tgt_lang]]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special tokens and bytes that are no UTF-8 give nothing."""
@@ -166,7 +235,7 @@ class Tokenizer:
 
     @cached_property
     def _bytes(self) -> list[bytes]:
-        alphabet = _byte_alphabet()
+        alphabet = byte_alphabet()
         table = [b""] * self.vocab_size
         for token, token_id in self.backend.get_vocab(with_added_tokens=True).items():
             if token_id not in self.special_ids:
@@ -199,11 +268,15 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
-def _check(text: str) -> None:
+def check_text(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise TextError(f"lone surrogate at character {error.start}") from None
+
+
+def _shift(pieces: list[Piece], by: int) -> list[Piece]:
+    return [Piece(piece.id, piece.text, piece.start + by, piece.stop + by) for piece in pieces]
 
 
 def text_pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
