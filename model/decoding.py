@@ -125,6 +125,8 @@ def _advance(search: _Search, log_probs: Tensor, n_prompt: int, eos_id: int, par
     best = totals.flatten().topk(n_best)
     parents = search.live
     search.live = []
+    n_new = len(parents[0].tokens) - n_prompt + 1
+    cut = params.early_stopping is not None and n_new == params.max_new_tokens
     for rank, (total, flat) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
         parent, token = divmod(flat, totals.size(1))
         new = parents[parent].tokens[n_prompt:]
@@ -132,15 +134,26 @@ def _advance(search: _Search, log_probs: Tensor, n_prompt: int, eos_id: int, par
             break
         if token == eos_id:
             if rank < params.num_beams:
-                search.finished.append(Decoded(new, normalise(total, len(new) + 1, params), True))
+                search.finished.append(Decoded(new, normalise(total, n_new, params), True))
         elif len(search.live) < params.num_beams:
+            if cut and rank < params.num_beams:
+                search.finished.append(Decoded([*new, token], normalise(total, n_new, params), False))
             search.live.append(_Beam([*parents[parent].tokens, token], total))
+    if cut and search.finished:
+        search.live = []
     search.finished = sorted(search.finished, key=lambda d: -d.score)[: params.num_beams]
     search.done = not search.live or (
         len(search.finished) == params.num_beams
-        and search.finished[-1].score
-        >= normalise(search.live[0].score, len(search.live[0].tokens) - n_prompt, params)
+        and may_stop(search.finished[-1].score, search.live[0].score, n_new, params)
     )
+
+
+def may_stop(worst: float, best_total: float, n_steps: int, params: BeamParams) -> bool:
+    """Can no live beam, the best of which has this sum, improve on the worst of enough that have ended?"""
+    if params.early_stopping is True:
+        return True
+    longest = params.early_stopping == "never" and params.length_penalty > 0
+    return worst >= normalise(best_total, params.max_new_tokens if longest else n_steps, params)
 
 
 def _ranked(search: _Search, n_prompt: int, params: BeamParams) -> list[Decoded]:

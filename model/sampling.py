@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +32,14 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class BeamParams:
-    """How one sentence is translated. A score is divided by the length to the power of `length_penalty`."""
+    """How one sentence is translated. A score is divided by the length to the power of `length_penalty`.
+
+    `early_stopping` None: once num_beams hypotheses have ended, a search goes on while a beam's score at its
+    present length beats the worst of them; those that have ended come first. The other values are the rules
+    of the transformers library, by which hypotheses cut at the maximum length compete with those that ended:
+    False otherwise the same, "never" with the score that a beam might have at the maximum length, True no
+    longer than until num_beams have ended.
+    """
 
     num_beams: int = 4
     num_return_sequences: int = 1
@@ -41,6 +49,7 @@ class BeamParams:
     no_repeat_ngram_size: int = 0
     repetition_penalty: float = 1.0
     return_alignment: bool = False
+    early_stopping: bool | Literal["never"] | None = None
     required: tuple[Phrase, ...] = ()
 
     def __post_init__(self) -> None:

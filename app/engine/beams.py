@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from model.constraints import LEAST_LOGPROB, Progress, share_out
-from model.decoding import normalise, repeated_ngram_tokens
+from model.decoding import may_stop, normalise, repeated_ngram_tokens
 from model.sampling import BeamParams
 
 Candidate = tuple[int, float]  # token id, log-probability
@@ -126,10 +126,11 @@ class BeamGroup:
     def _finish_and_choose(self, options: list[_Option]) -> list[_Option]:
         """Note the hypotheses that end here; returns the options that live on, best first."""
         width = self.params.num_beams
+        cut = self._cuts_at(self.n_steps + 1)
         complete = [option for option in options if option.progress.complete]
-        for place, option in enumerate(complete):
-            if option.token == self.eos_id and place < width:
-                self._finish(option.beam, option.logprob)
+        for option in complete[:width]:
+            if option.token == self.eos_id or cut:
+                self._finish(option)
         going_on = [option for option in options if option.token != self.eos_id]
         return share_out(((option.progress.rank, option) for option in going_on), width)
 
@@ -139,15 +140,25 @@ class BeamGroup:
         At least one, fewer where beams ran out.
         """
         open_ends = sorted(self.live, key=lambda b: (-len(b.progress.met), -self._score(b)))
+        if self.ended and self._cuts_at(self.n_steps):  # those that count are among the ended
+            open_ends = []
         ranked = self.ended + [Ended(b.tokens, b.logprobs, self._score(b), False) for b in open_ends]
         return ranked[: self.params.num_return_sequences]
+
+    def _cuts_at(self, n_steps: int) -> bool:
+        """Do hypotheses that are cut here compete with those that ended?"""
+        return self.params.early_stopping is not None and n_steps >= self.params.max_new_tokens
 
     def _score(self, beam: Beam) -> float:
         return normalise(beam.total, len(beam.tokens), self.params)
 
-    def _finish(self, beam: Beam, logprob: float) -> None:
-        score = normalise(beam.total + logprob, len(beam.tokens) + 1, self.params)
-        self.ended.append(Ended(beam.tokens, beam.logprobs, score, True))
+    def _finish(self, option: _Option) -> None:
+        tokens, logprobs = option.beam.tokens, option.beam.logprobs
+        score = normalise(option.beam.total + option.logprob, len(tokens) + 1, self.params)
+        finished = option.token == self.eos_id
+        if not finished:
+            tokens, logprobs = [*tokens, option.token], [*logprobs, option.logprob]
+        self.ended.append(Ended(tokens, logprobs, score, finished))
         self.ended.sort(key=lambda e: -e.score)
         del self.ended[self.params.num_beams :]
 
@@ -174,4 +185,4 @@ class BeamGroup:
         if len(self.ended) < self.params.num_beams:
             return False
         best = max(beam.total for beam in self.live)
-        return self.ended[-1].score >= normalise(best, self.n_steps, self.params)
+        return may_stop(self.ended[-1].score, best, self.n_steps, self.params)

@@ -322,7 +322,7 @@ class GenerateLane(DecodeLane[Drawn]):
     def _guard(self, guards: Guards, row: int, sequence: Sequence, state: _Generation) -> None:
         params = state.params
         if len(state.token_ids) < params.min_new_tokens:
-            guards.banned.append((row, self.runner.config.eos_id))
+            guards.banned += [(row, eos_id) for eos_id in self.runner.config.eos_ids]
         guards.bias += [(row, token, amount) for token, amount in params.logit_bias]
         penalties = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
         if penalties != (1.0, 0.0, 0.0):
@@ -357,7 +357,7 @@ class GenerateLane(DecodeLane[Drawn]):
         return reason
 
     def _finish_reason(self, state: _Generation) -> FinishReason | None:
-        if state.token_ids[-1] == self.runner.config.eos_id:
+        if state.token_ids[-1] in self.runner.config.eos_ids:
             return FinishReason.EOS
         return FinishReason.LENGTH if len(state.token_ids) >= state.params.max_new_tokens else None
 
@@ -414,9 +414,12 @@ class TranslateLane(DecodeLane[Ranked]):
         return self._groups[sequence].n_steps + 1
 
     def start_token(self, sequence: Sequence) -> int:
-        """The decoder begins with the target language's token, which stands second in the source."""
+        """As the sequence says, else the target language's token, which stands second in the source."""
+        if sequence.target_ids:
+            return sequence.target_ids[0]
+        config = self.runner.config
         second = sequence.prompt_ids[1] if sequence.n_prompt_tokens > 1 else None
-        return second if second in self._languages else self.runner.config.bos_id
+        return second if second in self._languages else config.bos_id or config.eos_id
 
     def _choose(self, rows: Items[int]) -> dict[int, Ranked]:
         running = self._owners(rows)
@@ -453,9 +456,11 @@ class TranslateLane(DecodeLane[Ranked]):
         guards = Guards()
         for sequence in running:
             group = self._groups[sequence]
+            forced = sequence.target_ids[group.n_steps + 1 :][:1]
             for index, tokens, banned in group.guards():
                 row = sequence.rows[index]
                 if row in rows:
+                    guards.forced |= dict.fromkeys([row - rows[0]] if forced else [], *forced)
                     guards.banned += [(row - rows[0], token) for token in banned]
                     guards.penalty(row - rows[0], tokens, group.params.repetition_penalty)
         return guards

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.block import WeightsTap
 from model.checkpoint import Checkpoint
+from model.config import TransformerConfig
 from model.masks import length_mask, position_mask
 from model.models import CausalLM, MaskedLM, Translator, make_cache
 from model.sampling import SamplingRows, penalise, sample
@@ -32,6 +33,7 @@ class Guards:
     frequency: dict[int, float] = field(default_factory=dict)
     presence: dict[int, float] = field(default_factory=dict)
     bias: list[tuple[int, int, float]] = field(default_factory=list)  # (row, token, added to its logit)
+    forced: dict[int, int] = field(default_factory=dict)  # rows with the one token that may follow
 
     def penalty(
         self, row: int, history: list[int], repetition: float, frequency: float = 0.0, presence: float = 0.0
@@ -55,7 +57,7 @@ class DecodeRunner:
         self.device, self.dtype = parameter.device, parameter.dtype
         self.n_slots, self.max_len = n_slots, max_len
         self.cache = make_cache(checkpoint.config, n_slots, max_len, self.device, self.dtype)
-        self.suppressed = _suppressed(checkpoint.tokenizer).to(self.device)
+        self.suppressed = _suppressed(checkpoint.tokenizer, checkpoint.config).to(self.device)
 
     def step(self, first: int, token_ids: list[int], positions: list[int]) -> Tensor:
         """Rows first .. first + B: each reads its next token at its position -> logits (B, V), float32.
@@ -88,7 +90,7 @@ class DecodeRunner:
         return responds(self.device)
 
     def guard(self, logits: Tensor, guards: Guards) -> Tensor:
-        """Apply penalties, then biases, then bans, to logits (B, V)."""
+        """Apply penalties, then biases, then bans, then what is forced, to logits (B, V)."""
         if guards.histories:
             rows = sorted(guards.histories)
             history = _padded([guards.histories[row] for row in rows], -1, self.device)
@@ -103,6 +105,9 @@ class DecodeRunner:
         if guards.banned:
             rows_, tokens = zip(*guards.banned, strict=True)
             logits[list(rows_), list(tokens)] = -torch.inf
+        for row, token in guards.forced.items():
+            logits[row] = -torch.inf
+            logits[row, token] = 0.0
         return logits
 
 
@@ -302,15 +307,18 @@ def _padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> 
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], device=device)
 
 
-def _suppressed(tokenizer: Tokenizer) -> Tensor:
-    """(V,) True for what must never be generated: every special token but the end."""
+def _suppressed(tokenizer: Tokenizer, config: TransformerConfig) -> Tensor:
+    """(V,) True for what must never be generated: every special token but the ends."""
     mask = torch.zeros(tokenizer.vocab_size, dtype=torch.bool)
-    mask[sorted(tokenizer.special_ids - {tokenizer.eos_id})] = True
+    mask[sorted(tokenizer.special_ids - set(config.eos_ids))] = True
     return mask
 
 
 def _fillable(tokenizer: Tokenizer, spaced: bool | None) -> Tensor:
     """(V,) True for what can fill a mask: whole, visible characters, begun with a space or not."""
+
+    if not tokenizer.parts_words:  # what may stand there is the model's affair
+        return torch.ones(tokenizer.vocab_size, dtype=torch.bool)
 
     def fits(token_id: int) -> bool:
         text = tokenizer.token_text(token_id)

@@ -65,17 +65,24 @@ class Sequence:
 
     Made, read and awaited on the event loop, by as many readers as like, before or after its end; the
     device thread writes what it produces through `deliver`, which the worker calls on the loop. `rows` are
-    the cache rows it holds, in the order of its beams; the scheduler moves them.
+    the cache rows it holds, in the order of its beams; the scheduler moves them. The first of `target_ids`
+    is what a translation begins with, the others are what it must say first.
     """
 
     def __init__(
-        self, prompt_ids: list[int], params: SamplingParams | BeamParams, *, prompt_logprobs: bool = False
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams | BeamParams,
+        *,
+        prompt_logprobs: bool = False,
+        target_ids: list[int] | None = None,
     ) -> None:
         if not prompt_ids:
             raise ValueError("prompt_ids: empty")
         if params.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {params.max_new_tokens} is less than 1")
         self.prompt_ids, self.params, self.prompt_logprobs = prompt_ids, params, prompt_logprobs
+        self.target_ids = target_ids or []
         seed = params.seed if isinstance(params, SamplingParams) else 0
         self.seed = random.getrandbits(63) if seed is None else seed
         self.n_rows = params.num_beams if isinstance(params, BeamParams) else 1

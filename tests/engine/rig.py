@@ -256,6 +256,7 @@ def random_translation(checkpoint: Checkpoint, rng: random.Random, **changes: ob
         "min_new_tokens": rng.choice([0, 0, 5]),
         "no_repeat_ngram_size": rng.choice([0, 0, 1, 2]),
         "repetition_penalty": rng.choice([1.0, 1.0, 1.3]),
+        "early_stopping": rng.choice([None, None, True, False, "never"]),
     }
     ids = ordinary_ids(checkpoint)
     text = [rng.choice(ids) for _ in range(rng.randint(1, 20))]

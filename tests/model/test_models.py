@@ -90,6 +90,7 @@ def _translator_loss(model: Translator) -> Tensor:
 
 def _masked_loss(model: MaskedLM) -> Tensor:
     ids = random_ids(4, 8)
+    assert model.config.mask_id is not None
     hidden = ids.clone()
     hidden[:, ::3] = model.config.mask_id
     logits, follows = model(hidden)
