@@ -13,6 +13,8 @@ from fastapi import FastAPI
 
 from app import __version__, metrics
 from app.api import (
+    admin,
+    classify,
     dispatch,
     fill_mask,
     generate,
@@ -56,6 +58,7 @@ _SETTINGS = {
     "translate": "translate_model",
     "fill-mask": "fill_mask_model",
     "generate": "generate_model",
+    "classify": "classify_model",
 }
 
 
@@ -81,8 +84,8 @@ def load_services(settings: Settings, lifecycle: Lifecycle) -> Services:
     )
     tasks: dict[str, list[Any]] = {endpoint: [] for endpoint in LANES}
     for endpoint, name, folder in wanted_models(settings):
-        n_bytes = sum(task.n_bytes for each in tasks.values() for task in each)
-        tasks[endpoint].append(workshop.build(endpoint, name, folder, n_bytes))
+        loaded = [task for each in tasks.values() for task in each]
+        tasks[endpoint].append(workshop.build(endpoint, name, folder, loaded))
     lanes = [task.lane for each in tasks.values() for task in each]
     worker = DeviceWorker(lanes, settings.stall_seconds)
     registry = Registry(tasks, worker, workshop, max_models=settings.max_models)
@@ -216,11 +219,12 @@ def create_app(
     app = FastAPI(title="Transformer", version=__version__, lifespan=lifespan, redirect_slashes=False)
     app.state.settings, app.state.load, app.state.lifecycle = settings, load, Lifecycle()
     app.state.services, app.state.failure, app.state.listen_early = None, None, listen_early
-    for module in (translate, fill_mask, generate, next_sentence, tokenize, dispatch):
+    for module in (translate, fill_mask, generate, next_sentence, classify, tokenize, dispatch):
         app.include_router(module.router, responses=_ERRORS)
     app.include_router(openai.router)
     app.include_router(libretranslate.router)
     app.include_router(system.router)
+    app.include_router(admin.router)
     add_handlers(app)
     app.add_middleware(GuardMiddleware, rules=make_rules(settings))
     if settings.cors_origins:

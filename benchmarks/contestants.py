@@ -59,7 +59,7 @@ class Engine(Contestant):
         with tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty):
             model: dict[str, Any] = {f"{task}_model": folder}
             self._services = load_services(Settings(**model, **settings), Lifecycle())
-        found = self._services.generate if task == "generate" else self._services.translate
+        found = self._services.registry.shelves[task].default
         assert found is not None
         self._task = found
         self._services.worker.start(self._loop)

@@ -118,9 +118,18 @@ class Models:
         return name
 
     def endpoints(self, name: str | None) -> list[str]:
-        """Where the name that counts means a model; every endpoint with a model where there is no name."""
+        """Where the name that counts means a model; every endpoint with a model where there is no name.
+
+        Raises NoSuchModel for a name that means none.
+        """
         wanted, shelves = self.named(name), self._services.shelves
-        return [each for each, shelf in shelves.items() if wanted is None or shelf.get(wanted) is not None]
+        if wanted is None:
+            return list(shelves)
+        found = [endpoint for endpoint, shelf in shelves.items() if shelf.get(wanted) is not None]
+        if not found:
+            names = dict.fromkeys(name for shelf in shelves.values() for name in shelf.names)
+            raise NoSuchModel("any task", wanted, names)
+        return found
 
     def release(self) -> None:
         """The request has ended."""

@@ -8,11 +8,10 @@ from fastapi import APIRouter, HTTPException, Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 
-from app.api import fill_mask, generate, next_sentence, openai, translate
+from app.api import classify, fill_mask, generate, next_sentence, openai, translate
 from app.api.deps import Models, ModelsDep, RecordDep, Services, ServicesDep
 from app.api.libretranslate import is_libretranslate
 from app.dialects import Dialect, speak
-from app.engine.errors import NoSuchModel
 from app.errors import NO_OBJECT, InvalidRequest, UnclearTask
 
 router = APIRouter()
@@ -24,6 +23,7 @@ ENDPOINTS = {
     "/generate": "generate",
     "/generate_stream": "generate",
     "/next-sentence": "next-sentence",
+    "/classify": "classify",
     "/v1/completions": "generate",
 }
 
@@ -31,11 +31,13 @@ _PARAMETERS = {
     "/translate": translate.TranslateParameters.model_fields.keys(),
     "/fill-mask": fill_mask.FillMaskParameters.model_fields.keys(),
     "/generate": generate.GenerateParameters.model_fields.keys(),
+    "/classify": classify.ClassifyParameters.model_fields.keys(),
 }
 
 _BODY = {
     "requestBody": {
-        "description": "What /translate, /fill-mask, /generate, /next-sentence or /v1/completions take.",
+        "description": "What /translate, /fill-mask, /generate, /next-sentence, /classify or /v1/completions "
+        "take.",
         "required": True,
         "content": {"application/json": {"schema": {"type": "object"}}},
     }
@@ -54,7 +56,14 @@ async def dispatch(request: Request, services: ServicesDep, models: ModelsDep, r
 
 @cache
 def _handler(path: str) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-    routers = (translate.router, fill_mask.router, generate.router, next_sentence.router, openai.router)
+    routers = (
+        translate.router,
+        fill_mask.router,
+        generate.router,
+        next_sentence.router,
+        classify.router,
+        openai.router,
+    )
     routes = (route for router in routers for route in router.routes)
     return next(r.get_route_handler() for r in routes if isinstance(r, APIRoute) and r.path == path)
 
@@ -76,7 +85,7 @@ async def _read(request: Request) -> Any:
 def choose_path(body: Any, services: Services, models: Models) -> str:
     """The path that a body is meant for; raises UnclearTask where it fits none or several."""
     named = body.get("model") if isinstance(body, dict) else None
-    loaded = _endpoints(named if isinstance(named, str) else None, services, models)
+    loaded = models.endpoints(named if isinstance(named, str) else None)
     if is_libretranslate(body):
         return "/translate"
     if not isinstance(body, dict):
@@ -105,24 +114,15 @@ def dialect_of(path: str, fields: Mapping[str, Any]) -> Dialect | None:
     return Dialect.OPENAI if path == "/" and "prompt" in fields else None
 
 
-def _endpoints(named: str | None, services: Services, models: Models) -> list[str]:
-    """Where the model that is named is; every endpoint with a model where none is."""
-    loaded = models.endpoints(named)
-    if not loaded and services.shelves:
-        names = dict.fromkeys(name for shelf in services.shelves.values() for name in shelf.names)
-        raise NoSuchModel("any task", str(models.named(named)), names)
-    return loaded
-
-
 def _fitting(body: dict[str, Any], loaded: list[str], services: Services) -> list[str]:
     """The loaded tasks that know all of the parameters; a mask in the text is fill-mask's alone."""
     parameters = body.get("parameters")
     given = parameters.items() if isinstance(parameters, dict) else ()
     names = {name for name, value in given if value is not None}
     fitting = [f"/{task}" for task in loaded if names <= _PARAMETERS[f"/{task}"]]
-    # What both take is a generation's: clients put a translation's into its generate_parameters.
+    # What others take too is a generation's: clients put a translation's into its generate_parameters.
     if names and "/generate" in fitting:
-        fitting = [path for path in fitting if path != "/translate"]
+        fitting = [path for path in fitting if path not in ("/translate", "/classify")]
     if "/fill-mask" not in fitting:
         return fitting
     if any(_has_mask(body["inputs"], task.tokenizer.mask_token) for task in services.registry.fill_mask):

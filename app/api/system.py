@@ -65,8 +65,11 @@ async def info(services: ServicesDep, models: ModelsDep) -> Json:
 
     Behind the path of a model, that model alone.
     """
+    wanted = models.named(None)
     described = {
-        endpoint: {task.name: _describe(task) for task in services.shelves[endpoint]}
+        endpoint: {
+            task.name: _describe(task) for task in services.shelves[endpoint] if wanted in (None, task.name)
+        }
         for endpoint in models.endpoints(None)
     }
     return Json(
@@ -74,9 +77,7 @@ async def info(services: ServicesDep, models: ModelsDep) -> Json:
             "version": __version__,
             "device": services.device,
             "dtype": services.dtype,
-            "tasks": {
-                endpoint: each[models.named(None) or next(iter(each))] for endpoint, each in described.items()
-            },
+            "tasks": {endpoint: next(iter(each.values())) for endpoint, each in described.items()},
             "models": described,
             "limits": _limits(services),
         }
@@ -124,6 +125,8 @@ def _describe(task: AnyTask) -> dict[str, Any]:
         "config": task.config.to_dict(),
         "languages": sorted(task.tokenizer.languages),
         "mask_token": task.tokenizer.mask_token,
+        "labels": task.config.labels,
+        "device_bytes": task.n_bytes,
         "limits": {name: getattr(limits, name) for name in names if hasattr(limits, name)},
     }
 

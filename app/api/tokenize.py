@@ -53,7 +53,7 @@ def _task_name(body: TokenizeRequest, services: Services, models: Models) -> str
     if not names:
         raise NotLoaded("no model is loaded")
     if body.task is None:
-        return next(iter(models.endpoints(body.model)), names[0])
+        return models.endpoints(body.model)[0]
     if body.task not in names:
         raise InvalidRequest(f"task: no task {body.task[:20]!r} is loaded; there are {', '.join(names)}")
     return body.task

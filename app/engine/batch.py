@@ -1,4 +1,4 @@
-"""The one-shot lane: token-budget batches through the masked model, for fill-mask and next-sentence."""
+"""The one-shot lane: token-budget batches through an encoder, for fill-mask, next-sentence and classify."""
 
 from __future__ import annotations
 
@@ -15,12 +15,21 @@ from torch import Tensor
 from app import metrics
 from app.engine.errors import Aborted, EngineError, Overloaded, PromptTooLong, StepFailed
 from app.engine.lane import Door, Failures, Handover, Handovers, check_fits, halving
-from app.engine.runner import MaskedRunner
+from app.engine.runner import ClassifyRunner, MaskedRunner
 from app.engine.scheduler import fits
 from model.checkpoint import Checkpoint
+from model.models import Classifier
 
 Filled = list[list[tuple[int, float]]]  # per mask: token ids with scores, best first
-BatchResult = Filled | float
+
+
+class Logits(tuple[float, ...]):
+    """One for each label of a classifier."""
+
+    __slots__ = ()
+
+
+BatchResult = Filled | float | Logits
 
 
 @dataclass(frozen=True)
@@ -34,14 +43,14 @@ class BatchLimits:
 
 @dataclass(eq=False)
 class BatchItem:
-    """One text with masks, or one pair of sentences.
+    """One text with masks, one pair of sentences, or one text to classify.
 
     `targets` and `allowed` hold an entry per mask. Made and awaited on the event loop.
     """
 
     token_ids: list[int]
     segment_ids: list[int]
-    task: Literal["fill-mask", "next-sentence"]
+    task: Literal["fill-mask", "next-sentence", "classify"]
     top_k: int = 5
     targets: list[list[int] | None] = field(default_factory=list)
     allowed: list[str | None] = field(default_factory=list)
@@ -100,7 +109,11 @@ class BatchLane:
         max_queue_tokens: int,
     ) -> None:
         self.name, self.model_name, self.max_batch_tokens = name, checkpoint.name, max_batch_tokens
-        self.runner = MaskedRunner(checkpoint)
+        self.runner: MaskedRunner | ClassifyRunner = (
+            ClassifyRunner(checkpoint)
+            if isinstance(checkpoint.model, Classifier)
+            else MaskedRunner(checkpoint)
+        )
         self.mask_id = checkpoint.tokenizer.mask_id
         self.limits = BatchLimits(checkpoint.config.max_len, max_queue_items, max_queue_tokens)
         self.door = Door()
@@ -203,19 +216,26 @@ class BatchLane:
             self._end(item, StepFailed())
 
     def _answer(self, batch: Sequence[BatchItem]) -> None:
-        hidden = self.runner.encode([i.token_ids for i in batch], [i.segment_ids for i in batch])
-        follows = self.runner.follows(hidden) if any(i.task == "next-sentence" for i in batch) else []
-        results: list[BatchResult] = [
-            follows[row] if item.task == "next-sentence" else self._fill(hidden[row], item)
-            for row, item in enumerate(batch)
-        ]
+        runner = self.runner
+        results = (
+            _classify(runner, batch) if isinstance(runner, ClassifyRunner) else self._read(runner, batch)
+        )
         for item, result in zip(batch, results, strict=True):
             self._end(item, result if _is_sound(result) else StepFailed("the model gave no number"))
 
-    def _fill(self, hidden: Tensor, item: BatchItem) -> Filled:
+    def _read(self, runner: MaskedRunner, batch: Sequence[BatchItem]) -> list[BatchResult]:
+        """The results of an encoder with its two heads."""
+        hidden = runner.encode([i.token_ids for i in batch], [i.segment_ids for i in batch])
+        follows = runner.follows(hidden) if any(i.task == "next-sentence" for i in batch) else []
+        return [
+            follows[row] if item.task == "next-sentence" else self._fill(runner, hidden[row], item)
+            for row, item in enumerate(batch)
+        ]
+
+    def _fill(self, runner: MaskedRunner, hidden: Tensor, item: BatchItem) -> Filled:
         slots = [slot for slot, token in enumerate(item.token_ids) if token == self.mask_id]
         wishes = zip(slots, item.allowed, item.targets, strict=True)
-        return [self.runner.fill(hidden[slot], a, item.top_k, targets) for slot, a, targets in wishes]
+        return [runner.fill(hidden[slot], a, item.top_k, targets) for slot, a, targets in wishes]
 
     def _end(self, item: BatchItem, outcome: BatchResult | EngineError) -> None:
         item.ended_at = time.monotonic()
@@ -228,7 +248,14 @@ class BatchLane:
         self._levels.set_queue(len(self._waiting), self._waiting_tokens)
 
 
+def _classify(runner: ClassifyRunner, batch: Sequence[BatchItem]) -> list[BatchResult]:
+    rows = runner.classify([i.token_ids for i in batch], [i.segment_ids for i in batch])
+    return list(map(Logits, rows))
+
+
 def _is_sound(result: BatchResult) -> bool:
+    if isinstance(result, Logits):
+        return all(map(math.isfinite, result))
     scores = [result] if isinstance(result, float) else [score for ranked in result for _, score in ranked]
     return not any(map(math.isnan, scores))
 

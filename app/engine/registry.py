@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+from torch import nn
+
 from app import metrics
 from app.engine.batch import BatchItem, BatchLimits
 from app.engine.decode import DecodeLimits
@@ -69,6 +71,7 @@ class Task(Generic[LaneT]):
     name: str
     sha256: str
     folder: Path = Path()
+    model: nn.Module | None = None
     n_bytes: int = 0
     n_users: int = field(default=0, init=False)
 
@@ -129,8 +132,11 @@ class Worker(Protocol):
 class Workshop(Protocol):
     """How a model is made ready."""
 
-    def build(self, endpoint: str, name: str, folder: Path, n_bytes_loaded: int, /) -> AnyTask:
-        """Blocks, in a thread that is not the device's. Raises what is wrong with the folder, or `NoRoom`."""
+    def build(self, endpoint: str, name: str, folder: Path, loaded: list[AnyTask], /) -> AnyTask:
+        """Beside what is loaded. Blocks, in a thread that is not the device's.
+
+        Raises what is wrong with the folder, or `NoRoom`.
+        """
 
     async def warm_up(self, endpoint: str, task: AnyTask, /) -> None:
         """Send small work through its lane. Raises what its model cannot do."""
@@ -167,11 +173,6 @@ class Registry:
         """Every model that may be chosen, with its endpoint."""
         return ((endpoint, task) for endpoint, shelf in self.shelves.items() for task in shelf)
 
-    @property
-    def n_bytes(self) -> int:
-        """What all models take on the device, those that are about to leave included."""
-        return sum(task.n_bytes for _, task in [*self, *self.leaving])
-
     async def load(self, endpoint: str, name: str, folder: Path) -> AnyTask:
         """Build, warm up, and only then take the place of what had the name.
 
@@ -181,7 +182,9 @@ class Registry:
         shelf = self._check_load(endpoint, name)
         self.loading = endpoint, name
         try:
-            task = await in_thread(lambda: self.workshop.build(endpoint, name, folder, self.n_bytes))
+            loaded = [task for _, task in [*self, *self.leaving]]
+            task = await in_thread(lambda: self.workshop.build(endpoint, name, folder, loaded))
+            loaded.clear()  # the thread's last frame must not keep alive what leaves meanwhile
             await self._prove(endpoint, task)
         except BaseException:
             self._forget_series(endpoint, name)

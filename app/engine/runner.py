@@ -16,7 +16,7 @@ from model.block import WeightsTap
 from model.checkpoint import Checkpoint
 from model.config import TransformerConfig
 from model.masks import length_mask, position_mask
-from model.models import CausalLM, MaskedLM, Translator, make_cache
+from model.models import CausalLM, Classifier, MaskedLM, Translator, make_cache
 from model.sampling import SamplingRows, penalise, sample
 from model.tokenizer import Tokenizer
 
@@ -286,6 +286,27 @@ class MaskedRunner:
         """hidden (B, S, D) -> the probability, per row, that B follows A."""
         probs: list[float] = self.model.nsp_head(hidden).float().softmax(-1)[:, 1].tolist()
         return probs
+
+    def responds(self) -> bool:
+        """Does the device still answer?"""
+        return responds(self.device)
+
+
+class ClassifyRunner:
+    """One pass of a classifier."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        assert isinstance(checkpoint.model, Classifier)
+        self.model = checkpoint.model
+        self.device = next(self.model.parameters()).device
+
+    def classify(
+        self, token_ids: Sequence[Sequence[int]], segment_ids: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        """Rows of ids -> logits (B, labels)."""
+        ids = _padded(token_ids, self.model.config.pad_id, self.device)
+        logits: list[list[float]] = self.model(ids, _padded(segment_ids, 0, self.device)).float().tolist()
+        return logits
 
     def responds(self) -> bool:
         """Does the device still answer?"""

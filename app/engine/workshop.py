@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from app.engine.batch import BatchItem, BatchLane
 from app.engine.decode import make_decode_lane
@@ -22,7 +23,12 @@ from model.sampling import BeamParams, SamplingParams
 from model.tokenizer import Tokenizer
 
 _WARM_UP_SECONDS = 600.0  # a device that does not answer ends the start, not the patience of whoever waits
-_ARCHITECTURES = {"translate": "translator", "fill-mask": "masked_lm", "generate": "causal_lm"}
+_ARCHITECTURES = {
+    "translate": "translator",
+    "fill-mask": "masked_lm",
+    "generate": "causal_lm",
+    "classify": "classifier",
+}
 
 
 class ModelWorkshop:
@@ -48,7 +54,7 @@ class ModelWorkshop:
         self._prefill_tokens, self._max_batch_tokens = prefill_tokens, max_batch_tokens
         self._queue = {"max_queue_items": max_queue_items, "max_queue_tokens": max_queue_tokens}
 
-    def build(self, endpoint: str, name: str, folder: Path, n_bytes_loaded: int) -> AnyTask:
+    def build(self, endpoint: str, name: str, folder: Path, loaded: list[AnyTask]) -> AnyTask:
         """The model of a folder with its lane, which has had no turn yet.
 
         Blocks. Raises CheckpointError for a folder that cannot be served, NoRoom for one that does not fit
@@ -56,10 +62,14 @@ class ModelWorkshop:
         """
         config = self._check_folder(endpoint, folder)
         needed = needed_bytes(config, self.dtype, self._n_slots.get(endpoint, 0))
-        self._check_room(needed, n_bytes_loaded)
+        self._check_room(needed, sum(task.n_bytes for task in loaded))
         try:
             checkpoint = load(folder, device=self.device, dtype=self.dtype)
-            return self._task(endpoint, dataclasses.replace(checkpoint, name=name), folder, needed)
+            shared = share_weights(
+                checkpoint.model, [task.model for task in loaded if task.model is not None]
+            )
+            named = dataclasses.replace(checkpoint, name=name)
+            return self._task(endpoint, named, folder, needed - shared)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -90,15 +100,41 @@ class ModelWorkshop:
             raise NoRoom(needed, free, "the device has")
 
     def _task(self, endpoint: str, checkpoint: Checkpoint, folder: Path, n_bytes: int) -> AnyTask:
-        known = checkpoint.tokenizer, checkpoint.config, checkpoint.name, checkpoint.sha256, folder, n_bytes
+        known = checkpoint.tokenizer, checkpoint.config, checkpoint.name, checkpoint.sha256
+        more: dict[str, Any] = {"folder": folder, "n_bytes": n_bytes, "model": checkpoint.model}
         if endpoint not in self._n_slots:
             batches = BatchLane(endpoint, checkpoint, max_batch_tokens=self._max_batch_tokens, **self._queue)
-            return Task(batches, *known)
+            return Task(batches, *known, **more)
         n_slots, prefill_tokens = self._n_slots[endpoint], self._prefill_tokens
         steps = make_decode_lane(
             endpoint, checkpoint, n_slots=n_slots, prefill_tokens=prefill_tokens, **self._queue
         )
-        return Task(steps, *known)
+        return Task(steps, *known, **more)
+
+
+def share_weights(model: nn.Module, others: Iterable[nn.Module]) -> int:
+    """Take from other models what is the same to the last bit; returns the bytes that are held once now.
+
+    A classifier that adds a little to a masked model then costs that little.
+    """
+    n_bytes = 0
+    for other in others:
+        theirs = dict(other.named_parameters())
+        for name, parameter in list(model.named_parameters()):
+            twin = theirs.get(name)
+            if twin is None or twin is parameter or not _is_same(parameter, twin):
+                continue
+            for module in model.modules():  # an embedding may stand in several places
+                for key, own in list(module.named_parameters(recurse=False)):
+                    if own is parameter:
+                        setattr(module, key, twin)
+            n_bytes += parameter.nbytes
+    return n_bytes
+
+
+def _is_same(parameter: Tensor, twin: Tensor) -> bool:
+    alike = (parameter.dtype, parameter.device, parameter.shape) == (twin.dtype, twin.device, twin.shape)
+    return alike and torch.equal(parameter, twin)
 
 
 def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
@@ -122,8 +158,13 @@ def _filling(tokenizer: Tokenizer) -> BatchItem:
     )
 
 
+def _classification(tokenizer: Tokenizer) -> BatchItem:
+    return BatchItem(token_ids=[tokenizer.cls_id, tokenizer.sep_id], segment_ids=[0, 0], task="classify")
+
+
 _FIRST_WORK: dict[str, Callable[[Tokenizer], Sequence | BatchItem]] = {
     "translate": _translation,
     "fill-mask": _filling,
     "generate": _generation,
+    "classify": _classification,
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from app.api.deps import Services
-from app.engine.batch import BatchItem, BatchLimits
+from app.engine.batch import BatchItem, BatchLimits, Logits
 from app.engine.decode import DecodeLimits
 from app.engine.errors import Aborted, Draining, Overloaded, StepFailed
 from app.engine.registry import AnyTask, Registry, Task
@@ -155,6 +155,8 @@ class FakeBatchLane:
         await asyncio.sleep(self.pause_seconds)
         if item.task == "fill-mask":
             item.deliver([self._rank(item, k) for k in range(len(item.targets))])
+        elif item.task == "classify":
+            item.deliver(Logits([float(item.n_tokens), 0.0, -1.0]))
         else:
             item.deliver(0.75 if item.segment_ids.count(0) - 2 == item.segment_ids.count(1) - 1 else 0.25)
         self.running.pop(item, None)
@@ -201,7 +203,7 @@ class FakeWorkshop:
     def __init__(self) -> None:
         self.ready: dict[tuple[str, str], AnyTask | Exception] = {}
 
-    def build(self, endpoint: str, name: str, folder: Path, n_bytes_loaded: int) -> AnyTask:
+    def build(self, endpoint: str, name: str, folder: Path, loaded: list[AnyTask]) -> AnyTask:
         built = self.ready[endpoint, name]
         if isinstance(built, Exception):
             raise built
@@ -232,11 +234,24 @@ def load_fakes(settings: Settings, lifecycle: Lifecycle) -> Services:
     return Services(registry, settings, lifecycle)
 
 
+def classify_task(name: str = "moods", sha256: str = "dd") -> Task[Any]:
+    """A classifier of three labels; the first has the number of a text's tokens for its logit."""
+    lane = FakeBatchLane(word_tokenizer(), BatchLimits(32, 16, 2000))
+    return Task(lane, word_tokenizer(), make_config("classifier"), name, sha256)
+
+
+def generate_task(name: str, sha256: str) -> Task[Any]:
+    """One more alphabet."""
+    lane = FakeDecodeLane(byte_tokenizer(), DecodeLimits(64, 100, 8, 16, 2000))
+    return Task(lane, byte_tokenizer(), make_config("causal_lm"), name, sha256)
+
+
 def make_config(architecture: str) -> TransformerConfig:
-    n_encoder, n_decoder = architecture != "causal_lm", architecture != "masked_lm"
+    n_encoder, n_decoder = architecture != "causal_lm", architecture in ("translator", "causal_lm")
     return TransformerConfig(
         architecture=architecture,  # type: ignore[arg-type]
         vocab_size=300,
         n_encoder_layers=int(n_encoder),
         n_decoder_layers=int(n_decoder),
+        labels=["glad", "calm", "sad"] if architecture == "classifier" else [],
     )

@@ -79,7 +79,10 @@ def drive(lane: BatchLane) -> None:
 
 async def answer(item: BatchItem) -> list[list[tuple[int, float]]]:
     result = await asyncio.wait_for(item.result(), 10)
-    return [[(0, result)]] if isinstance(result, float) else result
+    if isinstance(result, float):
+        return [[(0, result)]]
+    assert isinstance(result, list)
+    return result
 
 
 async def failure(item: BatchItem) -> EngineError:

@@ -1,0 +1,129 @@
+"""POST /classify: which of its labels does a classifier give a text?"""
+
+import math
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Depends
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from app.api.bounds import Strict, Texts, check_count, check_texts, input_names
+from app.api.deps import (
+    AttendanceDep,
+    ModelsDep,
+    RecordDep,
+    ServicesDep,
+    admitted,
+    gather,
+    note_times,
+    prepare,
+)
+from app.engine.batch import BatchItem, Logits
+from app.engine.registry import OneShotLane, Task
+from app.errors import InvalidRequest, Json
+
+router = APIRouter()
+
+Function = Literal["softmax", "sigmoid", "none"]
+
+
+class ClassifyParameters(Strict):
+    """null means the default."""
+
+    top_k: int | None = Field(None, description="labels of each text, the best; all by default")
+    function_to_apply: Function | None = Field(
+        None, description="what makes scores of the model's logits; softmax by default"
+    )
+
+
+class ClassifyRequest(Strict):
+    """One text or a list of texts."""
+
+    inputs: str | Texts = Field(examples=["It was a wonderful evening."])
+    parameters: ClassifyParameters | None = None
+    model: str | None = Field(None, description="as /info names it; by default the first")
+
+
+class LabelScore(TypedDict):
+    """One label of the model's."""
+
+    label: str
+    score: float
+
+
+@dataclass(frozen=True)
+class ClassifyWork:
+    """A request whose items are in the lane."""
+
+    task: Task[OneShotLane]
+    items: list[BatchItem]
+    top_k: int | None
+    function: Function
+    is_list: bool
+
+    def answer(self, logits: Logits) -> list[LabelScore]:
+        """The labels of one text with their scores, best first."""
+        scores = apply_function(self.function, logits)
+        ranked = sorted(zip(self.task.config.labels, scores, strict=True), key=lambda pair: -pair[1])
+        return [LabelScore(label=label, score=score) for label, score in ranked[: self.top_k]]
+
+
+async def admit(
+    body: ClassifyRequest, services: ServicesDep, models: ModelsDep, record: RecordDep
+) -> AsyncIterator[ClassifyWork]:
+    """Check, tokenise and submit; abort what is left on exit."""
+    task = models.classify(body.model)
+    parameters = body.parameters or ClassifyParameters()
+    if parameters.top_k is not None:
+        check_count("top_k", parameters.top_k, 1, services.settings.max_top_k)
+    texts = check_texts(body.inputs, services.settings)
+    named = dict(zip(input_names(body.inputs), texts, strict=True))
+    encoded = await prepare(sum(map(len, texts)), _encode_all, named, task)
+    items = [BatchItem(token_ids=ids, segment_ids=[0] * len(ids), task="classify") for ids in encoded]
+    record.n_prompt_tokens = sum(map(len, encoded))
+    function = parameters.function_to_apply or "softmax"
+    async with admitted(services, task.lane, items):
+        yield ClassifyWork(task, items, parameters.top_k, function, isinstance(body.inputs, list))
+
+
+@router.post("/classify", response_model=list[LabelScore] | list[list[LabelScore]])
+async def classify(
+    work: Annotated[ClassifyWork, Depends(admit)], attendance: AttendanceDep, record: RecordDep
+) -> Json:
+    """The labels of each text with their scores, best first."""
+    results = await attendance.wait_for(gather(_logits(item) for item in work.items))
+    note_times(record, work.items)
+    record.n_generated_tokens = 0
+    answers = [work.answer(result) for result in results]
+    return Json(answers if work.is_list else answers[0])
+
+
+async def _logits(item: BatchItem) -> Logits:
+    logits = await item.result()
+    assert isinstance(logits, Logits)
+    return logits
+
+
+def apply_function(function: Function, logits: Logits) -> list[float]:
+    """softmax: the labels exclude each other; sigmoid: each by itself; none: the logits."""
+    if function == "none":
+        return list(logits)
+    if function == "sigmoid":
+        return [0.5 * (1.0 + math.tanh(0.5 * x)) for x in logits]  # no overflow on either side
+    greatest = max(logits)
+    parts = [math.exp(x - greatest) for x in logits]
+    return [part / sum(parts) for part in parts]
+
+
+def _encode_all(named: dict[str, str], task: Task[OneShotLane]) -> list[list[int]]:
+    return [_encode(name, text, task) for name, text in named.items()]
+
+
+def _encode(name: str, text: str, task: Task[OneShotLane]) -> list[int]:
+    tokenizer, limit = task.tokenizer, task.lane.limits.max_item_tokens
+    token_ids = [tokenizer.cls_id, *tokenizer.encode(text), tokenizer.sep_id]
+    if len(token_ids) > limit:
+        raise InvalidRequest(f"{name} has {len(token_ids)} tokens, the limit is {limit}")
+    return token_ids
