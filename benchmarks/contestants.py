@@ -45,48 +45,124 @@ class Contestant(ABC):
         """Let go of threads and files."""
 
 
-class Engine(Contestant):
-    """The real thing without HTTP: settings, scheduler, runner and device thread, as the service has them."""
+class _Service:
+    """All of the service but HTTP: settings, models, lanes and the device thread, on a loop of its own."""
 
-    def __init__(self, folder: Path, task: str, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: dict[str, Any], where: Path) -> None:
         from app.lifecycle import Lifecycle
         from app.main import load_services, warm_up
         from app.settings import Settings
 
-        self._loop = asyncio.new_event_loop()
-        folder = folder.resolve()
+        self.loop = asyncio.new_event_loop()
+        with contextlib.chdir(where):
+            self.services = load_services(Settings(**settings), Lifecycle())
+        self.services.worker.start(self.loop)
+        self.loop.run_until_complete(warm_up(self.services))
+
+    def close(self) -> None:
+        self.services.worker.stop()
+        self.loop.close()
+
+
+class Engine(Contestant):
+    """The real thing without HTTP: settings, scheduler, runner and device thread, as the service has them."""
+
+    def __init__(self, folder: Path, task: str, settings: dict[str, Any]) -> None:
+        model = {f"{task}_model": str(folder.resolve())}
         # From an empty folder: no `.env`, and the models that are not measured are not there.
-        with tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty):
-            model: dict[str, Any] = {f"{task}_model": folder}
-            self._services = load_services(Settings(**model, **settings), Lifecycle())
-        found = self._services.registry.shelves[task].default
-        assert found is not None
-        self._task = found
-        self._services.worker.start(self._loop)
-        self._loop.run_until_complete(warm_up(self._services))
+        with tempfile.TemporaryDirectory() as empty:
+            self._service = _Service(model | settings, Path(empty))
 
     def run(self, case: Case) -> tuple[Outputs, float]:
-        return self._loop.run_until_complete(self._run(case))
+        return self._service.loop.run_until_complete(self._run(case))
 
     async def _run(self, case: Case) -> tuple[Outputs, float]:
-        from app.engine.sequence import Sequence
-        from model.sampling import BeamParams, SamplingParams
-
-        n = case.n_new
-        params = (
-            SamplingParams(max_new_tokens=n, min_new_tokens=n)
-            if case.task == "generate"
-            else BeamParams(num_beams=case.num_beams, max_new_tokens=n, min_new_tokens=n)
-        )
-        sequences = [Sequence(prompt, params) for prompt in case.prompts]
+        sequences = [make_sequence(case, prompt) for prompt in case.prompts]
+        lane: Any = self._service.services.tasks[case.task].lane
         started = time.perf_counter()
-        self._task.lane.submit(sequences)
+        lane.submit(sequences)
         results = [await sequence.result() for sequence in sequences]
         return [best[0].token_ids for best in results], time.perf_counter() - started
 
     def close(self) -> None:
-        self._services.worker.stop()
-        self._loop.close()
+        self._service.close()
+
+
+def make_sequence(case: Case, prompt: list[int]) -> Any:
+    """A prompt of a case as the engine's unit of work."""
+    from app.engine.sequence import Sequence
+    from model.sampling import BeamParams, SamplingParams
+
+    n, beams = case.n_new, case.num_beams
+    if case.task == "generate":
+        return Sequence(prompt, SamplingParams(max_new_tokens=n, min_new_tokens=n))
+    return Sequence(prompt, BeamParams(num_beams=beams, max_new_tokens=n, min_new_tokens=n))
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A closed loop without HTTP: seconds in all and of each request, and the tokens that came out."""
+
+    seconds: float
+    latencies: list[float]
+    n_tokens: int
+
+
+class Bare:
+    """The service's engine with its settings, asked directly what `benchmarks.serve` asks over HTTP."""
+
+    def __init__(self, folder: Path, task: str, settings: dict[str, Any]) -> None:
+        self._service = _Service(settings, folder)
+        self._task: Any = self._service.services.tasks[task]
+        self._name = task
+
+    def loop(self, texts: list[str], n_clients: int, n_new: int) -> Loop:
+        """So many clients, each asking for the next text when its last one is done."""
+        return self._service.loop.run_until_complete(self._loop(texts, n_clients, n_new))
+
+    async def _loop(self, texts: list[str], n_clients: int, n_new: int) -> Loop:
+        waiting = iter([self._work(text, n_new) for text in texts])
+        latencies: list[float] = []
+        n_tokens = 0
+
+        async def client() -> None:
+            nonlocal n_tokens
+            for work in waiting:
+                started = time.perf_counter()
+                self._task.lane.submit([work])
+                await work.result()
+                latencies.append(time.perf_counter() - started)
+                n_tokens += getattr(work, "n_generated_tokens", 0)
+
+        started = time.perf_counter()
+        await asyncio.gather(*(client() for _ in range(n_clients)))
+        return Loop(time.perf_counter() - started, latencies, n_tokens)
+
+    def _work(self, text: str, n_new: int) -> Any:
+        from app.engine.batch import BatchItem
+        from app.engine.sequence import Sequence
+        from model.sampling import BeamParams, SamplingParams
+
+        tokenizer = self._task.tokenizer
+        if self._name == "generate":
+            return Sequence(tokenizer.encode(text), SamplingParams(max_new_tokens=n_new))
+        if self._name == "translate":
+            source = tokenizer.source_ids(tokenizer.encode(text), "ko")
+            return Sequence(source, BeamParams(num_beams=4, max_new_tokens=n_new))
+        ids, spaced = tokenizer.encode_masked(text)
+        ids = [tokenizer.cls_id, *ids, tokenizer.sep_id]
+        return BatchItem(
+            token_ids=ids,
+            segment_ids=[0] * len(ids),
+            task="fill-mask",
+            top_k=5,
+            targets=[None] * len(spaced),
+            allowed=["space" if space else "no_space" for space in spaced],
+        )
+
+    def close(self) -> None:
+        """End the device thread."""
+        self._service.close()
 
 
 @dataclass(frozen=True)
@@ -196,8 +272,9 @@ class CTranslate2(Contestant):
         return [[int(token) for token in output] for output in outputs], taken
 
 
-KINDS: dict[str, Callable[..., Contestant]] = {
+KINDS: dict[str, Callable[..., Contestant | Bare]] = {
     "engine": Engine,
+    "bare": Bare,
     "transformers": Transformers,
     "ctranslate2": CTranslate2,
 }
@@ -233,6 +310,12 @@ class Remote:
             raise ContestantFailed(f"{self.name}: {len(outputs)} outputs, lengths {wrong} not {case.n_new}")
         return outputs, seconds
 
+    def loop(self, texts: list[str], n_clients: int, n_new: int) -> Loop:
+        """For a bare engine; raises `ContestantFailed`."""
+        done = self._ask("loop", texts, n_clients, n_new)
+        assert isinstance(done, Loop)
+        return done
+
     def close(self) -> None:
         """End the process."""
         with contextlib.suppress(ContestantFailed, OSError):
@@ -259,7 +342,7 @@ def _serve(pipe: Connection, kind: str, folder: Path, options: dict[str, Any]) -
     """The contestant's process: make it, then answer call by call until it is closed."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
-        contestant: Contestant = KINDS[kind](folder, **options)
+        contestant = KINDS[kind](folder, **options)
         pipe.send((True, None))
     except Exception:
         pipe.send((False, traceback.format_exc()))

@@ -27,7 +27,7 @@ from app.settings import Settings
 from benchmarks.contestants import ContestantFailed, Outputs, Remote
 from benchmarks.machine import head, n_cores, read_bandwidth
 from benchmarks.table import Table, spread
-from benchmarks.workload import SHIPPED, Case, decoder_config, make_case, make_folder, translator_config
+from benchmarks.workload import SHIPPED, TINY, Case, decoder_config, make_case, make_folder, translator_config
 
 PROMPT = {"generate": 32, "translate": 24}
 NEW = {"generate": 128, "translate": 32}
@@ -188,7 +188,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def make_folders(arguments: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, str, Path]]:
     """(task, which weights, folder) of all that is to be measured."""
-    tiny = {"vocab_size": 400, "d_model": 32, "n_heads": 4, "d_ff": 64} if arguments.tiny else {}
+    tiny: dict[str, object] = TINY if arguments.tiny else {}
     makers = {"generate": decoder_config, "translate": translator_config}
     for task in arguments.tasks:
         for weights in arguments.weights:

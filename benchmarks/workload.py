@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
@@ -16,6 +18,9 @@ from model.models import build_model
 from model.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 _LOUDER = 64.0
+
+# Sizes with which a command can be tried out in seconds.
+TINY: dict[str, object] = {"vocab_size": 400, "d_model": 32, "n_heads": 4, "d_ff": 64}
 
 SHIPPED = {"generate": Path("weights/generate"), "translate": Path("weights/translate")}
 
@@ -29,6 +34,18 @@ _SENTENCES = (
     "She opened the box, looked inside and put it back under the bed.",
     "Nobody knew why the shop had been dark since the end of summer.",
 )
+
+
+_SUBJECTS = ("I", "My friend", "The teacher", "Our neighbour", "She", "The doctor", "He", "My sister")
+_ACTIONS = ("opened the window", "went home early", "bought two apples", "read a long letter")
+_TIMES = ("yesterday", "in the morning", "before lunch", "after the meeting")
+
+
+def sentence(number: int) -> str:
+    """One of 128 plain sentences."""
+    subject = _SUBJECTS[number % len(_SUBJECTS)]
+    action = _ACTIONS[number // len(_SUBJECTS) % len(_ACTIONS)]
+    return f"{subject} {action} {_TIMES[number // 32 % len(_TIMES)]}."
 
 
 @dataclass(frozen=True)
@@ -111,6 +128,17 @@ def make_folder(folder: Path, config: TransformerConfig, seed: int = 0) -> Path:
             if name.endswith("down.weight"):
                 weight.mul_(_LOUDER)
     checkpoint.save(folder, model, tokenizer, dtype=torch.float32)
+    return folder
+
+
+def make_endless(source: Path, folder: Path) -> Path:
+    """A copy of a folder in which no generation ends before its length: the end token's row is zero."""
+    folder.mkdir(parents=True)
+    for name in (checkpoint.CONFIG, checkpoint.TOKENIZER):
+        shutil.copyfile(source / name, folder / name)
+    tensors = load_file(source / checkpoint.WEIGHTS)
+    tensors["embeddings.tokens.weight"][checkpoint.load_config(source).eos_id] = 0.0
+    save_file(tensors, folder / checkpoint.WEIGHTS, metadata={"format": "pt"})
     return folder
 
 
