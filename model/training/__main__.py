@@ -1,4 +1,6 @@
-"""`python -m model.training COMMAND`: tokenizer, translate, masked, causal, evaluate."""
+"""`python -m model.training COMMAND`: tokenizer, translate, masked, causal, rnn, classify, evaluate,
+back-translate, score-pairs.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,27 @@ from model.config import TransformerConfig
 from model.models import CausalLM, Translator, build_model
 from model.tokenizer import Tokenizer
 from model.training import prepare
+from model.training.back_translate import add_back_translate_arguments, back_translate_command
 from model.training.causal import CausalTask
+from model.training.classify import add_classify_arguments, classify_command
 from model.training.evaluate import add_evaluate_arguments, evaluate_command
 from model.training.loop import Options, Task, Trainer
 from model.training.masked import MaskedTask
+from model.training.rnn_race import add_rnn_arguments, rnn_command
+from model.training.score_pairs import add_score_pairs_arguments, score_pairs_command
 from model.training.shards import Shard, write_shard
 from model.training.transfer import start_from_encoder
 from model.training.translate import TranslateTask
 
-ARCHITECTURES = {"translate": "translator", "masked": "masked_lm", "causal": "causal_lm"}
+COMMANDS = {
+    "back-translate": back_translate_command,
+    "classify": classify_command,
+    "evaluate": evaluate_command,
+    "score-pairs": score_pairs_command,
+}
+ARCHITECTURES = {"translate": "translator", "masked": "masked_lm", "causal": "causal_lm", "rnn": "translator"}
+
+HELP = {"rnn": "train a recurrent translator beside a Transformer, and compare"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.command == "tokenizer":
         return _tokenizer(arguments)
-    if arguments.command == "evaluate":
-        return evaluate_command(arguments)
+    if arguments.command in COMMANDS:
+        return COMMANDS[arguments.command](arguments)
     return _train(arguments)
 
 
@@ -50,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("--megabytes", type=float, default=40, help="of each document pack")
     tokenizer.add_argument("--out", type=Path, required=True, help="folder for tokenizer.json")
     for command in ARCHITECTURES:
-        train = commands.add_parser(command, help=f"train a {ARCHITECTURES[command]}")
+        train = commands.add_parser(command, help=HELP.get(command, f"train a {ARCHITECTURES[command]}"))
         train.add_argument("--recipe", type=Path, required=True, help="TOML with [model], [data], [train]")
         train.add_argument("--tokenizer", type=Path, required=True)
         train.add_argument("--data", type=Path, required=True, help="folder that holds the packs")
@@ -62,10 +76,18 @@ def _parser() -> argparse.ArgumentParser:
             metavar="KEY=VALUE",
             help="override the recipe, in TOML: steps=100 or data.batch_tokens=1024",
         )
-        train.add_argument("--continue-from", type=Path, help="begin with this model folder's weights")
         train.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+        if command == "rnn":
+            add_rnn_arguments(train)
+            continue
+        train.add_argument("--continue-from", type=Path, help="begin with this model folder's weights")
         if command != "masked":
             train.add_argument("--start-from", type=Path, help="a masked model's folder: take its encoder")
+    add_classify_arguments(commands.add_parser("classify", help="teach a masked model's encoder labels"))
+    add_back_translate_arguments(commands.add_parser("back-translate", help="pairs out of text"))
+    add_score_pairs_arguments(
+        commands.add_parser("score-pairs", help="drop the pairs that a model finds absurd")
+    )
     add_evaluate_arguments(commands.add_parser("evaluate", help="measure a model and write its card"))
     return parser
 
@@ -87,6 +109,12 @@ def _train(arguments: argparse.Namespace) -> int:
     tokenizer = Tokenizer.load(arguments.tokenizer)
     options = _options(recipe["train"])
     config = model_config(arguments.command, recipe["model"], tokenizer)
+    task, held = (
+        make_task(arguments, recipe["data"], tokenizer, options.seed, held=h) for h in (False, True)
+    )
+    if isinstance(task, TranslateTask) and isinstance(held, TranslateTask) and arguments.command == "rnn":
+        print(rnn_command(arguments, recipe, tokenizer, config, (task, held), options))
+        return 0
     torch.manual_seed(options.seed)
     model = build_model(config)
     if arguments.continue_from:
@@ -95,9 +123,6 @@ def _train(arguments: argparse.Namespace) -> int:
     if getattr(arguments, "start_from", None) and isinstance(model, CausalLM | Translator):
         copied = start_from_encoder(model, load_file(arguments.start_from / "model.safetensors"))
         print(f"{copied} tensors taken from {arguments.start_from}")
-    task, held = (
-        make_task(arguments, recipe["data"], tokenizer, options.seed, held=h) for h in (False, True)
-    )
     total = sum(p.numel() for p in model.parameters())
     print(f"{total / 1e6:.1f} M parameters, {len(task.batches(0))} batches in the first epoch")
     Trainer(model, tokenizer, task, held, options, arguments.run).run()
@@ -137,7 +162,7 @@ def model_config(command: str, values: dict[str, Any], tokenizer: Tokenizer) -> 
         "cls_id": t.cls_id,
         "sep_id": t.sep_id,
     }
-    languages = t.languages if command == "translate" else {}
+    languages = t.languages if ARCHITECTURES[command] == "translator" else {}
     fixed = {"architecture": ARCHITECTURES[command], "vocab_size": t.vocab_size, "languages": languages}
     return TransformerConfig.from_dict(values | ids | fixed)
 
@@ -148,7 +173,7 @@ def make_task(
     """The task over its shard, which is written when it is not there yet."""
     shard = _shard(arguments, data, tokenizer, held=held)
     common: dict[str, Any] = {"budget": data["batch_tokens"], "max_len": data["max_len"], "seed": seed}
-    if arguments.command == "translate":
+    if ARCHITECTURES[arguments.command] == "translator":
         weights = {"": 1.0} if held else data["weights"]
         noise = 0.0 if held else data.get("noise", 0.15)
         return TranslateTask(shard, tokenizer, weights=weights, noise=noise, **common)
@@ -167,7 +192,7 @@ def _shard(arguments: argparse.Namespace, data: dict[str, Any], tokenizer: Token
     texts = [arguments.data / name for name in data.get("documents", [])]
 
     def documents() -> Any:
-        if arguments.command == "translate":
+        if ARCHITECTURES[arguments.command] == "translator":
             yield from prepare.pair_documents(pairs, held=held)
             return
         yield from prepare.passages(texts, held=held, share=data.get("share", 1.0))

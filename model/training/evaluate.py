@@ -16,7 +16,9 @@ from model.checkpoint import Checkpoint, CheckpointError, load
 from model.models import CausalLM, Classifier, MaskedLM, Translator
 from model.sampling import BeamParams
 from model.training import prepare
+from model.training.failures import copying_rows, failure_rows, read_copying
 from model.training.labelled import Labelled, probabilities, read_labelled, score_labels
+from model.training.ngram import NGram, shard_sequences
 from model.training.packs import PackError
 from model.training.scores import (
     DIRECTIONS,
@@ -28,9 +30,10 @@ from model.training.scores import (
     score_causal,
     score_corpus,
     score_masked,
+    score_ngram,
     translate_all,
 )
-from model.training.shards import Document
+from model.training.shards import Document, Shard
 
 T = TypeVar("T")
 PAIR_PACK = "written.en-ko.tsv.xz"
@@ -57,6 +60,26 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--labelled", type=Path, action="append", default=[], metavar="FILE",
         help="labelled texts for a classifier; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--yardstick", type=Path, metavar="SHARD",
+        help="what a language model's training read (RUN/train): a 5-gram model of it is measured too",
+    )  # fmt: skip
+    parser.add_argument(
+        "--yardstick-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="count only so many tokens of it; 0 is all",
+    )
+    parser.add_argument(
+        "--copying",
+        action="store_true",
+        help="do names, numbers, addresses and code come through a translator?",
+    )
+    parser.add_argument(
+        "--failures", type=int, default=0, metavar="N",
+        help="count a translator's failures on N held-out sentences of all packs in --data",
     )  # fmt: skip
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="examples of each text; 0 is all")
     parser.add_argument("--beams", type=int, default=4)
@@ -90,8 +113,10 @@ def _report(arguments: argparse.Namespace) -> str:
     """The table with a line below that says how it was measured."""
     checkpoint = load(arguments.model, arguments.device)
     started = time.monotonic()
+    more: list[list[Row]] = []
     if isinstance(checkpoint.model, Translator):
         rows, note = _translator_rows(arguments, checkpoint, checkpoint.model)
+        more = _failure_tables(arguments, checkpoint, checkpoint.model)
     elif isinstance(checkpoint.model, MaskedLM):
         rows, note = _masked_rows(arguments, checkpoint, checkpoint.model)
     elif isinstance(checkpoint.model, Classifier):
@@ -103,9 +128,8 @@ def _report(arguments: argparse.Namespace) -> str:
             "nothing to measure: give --data, --pairs for a translator, --labelled for a classifier"
         )
     seconds = time.monotonic() - started
-    return (
-        f"{markdown_table(rows)}\n\n{note} Weights {checkpoint.sha256[:12]}, measured in {seconds:.0f} s.\n"
-    )
+    tables = "\n\n".join(markdown_table(table) for table in (rows, *more))
+    return f"{tables}\n\n{note} Weights {checkpoint.sha256[:12]}, measured in {seconds:.0f} s.\n"
 
 
 # --- the three kinds --------------------------------------------------------------------------
@@ -114,8 +138,7 @@ def _report(arguments: argparse.Namespace) -> str:
 def _translator_rows(
     arguments: argparse.Namespace, checkpoint: Checkpoint, model: Translator
 ) -> tuple[list[Row], str]:
-    longest = min(arguments.max_new_tokens, checkpoint.config.max_len)
-    params = BeamParams(arguments.beams, length_penalty=arguments.length_penalty, max_new_tokens=longest)
+    params = _beam_params(arguments, checkpoint)
     rows = []
     held: dict[str, tuple[Corpus, list[Translation]]] = {}
     for corpus in corpora(arguments):
@@ -139,6 +162,29 @@ def _translator_rows(
     return rows, note
 
 
+def _beam_params(arguments: argparse.Namespace, checkpoint: Checkpoint) -> BeamParams:
+    longest = min(arguments.max_new_tokens, checkpoint.config.max_len)
+    return BeamParams(arguments.beams, length_penalty=arguments.length_penalty, max_new_tokens=longest)
+
+
+def _failure_tables(
+    arguments: argparse.Namespace, checkpoint: Checkpoint, model: Translator
+) -> list[list[Row]]:
+    """What should be copied, and the counts of failures over held-out sentences of every source."""
+    params = _beam_params(arguments, checkpoint)
+
+    def translate(texts: Sequence[str], language: str) -> list[Translation]:
+        return translate_all(model, checkpoint.tokenizer, texts, language, params, arguments.rows)
+
+    tables = [copying_rows(translate, read_copying())] if arguments.copying else []
+    if arguments.failures:
+        packs = sorted(arguments.data.glob("*.en-ko.tsv.xz")) if arguments.data else []
+        if not packs:
+            raise ValueError("--failures needs --data with packs of pairs")
+        tables.append(failure_rows(translate, packs, arguments.failures))
+    return tables
+
+
 def _show(corpus: Corpus, translations: Sequence[Translation]) -> None:
     for source, translation, reference in zip(corpus.sources, translations, corpus.references, strict=False):
         print(f"{source}\n  -> {translation.text}\n  == {reference}")
@@ -158,11 +204,21 @@ def _masked_rows(
 def _causal_rows(
     arguments: argparse.Namespace, checkpoint: Checkpoint, model: CausalLM
 ) -> tuple[list[Row], str]:
-    rows = [
-        score_causal(model, checkpoint.tokenizer, name, documents)
-        for name, documents in held_texts(arguments)
-    ]
-    return rows, "Held-out text, in windows of 256 tokens."
+    tokenizer, note, ngram = checkpoint.tokenizer, "Held-out text, in windows of 256 tokens.", None
+    if arguments.yardstick:
+        shard = Shard(arguments.yardstick)
+        ngram = NGram(
+            shard_sequences(shard, tokenizer.bos_id, arguments.yardstick_tokens), tokenizer.vocab_size
+        )
+        counted = min(arguments.yardstick_tokens or len(shard.tokens), len(shard.tokens))
+        note += f" The {ngram.n}-gram model (Kneser-Ney) counted {counted} tokens and knows no windows."
+    rows = []
+    for name, documents in held_texts(arguments):
+        row = score_causal(model, tokenizer, name, documents)
+        if ngram:
+            row[f"{ngram.n}-gram bits per byte"] = score_ngram(ngram, tokenizer, documents)
+        rows.append(row)
+    return rows, note
 
 
 def _classifier_rows(

@@ -117,21 +117,22 @@ class ClassifyTask:
 
 
 @torch.no_grad()
-def probabilities(model: Classifier, data: Labelled, budget: int = 8192) -> Tensor:
-    """What a classifier says of every example (N, labels), in float32, in the order of the examples."""
+def probabilities(model: Classifier, data: Labelled, *, bf16: bool = False, budget: int = 8192) -> Tensor:
+    """What a classifier says of every example (N, labels), in the order of the examples."""
     device = next(model.parameters()).device
     model.eval()
     out = torch.empty(len(data), len(model.config.labels))
     for indices in token_budget_batches(data.lengths, budget, np.random.default_rng(0)):
         batch = {name: t.to(device) for name, t in data.batch(indices).items()}
-        logits = model(batch["token_ids"], batch["segment_ids"])
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            logits = model(batch["token_ids"], batch["segment_ids"])
         out[torch.from_numpy(indices)] = logits.float().softmax(-1).cpu()
     return out
 
 
-def accuracy(model: Classifier, data: Labelled) -> float:
+def accuracy(model: Classifier, data: Labelled, *, bf16: bool = False) -> float:
     """The share of examples whose most likely label is the right one."""
-    best = probabilities(model, data).argmax(-1).numpy()
+    best = probabilities(model, data, bf16=bf16).argmax(-1).numpy()
     return float((best == data.labels).mean())
 
 

@@ -150,7 +150,7 @@ class Trainer:
         """Train to the last step, resuming from the folder's checkpoint where there is one."""
         self.resume()
         options = self.options
-        batches = self._batches_from(self.step)
+        batches = self.batches_from(self.step)
         hidden = self.rank > 0 or self.folder is None
         with tqdm(total=options.steps, initial=self.step, disable=hidden, mininterval=5, unit="step") as bar:
             while self.step < options.steps:
@@ -173,8 +173,13 @@ class Trainer:
         if self.world > 1:
             torch.distributed.destroy_process_group()
 
-    def train_step(self, batches: Iterator[tuple[int, Indices]]) -> tuple[float, int]:
-        """One optimiser step over `accumulate` batches: the mean loss and the tokens of this process."""
+    def train_step(
+        self, batches: Iterator[tuple[int, Indices]], factor: float | None = None
+    ) -> tuple[float, int]:
+        """One optimiser step over `accumulate` batches: the mean loss and the tokens of this process.
+
+        `factor` scales the peak rate; left out, the schedule says it by the step.
+        """
         options = self.options
         self.runner.train()
         torch.manual_seed(_mix(options.seed, self.step, self.rank))
@@ -192,7 +197,7 @@ class Trainer:
             total += float(loss.detach()) / options.accumulate
             tokens += count
         nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
-        factor = self.schedule(self.step)
+        factor = self.schedule(self.step) if factor is None else factor
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = options.lr * factor
@@ -250,7 +255,7 @@ class Trainer:
             optimizer.load_state_dict(current)
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
 
-    def _batches_from(self, step: int) -> Iterator[tuple[int, Indices]]:
+    def batches_from(self, step: int) -> Iterator[tuple[int, Indices]]:
         """(global index, batch) for this process, from a step on: epoch after epoch."""
         per_step = self.options.accumulate * self.world
         first, index, epoch = step * per_step, 0, 0

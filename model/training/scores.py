@@ -20,6 +20,7 @@ from model.models import CausalLM, MaskedLM, Translator
 from model.sampling import BeamParams
 from model.tokenizer import Tokenizer
 from model.training.masked import IGNORE, MaskedTask
+from model.training.ngram import NGram
 from model.training.shards import Document, write_shard
 from model.training.translate_batch import BeamTranslator, by_length
 
@@ -196,6 +197,16 @@ def score_causal(
         "bits per byte": f"{nats / math.log(2) / n_bytes:.3f}" if n_bytes else "-",
         "perplexity per token": f"{math.exp(nats / n_tokens):.1f}" if n_tokens else "-",
     }
+
+
+def score_ngram(ngram: NGram, tokenizer: Tokenizer, documents: Sequence[Document]) -> str:
+    """Bits per UTF-8 byte of an n-gram model over the same pieces, each document from its beginning."""
+    texts = ["".join(units) for _, units in documents]
+    bits = -sum(
+        float(ngram.log2_probabilities([tokenizer.bos_id, *tokenizer.encode(text)]).sum()) for text in texts
+    )
+    n_bytes = sum(len(text.encode()) for text in texts)
+    return f"{bits / n_bytes:.3f}" if n_bytes else "-"
 
 
 def _windows(stream: list[int], size: int) -> Iterator[list[int]]:

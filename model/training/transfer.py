@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from model.models import CausalLM, Translator
+from model.models import CausalLM, Classifier, Translator
 
 TOKENS = "embeddings.tokens.weight"
 
@@ -32,3 +32,17 @@ def start_from_encoder(model: Translator | CausalLM, tensors: Mapping[str, Tenso
                 parameter.copy_(tensor)
                 copied += 1
     return copied
+
+
+def take_encoder(model: Classifier, tensors: Mapping[str, Tensor]) -> None:
+    """Copy a masked model's embeddings and layers into a classifier; its head stays as it is.
+
+    Raises ValueError on a tensor that is missing or of another shape.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("head."):
+                continue
+            if name not in tensors or tensors[name].shape != parameter.shape:
+                raise ValueError(f"that model has no {name} of shape {tuple(parameter.shape)}")
+            parameter.copy_(tensors[name])

@@ -45,12 +45,15 @@ class TranslateTask:
         by_label = np.array([_weight(name, weights) for name in shard.label_names])
         self.weights: NDArray[np.float64] = by_label[np.asarray(shard.labels)] * (self.lengths <= max_len)
         self.tags = [source_tag(name) for name in shard.label_names]
+        learned = np.array([[_learned(name, d) for d in (0, 1)] for name in shard.label_names])
+        self.learned = learned[np.asarray(shard.labels)]  # (documents, direction)
 
     def batches(self, epoch: int) -> list[Indices]:
         """Batches of 2 * document + direction (0 to Korean, 1 to English)."""
         rng = np.random.default_rng((self.seed, epoch))
         documents = sample_by_weight(self.weights, rng)
         examples = np.concatenate((2 * documents, 2 * documents + 1))
+        examples = examples[self.learned[examples // 2, examples % 2]]
         order = token_budget_batches(self.lengths[examples // 2], self.budget, rng)
         return [examples[batch] for batch in order]
 
@@ -86,6 +89,12 @@ def source_tag(label: str) -> str:
     if label.startswith("back-"):
         return "back"
     return "everyday" if label.startswith(everyday) else "docs"
+
+
+def _learned(name: str, direction: int) -> bool:
+    """Is this direction (0 to Korean, 1 to English) learned from a source? Not towards a machine's words."""
+    written = {"back-ko": 0, "back-en": 1}
+    return all(direction == only for prefix, only in written.items() if name.startswith(prefix))
 
 
 def _weight(name: str, weights: Mapping[str, float]) -> float:

@@ -35,10 +35,12 @@ class MortalTrainer(Trainer):
 
     kill_at = -1
 
-    def train_step(self, batches: Iterator[tuple[int, Indices]]) -> tuple[float, int]:
+    def train_step(
+        self, batches: Iterator[tuple[int, Indices]], factor: float | None = None
+    ) -> tuple[float, int]:
         if self.step == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().train_step(batches)
+        return super().train_step(batches, factor)
 
 
 def pair_texts() -> list[Document]:
