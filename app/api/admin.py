@@ -92,7 +92,7 @@ async def load_model(body: LoadRequest, services: ServicesDep, key: AdminDep) ->
     except ValueError as error:
         raise InvalidRequest(f"name: {error}") from None
     roots = [Path(root.strip()) for root in services.settings.model_roots.split(",") if root.strip()]
-    log.info("a load was asked for", extra={"fields": {"key": key.name, **body.model_dump()}})
+    log.info("load", extra={"fields": {"key": key.name, **body.model_dump()}})
     try:
         folder = await asyncio.to_thread(find_folder, body.folder, roots)
         task = await _load(services, body, folder)
@@ -106,7 +106,7 @@ async def unload_model(endpoint: str, name: str, services: ServicesDep, key: Adm
     """No request gets the model any more; those that have it go on, and with the last its memory is free."""
     if endpoint not in get_args(Endpoint):
         raise InvalidRequest(f"endpoint is {brief(endpoint)!r}, it must be {', '.join(get_args(Endpoint))}")
-    log.info("an unload was asked for", extra={"fields": {"key": key.name, "endpoint": endpoint}})
+    log.info("unload", extra={"fields": {"key": key.name, "endpoint": endpoint, "name": brief(name)}})
     task = services.registry.unload(endpoint, name)
     return Json(_describe(endpoint, task, "leaving"))
 

@@ -123,7 +123,7 @@ def _encode_all(named: dict[str, str], task: Task[OneShotLane]) -> list[list[int
 
 def _encode(name: str, text: str, task: Task[OneShotLane]) -> list[int]:
     tokenizer, limit = task.tokenizer, task.lane.limits.max_item_tokens
-    token_ids = [tokenizer.cls_id, *tokenizer.encode(text), tokenizer.sep_id]
+    token_ids = tokenizer.text_ids(text)
     if len(token_ids) > limit:
         raise InvalidRequest(f"{name} has {len(token_ids)} tokens, the limit is {limit}")
     return token_ids

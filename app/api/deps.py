@@ -26,6 +26,7 @@ from app.errors import ClientGone, InvalidRequest, NotLoaded, NotReady, TimedOut
 from app.lifecycle import Lifecycle
 from app.middleware import RequestRecord
 from app.settings import Settings
+from model.tokenizer import Tokenizer
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -86,12 +87,13 @@ class Models:
         self._services, self._record, self._path_name = services, record, path_name
         self._held: list[AnyTask] = []
 
-    def translate(self, name: str | None, languages: Iterable[str | None] = ()) -> Task[GeneratingLane]:
+    def translate(
+        self, name: str | None, src: str | None = None, tgt: str | None = None
+    ) -> Task[GeneratingLane]:
         """Without a name the first that knows the languages; where none does, the default will say so."""
-        shelf, wanted = self._services.registry.translate, set(languages) - {None}
+        shelf = self._services.registry.translate
         if self.named(name) is None:
-            fitting = (task for task in shelf if wanted <= task.tokenizer.languages.keys())
-            found = next(fitting, None)
+            found = next((task for task in shelf if _translates(task.tokenizer, src, tgt)), None)
             if found is not None:
                 return self._hold(found)
         return self._take(shelf, name)
@@ -152,6 +154,10 @@ class Models:
         self._held.append(task)
         self._record.model = task.name
         return task
+
+
+def _translates(tokenizer: Tokenizer, src: str | None, tgt: str | None) -> bool:
+    return (src is None or src in tokenizer.sources) and (tgt is None or tgt in tokenizer.targets)
 
 
 async def get_models(request: Request, services: ServicesDep, record: RecordDep) -> AsyncIterator[Models]:

@@ -51,9 +51,9 @@ class LibreTranslateRequest(Strict):
     )
 
     @property
-    def languages(self) -> list[str | None]:
-        """Those that are named."""
-        return [None if self.source == _AUTO else self.source, self.target]
+    def named_source(self) -> str | None:
+        """None where the text shall tell."""
+        return None if self.source == _AUTO else self.source
 
 
 class DetectRequest(Strict):
@@ -266,9 +266,10 @@ async def list_languages(
     chosen = models.translate(model)
     tasks = [chosen] if models.named(model) else services.registry.translate
     targets: dict[str, set[str]] = {}
-    for known in (set(task.tokenizer.languages) for task in tasks):
-        for code in known:
-            targets.setdefault(code, set()).update(known)
+    for tokenizer in (task.tokenizer for task in tasks):
+        for code in {*tokenizer.sources, *tokenizer.targets}:
+            reached = tokenizer.targets if code in tokenizer.sources else ()
+            targets.setdefault(code, set()).update(reached)
     return Json(
         [
             Language(code=code, name=_NAMES.get(code, code), targets=sorted(targets[code]))

@@ -161,14 +161,14 @@ async def admit(
     work: TranslateWork | LibreTranslateWork
     if isinstance(body, TranslateRequest):
         parameters = body.parameters or TranslateParameters()
-        task = models.translate(body.model, (parameters.src_lang, parameters.tgt_lang))
+        task = models.translate(body.model, parameters.src_lang, parameters.tgt_lang)
         work = await _plan(body, task, services.settings)
     elif body is None and "q" not in request.query_params:
         raise InvalidRequest(NO_OBJECT)
     else:
         speak(request.scope, Dialect.LIBRETRANSLATE)
         merged = merge_query(body, request.query_params)
-        task = models.translate(merged.model, merged.languages)
+        task = models.translate(merged.model, merged.named_source, merged.target)
         work = await plan_libretranslate(merged, task, services.settings)
     sequences = work.plan.sequences
     record.n_prompt_tokens = sum(len(sequence.prompt_ids) for sequence in sequences)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from model.config import TransformerConfig
 from model.models import build_model, make_cache
@@ -35,15 +36,25 @@ _CGROUPS = (
 )
 
 
-def needed_bytes(config: TransformerConfig, dtype: torch.dtype, n_slots: int) -> int:
-    """What a model takes with the caches of its rows: built on the meta device, which holds no numbers."""
+def weight_bytes(config: TransformerConfig, dtype: torch.dtype) -> int:
+    """What a model's weights take: built on the meta device, which holds no numbers."""
     with torch.device("meta"):
         model = build_model(config)
-    n_bytes = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-    if n_slots and config.n_decoder_layers:
-        n_caches = 2 if config.n_encoder_layers else 1  # a translator keeps the projected memory too
-        n_bytes += n_caches * make_cache(config, n_slots, config.max_len, "meta", dtype).n_bytes
-    return n_bytes
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+
+
+def cache_bytes(config: TransformerConfig, dtype: torch.dtype, n_slots: int) -> int:
+    """What the caches of a decoding model's rows take."""
+    if not n_slots or not config.n_decoder_layers:
+        return 0
+    n_caches = 2 if config.n_encoder_layers else 1  # a translator keeps the projected memory too
+    return n_caches * make_cache(config, n_slots, config.max_len, "meta", dtype).n_bytes
+
+
+def held_bytes(models: Iterable[nn.Module | None]) -> int:
+    """What the weights of models take together, those that several of them hold counted once."""
+    weights = {p.data_ptr(): p.nbytes for model in models if model is not None for p in model.parameters()}
+    return sum(weights.values())
 
 
 def free_bytes(device: torch.device) -> int | None:

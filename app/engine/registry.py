@@ -20,6 +20,7 @@ from app.engine.batch import BatchItem, BatchLimits
 from app.engine.decode import DecodeLimits
 from app.engine.errors import Draining, ModelConflict, NoSuchModel, StepFailed, UnfitModel
 from app.engine.lane import DRAIN_RETRY_SECONDS
+from app.engine.memory import held_bytes
 from app.engine.sequence import Sequence
 from model.config import TransformerConfig
 from model.tokenizer import Tokenizer
@@ -61,7 +62,7 @@ LaneT = TypeVar("LaneT", GeneratingLane, OneShotLane)
 class Task(Generic[LaneT]):
     """A loaded model and the lane that runs it.
 
-    `n_bytes` is what its weights and caches take on the device; `n_users` counts the requests that chose it
+    `n_cache_bytes` is what its rows' caches take on the device; `n_users` counts the requests that chose it
     and have not ended.
     """
 
@@ -72,8 +73,13 @@ class Task(Generic[LaneT]):
     sha256: str
     folder: Path = Path()
     model: nn.Module | None = None
-    n_bytes: int = 0
+    n_cache_bytes: int = 0
     n_users: int = field(default=0, init=False)
+
+    @property
+    def n_bytes(self) -> int:
+        """What it takes on the device, with the weights that it may share with another model."""
+        return held_bytes([self.model]) + self.n_cache_bytes
 
 
 AnyTask = Task[GeneratingLane] | Task[OneShotLane]
@@ -191,6 +197,7 @@ class Registry:
             raise
         finally:
             self.loading = None
+        self._forget_series(endpoint, name)  # under a new name, what warmed it up was no client's work
         metrics.add_model(endpoint, name, task.sha256)
         replaced = shelf.put(task)
         if replaced is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from app.engine.batch import BatchItem, BatchLane
 from app.engine.decode import make_decode_lane
 from app.engine.errors import NoRoom
-from app.engine.memory import free_bytes, needed_bytes
+from app.engine.memory import cache_bytes, free_bytes, held_bytes, weight_bytes
 from app.engine.registry import AnyTask, Task
 from app.engine.sequence import Sequence
 from model.checkpoint import Checkpoint, CheckpointError, load, load_config
@@ -61,15 +61,13 @@ class ModelWorkshop:
         beside what is loaded already.
         """
         config = self._check_folder(endpoint, folder)
-        needed = needed_bytes(config, self.dtype, self._n_slots.get(endpoint, 0))
-        self._check_room(needed, sum(task.n_bytes for task in loaded))
+        caches = cache_bytes(config, self.dtype, self._n_slots.get(endpoint, 0))
+        needed = weight_bytes(config, self.dtype) + caches
+        self._check_room(needed, loaded)
         try:
             checkpoint = load(folder, device=self.device, dtype=self.dtype)
-            shared = share_weights(
-                checkpoint.model, [task.model for task in loaded if task.model is not None]
-            )
-            named = dataclasses.replace(checkpoint, name=name)
-            return self._task(endpoint, named, folder, needed - shared)
+            share_weights(checkpoint.model, [task.model for task in loaded if task.model is not None])
+            return self._task(endpoint, dataclasses.replace(checkpoint, name=name), folder, caches)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -92,16 +90,17 @@ class ModelWorkshop:
             raise CheckpointError(f"{folder}: holds a {config.architecture}, {endpoint} takes a {wanted}")
         return config
 
-    def _check_room(self, needed: int, n_bytes_loaded: int) -> None:
-        left, free = self._max_bytes - n_bytes_loaded, free_bytes(self.device)
+    def _check_room(self, needed: int, loaded: list[AnyTask]) -> None:
+        taken = held_bytes(task.model for task in loaded) + sum(task.n_cache_bytes for task in loaded)
+        left, free = self._max_bytes - taken, free_bytes(self.device)
         if self._max_bytes and needed > left:
             raise NoRoom(needed, max(left, 0), f"of max_model_bytes {self._max_bytes} there are left")
         if free is not None and needed > free:
             raise NoRoom(needed, free, "the device has")
 
-    def _task(self, endpoint: str, checkpoint: Checkpoint, folder: Path, n_bytes: int) -> AnyTask:
+    def _task(self, endpoint: str, checkpoint: Checkpoint, folder: Path, n_cache_bytes: int) -> AnyTask:
         known = checkpoint.tokenizer, checkpoint.config, checkpoint.name, checkpoint.sha256
-        more: dict[str, Any] = {"folder": folder, "n_bytes": n_bytes, "model": checkpoint.model}
+        more: dict[str, Any] = {"folder": folder, "model": checkpoint.model, "n_cache_bytes": n_cache_bytes}
         if endpoint not in self._n_slots:
             batches = BatchLane(endpoint, checkpoint, max_batch_tokens=self._max_batch_tokens, **self._queue)
             return Task(batches, *known, **more)
@@ -112,12 +111,11 @@ class ModelWorkshop:
         return Task(steps, *known, **more)
 
 
-def share_weights(model: nn.Module, others: Iterable[nn.Module]) -> int:
-    """Take from other models what is the same to the last bit; returns the bytes that are held once now.
+def share_weights(model: nn.Module, others: Iterable[nn.Module]) -> None:
+    """Take from other models what is the same to the last bit, so that it is held once.
 
     A classifier that adds a little to a masked model then costs that little.
     """
-    n_bytes = 0
     for other in others:
         theirs = dict(other.named_parameters())
         for name, parameter in list(model.named_parameters()):
@@ -128,8 +126,6 @@ def share_weights(model: nn.Module, others: Iterable[nn.Module]) -> int:
                 for key, own in list(module.named_parameters(recurse=False)):
                     if own is parameter:
                         setattr(module, key, twin)
-            n_bytes += parameter.nbytes
-    return n_bytes
 
 
 def _is_same(parameter: Tensor, twin: Tensor) -> bool:
