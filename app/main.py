@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from fastapi import FastAPI
 
-from app import __version__, metrics
+from app import __version__, languages, metrics
 from app.api import (
     admin,
     classify,
@@ -71,6 +71,7 @@ def load_services(settings: Settings, lifecycle: Lifecycle) -> Services:
     # Threads of one step wait for each other at every operation: with all cores taken, the event loop's work
     # on one of them holds up every step.
     torch.set_num_threads(settings.n_threads or max(1, torch.get_num_threads() - 1))
+    languages.load()
     device, dtype = resolve_device(settings)
     workshop = ModelWorkshop(
         device,

@@ -179,6 +179,8 @@ class Settings(BaseSettings):
     max_seed: int = Field(2**63 - 1, ge=0, le=2**63 - 1, description="seed")
     max_stops: int = Field(16, ge=0, le=1000, description="stop strings of one request")
     max_stop_chars: int = Field(256, ge=1, le=100_000, description="characters of one stop string")
+    max_terms: int = Field(64, ge=0, le=10_000, description="terms of a glossary, and of do_not_translate")
+    max_term_chars: int = Field(100, ge=1, le=10_000, description="characters of a term or its translation")
     max_targets: int = Field(256, ge=1, le=100_000, description="targets of a fill-mask request")
     max_masks: int = Field(64, ge=1, le=10_000, description="masks in one text")
     max_fillings: int = Field(

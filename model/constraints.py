@@ -21,11 +21,13 @@ LEAST_LOGPROB = -6.0
 class Phrase:
     """Spellings in tokens (with a space before it or without, say), one of which must occur.
 
-    A phrase that may stand `once` only is not said again.
+    A phrase that may stand `once` only is not said again. Between tokens of `apart`, its own among them, it
+    does not count and does not go on: digits beside a number make another number.
     """
 
     spellings: tuple[tuple[int, ...], ...]
     once: bool = False
+    apart: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if not self.spellings or not all(self.spellings):
@@ -39,6 +41,7 @@ class Progress:
     phrases: tuple[Phrase, ...]
     met: frozenset[int] = frozenset()
     begun: tuple[int, ...] = ()
+    before: int | None = None  # the token that what is begun follows
 
     @property
     def complete(self) -> bool:
@@ -58,32 +61,47 @@ class Progress:
         """After one more token."""
         if self.complete:
             return self
-        begun = (*self.begun, token)
+        begun, before = (*self.begun, token), self.before
         while begun:
             for i, phrase in self._unmet():
-                if begun in phrase.spellings:
-                    return Progress(self.phrases, self.met | {i})
-            if self._continuations(begun):
+                if any(begun == spelling for spelling in _possible(phrase, before)):
+                    return Progress(self.phrases, self.met | {i}, (), token)
+            if self._continuations(begun, before):
                 break
-            begun = begun[1:]
-        return Progress(self.phrases, self.met, begun)
+            before, begun = begun[0], begun[1:]
+        return Progress(self.phrases, self.met, begun, before)
 
     def wanted(self) -> set[int]:
         """The tokens that further it."""
-        return self._continuations(self.begun) | (self._continuations(()) if not self.begun else set())
+        return self._continuations(self.begun, self.before)
 
-    def repeated(self, tokens: Sequence[int]) -> set[int]:
-        """The tokens that, after these, would say a second time what may stand once."""
-        spellings = [s for i in self.met if self.phrases[i].once for s in self.phrases[i].spellings]
-        return {s[-1] for s in spellings if tuple(tokens[len(tokens) - len(s) + 1 :]) == s[:-1]}
+    def banned(self, tokens: Sequence[int]) -> set[int]:
+        """The tokens that, after these, would say again what may stand once, or go on where it must end."""
+        found: set[int] = set()
+        for phrase in (self.phrases[i] for i in self.met):
+            for spelling in phrase.spellings:
+                if phrase.once and _ends_with(tokens, spelling[:-1]):
+                    found.add(spelling[-1])
+                if phrase.apart and _ends_with(tokens, spelling):
+                    found |= phrase.apart
+        return found
 
     def _unmet(self) -> Iterable[tuple[int, Phrase]]:
         return ((i, phrase) for i, phrase in enumerate(self.phrases) if i not in self.met)
 
-    def _continuations(self, begun: tuple[int, ...]) -> set[int]:
+    def _continuations(self, begun: tuple[int, ...], before: int | None) -> set[int]:
         n = len(begun)
-        spellings = (s for _, phrase in self._unmet() for s in phrase.spellings)
+        spellings = (s for _, phrase in self._unmet() for s in _possible(phrase, before))
         return {s[n] for s in spellings if len(s) > n and s[:n] == begun}
+
+
+def _possible(phrase: Phrase, before: int | None) -> Iterable[tuple[int, ...]]:
+    """The spellings that count after a token."""
+    return (s for s in phrase.spellings if before not in phrase.apart or s[0] not in phrase.apart)
+
+
+def _ends_with(tokens: Sequence[int], end: tuple[int, ...]) -> bool:
+    return tuple(tokens[len(tokens) - len(end) :]) == end
 
 
 def share_out(ranked: Iterable[tuple[tuple[int, int], T]], width: int) -> list[T]:

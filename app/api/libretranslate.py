@@ -10,31 +10,29 @@ from pydantic import BeforeValidator, Field
 from starlette.datastructures import QueryParams
 from typing_extensions import TypedDict
 
-from app.api.bounds import Strict, Texts, check_count, check_text, check_texts
+from app.api.bounds import Strict, Texts, check_count, check_text, check_texts, input_names
 from app.api.deps import ModelsDep, ServicesDep
 from app.api.translation import (
     Found,
     Plan,
     Search,
-    count_scripts,
-    detect_language,
-    join_text,
+    TextForm,
+    known_language,
     plan_texts,
 )
 from app.engine.registry import GeneratingLane, Task
 from app.errors import InvalidRequest, Json
+from app.languages import NAMES as LANGUAGE_NAMES
+from app.languages import detect_language
 from app.settings import Settings
 from model.sampling import BeamParams
 
 router = APIRouter()
 
 _AUTO = "auto"
-_NAMES = {"en": "English", "ko": "Korean"}
 _MAX_FORM_FIELDS = 1000
 _MULTIPART = b"--"  # what begins its boundary; the content type itself does not get here
 _CONTENT_TYPES = "application/json or application/x-www-form-urlencoded"
-# Letters of the Latin script are English at best: many languages share them.
-_LATIN_CONFIDENCE = 50.0
 
 
 class LibreTranslateRequest(Strict):
@@ -43,7 +41,7 @@ class LibreTranslateRequest(Strict):
     q: str | Texts | None = Field(None, description="the text, or a list of texts", examples=["I go home."])
     source: str | None = Field(None, description="a language, or auto, the default")
     target: str | None = Field(None, description="a language")
-    format: str | None = Field(None, description="text; html is not supported yet")
+    format: str | None = Field(None, description="text, the default, or html")
     alternatives: int | None = Field(None, description="so many more translations, where there are")
     api_key: str | None = Field(None, description="where the server wants one")
     model: str | None = Field(
@@ -167,15 +165,11 @@ class LibreTranslateWork:
 
     def answer(self, found: Found) -> LibreTranslation:
         """Lists for a list, alternatives and detected languages where they were asked for."""
-        ranked = [
-            [join_text(text, found, rank, self.plan.tokenizer).text for rank in range(self.plan.n_best)]
-            for text in self.plan.texts
-        ]
+        ranked = [[joined.text for joined in self.plan.join(text, found)] for text in self.plan.texts]
         best = [each[0] for each in ranked]
         answer = LibreTranslation(translatedText=best if self.is_list else best[0])
         if self.n_alternatives:
-            # Two ways through the search may end in one text.
-            others = [[text for text in dict.fromkeys(each) if text != each[0]] for each in ranked]
+            others = [each[1:] for each in ranked]
             answer["alternatives"] = others if self.is_list else others[0]
         if self.detected is not None:
             answer["detectedLanguage"] = self.detected if self.is_list else self.detected[0]
@@ -187,20 +181,24 @@ async def plan_libretranslate(
 ) -> LibreTranslateWork:
     """Check, split and tokenise."""
     source, target = _check_languages(body, task)
-    if body.format not in (None, "text"):
-        raise InvalidRequest(f"format is {body.format[:20]!r}; only text is supported yet")
+    if body.format not in (None, "text", "html"):
+        raise InvalidRequest(f"format is {body.format[:20]!r}; there are text, html")
     n_alternatives = body.alternatives or 0
     search = _search(n_alternatives, settings, task)
     if body.q is None:
         raise InvalidRequest("q: Field required")
-    texts = check_texts(body.q, settings, "q")
+    texts = dict(zip(input_names(body.q, "q"), check_texts(body.q, settings, "q"), strict=True))
+    detected: list[Detection] = []
 
-    def direction(text: str) -> tuple[str, str]:
-        return detect_language(text) if source == _AUTO else source, target
+    def direction(name: str, text: str) -> tuple[str, str]:
+        if source != _AUTO:
+            return source, target
+        found = known_language(name, text, task.tokenizer, "source")
+        detected.append(Detection(confidence=round(100 * found.probability), language=found.code))
+        return found.code, target
 
-    plan = await plan_texts(texts, direction, search, task)
-    detected = [_rounded(detect(text)) for text in texts] if source == _AUTO else None
-    return LibreTranslateWork(plan, detected, n_alternatives, isinstance(body.q, list))
+    plan = await plan_texts(texts, direction, search, task, TextForm(body.format == "html"))
+    return LibreTranslateWork(plan, detected or None, n_alternatives, isinstance(body.q, list))
 
 
 def _check_languages(body: LibreTranslateRequest, task: Task[GeneratingLane]) -> tuple[str, str]:
@@ -221,25 +219,7 @@ def _search(n_alternatives: int, settings: Settings, task: Task[GeneratingLane])
     n_best = n_alternatives + 1
     num_beams = max(settings.default_beams, n_best)
     beams = BeamParams(num_beams=num_beams, num_return_sequences=n_best, max_new_tokens=limit)
-    return Search(beams, None, limit)
-
-
-def detect(text: str) -> Detection:
-    """The language by script alone, with what its letters are of all letters, Hangul counted double.
-
-    The script cannot tell English from other languages in Latin letters: that is half as sure at most.
-    """
-    n_hangul, _ = count_scripts(text)
-    n_ascii = sum(letter.isascii() and letter.isalpha() for letter in text)
-    n_others = max(sum(letter.isalpha() for letter in text) - n_hangul - n_ascii, 0)
-    total = 2 * n_hangul + n_ascii + n_others
-    language = detect_language(text)
-    certain = 100.0 * 2 * n_hangul if language == "ko" else _LATIN_CONFIDENCE * n_ascii
-    return Detection(confidence=round(certain / total, 1) if total else 0.0, language=language)
-
-
-def _rounded(detection: Detection) -> Detection:
-    return Detection(confidence=round(detection["confidence"]), language=detection["language"])
+    return Search(beams, None, limit, settings.default_beams)
 
 
 @router.post("/detect", response_model=list[Detection], responses=_ERRORS)
@@ -248,12 +228,13 @@ async def detect_text(
     services: ServicesDep,
     body: Annotated[Annotated[DetectRequest, BeforeValidator(read_form)] | None, Body()] = None,
 ) -> Json:
-    """The language of a text, by its script."""
+    """The language of a text, whether a model here knows it or not."""
     text = body.q if body is not None and body.q is not None else request.query_params.get("q")
     if text is None:
         raise InvalidRequest("q: Field required")
     check_text("q", text, services.settings.max_text_chars)
-    return Json([detect(text)])
+    found = detect_language(text)
+    return Json([Detection(confidence=round(100 * found.probability, 1), language=found.code)])
 
 
 @router.get("/languages", response_model=list[Language], responses=_ERRORS)
@@ -272,7 +253,7 @@ async def list_languages(
             targets.setdefault(code, set()).update(reached)
     return Json(
         [
-            Language(code=code, name=_NAMES.get(code, code), targets=sorted(targets[code]))
+            Language(code=code, name=LANGUAGE_NAMES.get(code, code), targets=sorted(targets[code]))
             for code in sorted(targets)
         ]
     )

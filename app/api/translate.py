@@ -8,8 +8,18 @@ from fastapi import APIRouter, Body, Depends, Request
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 from typing_extensions import TypedDict
 
-from app.api.bounds import Strict, Texts, check_count, check_penalty, check_range, check_texts
-from app.api.deps import AttendanceDep, ModelsDep, RecordDep, ServicesDep, admitted
+from app.api.bounds import (
+    Strict,
+    Texts,
+    check_count,
+    check_length,
+    check_penalty,
+    check_range,
+    check_text,
+    check_texts,
+    input_names,
+)
+from app.api.deps import AttendanceDep, ModelsDep, RecordDep, ServicesDep, admitted, prepare
 from app.api.libretranslate import (
     FORM_BODY,
     LibreError,
@@ -23,11 +33,11 @@ from app.api.libretranslate import (
 )
 from app.api.translation import (
     Found,
-    Piece,
+    Joined,
     Plan,
     Search,
-    detect_language,
-    join_text,
+    TextForm,
+    known_language,
     plan_texts,
     translate_plan,
 )
@@ -35,6 +45,7 @@ from app.dialects import LIBRETRANSLATE_TAG, Dialect, speak
 from app.engine.registry import GeneratingLane, Task
 from app.engine.sequence import FinishReason, Hypothesis, Sequence
 from app.errors import NO_OBJECT, ErrorBody, InvalidRequest, Json, brief
+from app.protection import Glossary, is_translatable
 from app.settings import Settings
 from model.sampling import BeamParams
 from model.tokenizer import TextStream, Tokenizer
@@ -48,8 +59,7 @@ class BeamParameters(Strict):
     num_beams: int | None = Field(None, description="4 by default; 1 is greedy")
     num_return_sequences: int | None = Field(
         None,
-        description="entries for each text, at most num_beams; always so many, and so some may be the same: "
-        "different tokens can spell one text, and a sentence may have fewer translations",
+        description="translations of each text, at most num_beams; they differ, and so there may be fewer",
     )
     length_penalty: float | None = Field(
         None, description="above 0 favours long translations; 1.0 by default"
@@ -62,10 +72,19 @@ class BeamParameters(Strict):
 
 
 class TranslateParameters(BeamParameters):
-    """Without languages the script decides: Hangul is translated to English, all else to Korean."""
+    """Without languages Korean is translated to English, and English to Korean."""
 
-    src_lang: str | None = None
+    src_lang: str | None = Field(None, description="by default what the text is in")
     tgt_lang: str | None = None
+    format: Literal["text", "html"] | None = Field(
+        None, description="text by default; html: tags stay around their words, and no markup is translated"
+    )
+    glossary: dict[str, str] | None = Field(
+        None,
+        description="terms of the source with their translations; the case of letters does not matter",
+        examples=[{"station": "정거장"}],
+    )
+    do_not_translate: Texts | None = Field(None, description="terms that stay as they are")
     generate_parameters: BeamParameters | None = None
     return_alignment: bool | None = Field(None, description="cross-attention weights, sentence by sentence")
     return_scores: bool | None = Field(
@@ -95,9 +114,12 @@ class Alignment(TypedDict):
 
 
 class Translation(TypedDict):
-    """finish_reason stands only where a sentence ended for its length."""
+    """finish_reason stands only where a sentence ended for its length, unmet only where something is missing:
+    the terms, addresses and numbers of the text that the translation should have, and has not.
+    """
 
     translation_text: str
+    unmet: NotRequired[list[str]]
     score: NotRequired[float]
     finish_reason: NotRequired[Literal["length"]]
     alignment: NotRequired[list[Alignment]]
@@ -112,24 +134,22 @@ class TranslateWork:
     is_list: bool
 
     def answer(self, found: Found) -> list[Translation] | list[list[Translation]]:
-        """The best for each text; all that were asked for, where they were, equal texts among them."""
-        n_best = self.plan.n_best
-        answers = [
-            [self._translation(text, found, rank) for rank in range(n_best)] for text in self.plan.texts
-        ]
+        """The best for each text; all that differ, where several were asked for."""
+        answers = [[self._translation(j) for j in self.plan.join(text, found)] for text in self.plan.texts]
         if not self.is_list:
             return answers[0]
-        return answers if n_best > 1 else [answer[0] for answer in answers]
+        return answers if self.plan.n_best > 1 else [answer[0] for answer in answers]
 
-    def _translation(self, text: list[Piece], found: Found, rank: int) -> Translation:
-        joined = join_text(text, found, rank, self.plan.tokenizer)
+    def _translation(self, joined: Joined) -> Translation:
         answer = Translation(translation_text=joined.text)
+        if joined.unmet:
+            answer["unmet"] = joined.unmet
         if self.parameters.return_scores:
             answer["score"] = sum(h.score for _, h in joined.chosen) / max(len(joined.chosen), 1)
         if any(h.finish_reason is FinishReason.LENGTH for _, h in joined.chosen):
             answer["finish_reason"] = "length"
         if self.parameters.return_alignment:
-            answer["alignment"] = [_alignment(s, h, self.plan.tokenizer) for s, h in joined.chosen]
+            answer["alignment"] = [_alignment(s.sequence, h, self.plan.tokenizer) for s, h in joined.chosen]
         return answer
 
 
@@ -189,22 +209,43 @@ async def translate(
 ) -> Json:
     """Translate each text; white space and line breaks between its sentences stay as they are.
 
-    With `inputs` in the form of Hugging Face, with `q` in that of LibreTranslate.
+    With `inputs` in the form of Hugging Face, with `q` in that of LibreTranslate. Addresses (URLs, e-mail),
+    code in backticks and numbers are kept.
     """
-    return Json(work.answer(await translate_plan(work.plan, attendance, record)))
+    found = await translate_plan(work.plan, attendance, record)
+    return Json(await prepare(work.plan.n_chars, work.answer, found))
 
 
 async def _plan(body: TranslateRequest, task: Task[GeneratingLane], settings: Settings) -> TranslateWork:
     parameters = body.parameters or TranslateParameters()
     search = _resolve(parameters, settings, task)
     _check_languages(parameters, task.tokenizer)
-    texts = check_texts(body.inputs, settings)
+    form = TextForm(parameters.format == "html", _glossary(parameters, settings))
+    texts = dict(zip(input_names(body.inputs), check_texts(body.inputs, settings), strict=True))
 
-    def direction(text: str) -> tuple[str, str]:
-        return _languages(text, parameters, task.tokenizer)
+    def direction(name: str, text: str) -> tuple[str, str]:
+        return _languages(name, text, parameters, task.tokenizer)
 
-    plan = await plan_texts(texts, direction, search, task)
+    plan = await plan_texts(texts, direction, search, task, form)
     return TranslateWork(plan, parameters, isinstance(body.inputs, list))
+
+
+def _glossary(parameters: TranslateParameters, settings: Settings) -> Glossary | None:
+    """The terms of both kinds, bounded."""
+    given, kept = parameters.glossary or {}, parameters.do_not_translate or []
+    for name, terms in (("glossary", given), ("do_not_translate", kept)):
+        if len(terms) > settings.max_terms:
+            raise InvalidRequest(f"{name} has {len(terms)} terms, the limit is {settings.max_terms}")
+    for name, texts in (("glossary", [*given, *given.values()]), ("do_not_translate", kept)):
+        for text in texts:
+            check_length(f"{name} {brief(text)!r}", text, settings.max_term_chars, "characters")
+            check_text(f"{name} {brief(text)!r}", text, settings.max_term_chars)
+            if not is_translatable(text):
+                raise InvalidRequest(f"{name}: {brief(text)!r} has no letter")
+    twice = {term.casefold() for term in given} & {term.casefold() for term in kept}
+    if twice:
+        raise InvalidRequest(f"glossary: {brief(min(twice))!r} is among do_not_translate, too")
+    return Glossary.of(given, kept)
 
 
 def _merge(parameters: TranslateParameters) -> BeamParameters:
@@ -240,7 +281,7 @@ def _resolve(parameters: TranslateParameters, settings: Settings, task: Task[Gen
     )
     check_count("no_repeat_ngram_size", beams.no_repeat_ngram_size, 0, settings.max_ngram_size)
     check_penalty("repetition_penalty", beams.repetition_penalty, settings)
-    return Search(beams, asked.max_new_tokens, limit)
+    return Search(beams, asked.max_new_tokens, limit, settings.default_beams)
 
 
 def _check_languages(parameters: TranslateParameters, tokenizer: Tokenizer) -> None:
@@ -252,11 +293,13 @@ def _check_languages(parameters: TranslateParameters, tokenizer: Tokenizer) -> N
         raise InvalidRequest(f"src_lang and tgt_lang are both {parameters.src_lang!r}; they must differ")
 
 
-def _languages(text: str, parameters: TranslateParameters, tokenizer: Tokenizer) -> tuple[str, str]:
-    """Source and target: as given, else the other of the two, else by script."""
+def _languages(
+    name: str, text: str, parameters: TranslateParameters, tokenizer: Tokenizer
+) -> tuple[str, str]:
+    """Source and target: as given, else the other of the two, else what the text is in."""
     src, tgt = parameters.src_lang, parameters.tgt_lang
     if src is None:
-        detected = detect_language(text)
+        detected = known_language(name, text, tokenizer, "src_lang").code
         src = detected if detected != tgt else _other(tgt, tokenizer)
     return src, tgt or _other(src, tokenizer)
 

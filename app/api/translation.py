@@ -1,24 +1,47 @@
 """What the two dialects of translation share: sentences in, the best translations joined again."""
 
-import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 from app.api.deps import Attendance, gather, note_times, prepare
 from app.engine.registry import GeneratingLane, Task
 from app.engine.sequence import Hypothesis, Sequence
+from app.errors import InvalidRequest
+from app.languages import Detected, detect_language
+from app.markup import (
+    Around,
+    Element,
+    Segment,
+    escape,
+    find_units,
+    place_elements,
+    place_point,
+    read_html,
+    set_tags,
+    tag_in_place,
+)
 from app.middleware import RequestRecord
-from app.sentences import split_text
+from app.protection import (
+    MAX_HIDDEN,
+    Edited,
+    Glossary,
+    Shield,
+    Span,
+    find_spans,
+    is_translatable,
+    replace_runs,
+    shield,
+    unused_mark,
+)
+from app.sentences import Part, split_text
+from model.constraints import Phrase
 from model.sampling import BeamParams
-from model.tokenizer import Tokenizer
+from model.tokenizer import Tokenizer, text_pieces
 
-_HANGUL = re.compile("[\u1100-\u11ff\u3130-\u318f\uac00-\ud7a3]")
-_LATIN = re.compile("[A-Za-z\u00c0-\u024f]")
-
-# The source and target language of a text.
-Direction = Callable[[str], tuple[str, str]]
-# A run of a text, with the encoder's input where it is a sentence, None where it stays as it is.
-Source = tuple[str, list[int] | None]
+# The source and target language of a text, which has a name for messages.
+Direction = Callable[[str, str], tuple[str, str]]
 Found = dict[Sequence, list[Hypothesis]]
 
 
@@ -29,41 +52,141 @@ class Search:
     beams: BeamParams
     max_new_tokens: int | None
     limit: int
+    default_beams: int
 
-    def of_sentence(self, n_source: int) -> BeamParams:
-        """The parameters for a sentence of n_source tokens."""
-        by_length = min(self.limit, 3 * n_source + 20)
-        return replace(self.beams, max_new_tokens=self.max_new_tokens or by_length)
+    def of_sentence(self, n_source: int, phrases: tuple[Phrase, ...], *, align: bool) -> BeamParams:
+        """The parameters for a sentence of n_source tokens.
+
+        Where there are phrases to be said the search is as wide as usual at least: one beam alone would say
+        them at once. And it gives all it has found, because other tokens need not be another text.
+        """
+        beams = self.beams
+        num_beams = max(beams.num_beams, self.default_beams) if phrases else beams.num_beams
+        return replace(
+            beams,
+            num_beams=num_beams,
+            num_return_sequences=num_beams if phrases or beams.num_return_sequences > 1 else 1,
+            max_new_tokens=self.max_new_tokens or min(self.limit, 3 * n_source + 20),
+            required=phrases,
+            return_alignment=beams.return_alignment or align,
+        )
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A run of a text; the sequence translates it, what stays as it is has none."""
+class TextForm:
+    """What texts are, and what must become of some of their words."""
 
-    text: str
-    sequence: Sequence | None
+    is_html: bool = False
+    glossary: Glossary | None = None
+
+    def output(self, span: Span) -> str:
+        return escape(span.output) if self.is_html and not span.is_markup else span.output
+
+    def verbatim(self, text: str) -> str:
+        return escape(text) if self.is_html else text
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A sentence that the sequence translates; the elements are in characters of the shield's text."""
+
+    sequence: Sequence
+    shield: Shield
+    elements: list[Element]
+
+
+Piece = str | Sentence
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The texts of a request as sentences that are ready for the lane."""
+    """The texts of a request as sentences that are ready for the lane, and what stays between them."""
 
     tokenizer: Tokenizer
+    form: TextForm
     texts: list[list[Piece]]
     n_best: int
 
     @property
+    def n_chars(self) -> int:
+        """Of the sentences, as the models read them."""
+        pieces = (piece for text in self.texts for piece in text)
+        return sum(len(piece.shield.text) for piece in pieces if isinstance(piece, Sentence))
+
+    @property
     def sequences(self) -> list[Sequence]:
-        return [piece.sequence for text in self.texts for piece in text if piece.sequence is not None]
+        return [piece.sequence for text in self.texts for piece in text if isinstance(piece, Sentence)]
+
+    def join(self, text: list[Piece], found: Found) -> list["Joined"]:
+        """The translations of a text that differ, best first: one at least, no more than were asked for."""
+        variants = [
+            [Rendered(piece)] if isinstance(piece, str) else self._variants(piece, found[piece.sequence])
+            for piece in text
+        ]
+        n_different = max(map(len, variants), default=1)
+        return [
+            Joined([each[min(rank, len(each) - 1)] for each in variants])
+            for rank in range(min(self.n_best, n_different))
+        ]
+
+    def _variants(self, sentence: Sentence, hypotheses: list[Hypothesis]) -> list["Rendered"]:
+        """One for each text; those that keep what they must come first."""
+        variants: dict[str, Rendered] = {}
+        for hypothesis in hypotheses:
+            rendered = self._render(sentence, hypothesis)
+            variants.setdefault(rendered.text, rendered)
+        return sorted(variants.values(), key=lambda each: len(each.unmet))
+
+    def _render(self, sentence: Sentence, hypothesis: Hypothesis) -> "Rendered":
+        translated = self.tokenizer.decode(hypothesis.token_ids).strip()
+        if self.form.is_html:
+            text = _set_markup(sentence, hypothesis, translated, self)
+        else:
+            text = sentence.shield.restore(translated)
+        return Rendered(text, sentence, hypothesis, tuple(sentence.shield.unmet(translated)))
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A piece of a translation; what stays as it was has no sentence."""
+
+    text: str
+    sentence: Sentence | None = None
+    hypothesis: Hypothesis | None = None
+    unmet: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A translated text, by its pieces."""
+
+    pieces: list[Rendered]
+
+    @property
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces)
+
+    @property
+    def chosen(self) -> list[tuple[Sentence, Hypothesis]]:
+        return [(p.sentence, p.hypothesis) for p in self.pieces if p.sentence and p.hypothesis]
+
+    @property
+    def unmet(self) -> list[str]:
+        """What had to be kept, or said, and is not there."""
+        return [source for piece in self.pieces for source in piece.unmet]
 
 
 async def plan_texts(
-    texts: list[str], direction: Direction, search: Search, task: Task[GeneratingLane]
+    texts: dict[str, str], direction: Direction, search: Search, task: Task[GeneratingLane], form: TextForm
 ) -> Plan:
-    """Split and tokenise; a text whose source is its target stays as it is."""
-    sources = await prepare(sum(map(len, texts)), _split_all, texts, direction, task)
-    pieces = [[_piece(source, search) for source in text] for text in sources]
-    return Plan(task.tokenizer, pieces, search.beams.num_return_sequences)
+    """Split and tokenise texts by their names; one whose source is its target stays as it is.
+
+    Raises InvalidRequest where a text is in a language that the model does not know.
+    """
+    n_chars = sum(map(len, texts.values()))
+    drafts = await prepare(n_chars, _draft_all, texts, direction, task, form)
+    pieces = [[_piece(draft, search) for draft in text] for text in drafts]
+    return Plan(task.tokenizer, form, pieces, search.beams.num_return_sequences)
 
 
 async def translate_plan(plan: Plan, attendance: Attendance, record: RequestRecord) -> Found:
@@ -74,57 +197,194 @@ async def translate_plan(plan: Plan, attendance: Attendance, record: RequestReco
     return dict(zip(plan.sequences, results, strict=True))
 
 
+def known_language(name: str, text: str, tokenizer: Tokenizer, parameter: str) -> Detected:
+    """The language of a text; raises InvalidRequest where the model does not know it."""
+    detected, known = detect_language(text), tokenizer.languages
+    if detected.code not in known:
+        raise InvalidRequest(
+            f"{name} is in {detected.name} ({detected.code}), as it seems, and there is no such direction: "
+            f"the languages are {', '.join(sorted(known))}. If it is in one of them, name it as {parameter}"
+        )
+    return detected
+
+
 @dataclass(frozen=True)
-class Joined:
-    """A translated text, and the hypotheses that it was joined from."""
+class _Draft:
+    """A sentence before its sequence is made, which belongs to the event loop."""
 
-    text: str
-    chosen: list[tuple[Sequence, Hypothesis]]
-
-
-def join_text(text: list[Piece], found: Found, rank: int, tokenizer: Tokenizer) -> Joined:
-    """The rank-th best translation of a text, joined from that of each of its sentences."""
-    chosen: list[tuple[Sequence, Hypothesis]] = []
-    joined = ""
-    for piece in text:
-        if piece.sequence is None:
-            joined += piece.text
-            continue
-        hypotheses = found[piece.sequence]
-        hypothesis = hypotheses[min(rank, len(hypotheses) - 1)]
-        chosen.append((piece.sequence, hypothesis))
-        joined += tokenizer.decode(hypothesis.token_ids).strip()
-    return Joined(joined, chosen)
+    prompt_ids: list[int]
+    shield: Shield
+    elements: list[Element]
 
 
-def count_scripts(text: str) -> tuple[int, int]:
-    """How many letters are Hangul, and how many Latin."""
-    return len(_HANGUL.findall(text)), len(_LATIN.findall(text))
+def _piece(draft: str | _Draft, search: Search) -> Piece:
+    if isinstance(draft, str):
+        return draft
+    params = search.of_sentence(len(draft.prompt_ids), draft.shield.phrases, align=bool(draft.elements))
+    return Sentence(Sequence(draft.prompt_ids, params), draft.shield, draft.elements)
 
 
-def detect_language(text: str) -> str:
-    """By script: "ko" when there is one Hangul letter or more to two Latin ones, else "en"."""
-    n_hangul, n_latin = count_scripts(text)
-    return "ko" if n_hangul and 2 * n_hangul >= n_latin else "en"
+def _draft_all(
+    texts: dict[str, str], direction: Direction, task: Task[GeneratingLane], form: TextForm
+) -> list[list[str | _Draft]]:
+    return [_draft(text, *direction(name, text), task, form) for name, text in texts.items()]
 
 
-def _split_all(texts: list[str], direction: Direction, task: Task[GeneratingLane]) -> list[list[Source]]:
-    return [_split(text, *direction(text), task) for text in texts]
-
-
-def _split(text: str, src: str, tgt: str, task: Task[GeneratingLane]) -> list[Source]:
+def _draft(text: str, src: str, tgt: str, task: Task[GeneratingLane], form: TextForm) -> list[str | _Draft]:
     if src == tgt:
-        return [(text, None)]
-    tokenizer = task.tokenizer
-    max_tokens = task.lane.limits.max_prompt_tokens - len(tokenizer.source_ids([], tgt))
-    return [
-        (part.text, tokenizer.source_ids(tokenizer.encode(part.text), tgt) if part.is_sentence else None)
-        for part in split_text(text, src, tokenizer, max_tokens)
+        return [text]
+    drafts: list[str | _Draft] = []
+    for chunk in read_html(text) if form.is_html else [Segment(text, unused_mark(text))]:
+        drafts += [chunk] if isinstance(chunk, str) else _Drafting(task, form, src, tgt).draft(chunk)
+    return drafts
+
+
+@dataclass(frozen=True)
+class _Drafting:
+    """From running text to sentences in the encoder's terms."""
+
+    task: Task[GeneratingLane]
+    form: TextForm
+    src: str
+    tgt: str
+
+    def draft(self, segment: Segment) -> list[str | _Draft]:
+        """The sentences of a segment, and between them white space and tags that go around several."""
+        mark, own = segment.mark, find_spans(segment.text, self.form.glossary)
+        marked = replace_runs(segment.text, [(span.start, span.stop, mark) for span in own])
+        spans = sorted([*segment.spans, *own], key=lambda span: span.start)
+        parts = self._parts(marked.text, mark)
+        ends = list(accumulate(len(part.text) for part in parts))
+        bounds = [(end - len(part.text), end) for part, end in zip(parts, ends, strict=True)]
+        around = Around(_moved(segment.elements, marked), bounds, [part.is_sentence for part in parts])
+        drafts: list[str | _Draft] = []
+        n_spans = 0
+        for i, (part, (start, _)) in enumerate(zip(parts, bounds, strict=True)):
+            n = part.text.count(mark)
+            own_spans, n_spans = spans[n_spans : n_spans + n], n_spans + n
+            elements = [replace(e, start=e.start - start, stop=e.stop - start) for e in around.within(i)]
+            draft = self._draft_part(part, mark, own_spans, elements)
+            drafts += [around.before(i), draft, around.after(i)]
+        return drafts
+
+    def _parts(self, text: str, mark: str) -> list[Part]:
+        tokenizer = self.task.tokenizer
+        max_tokens = self.task.lane.limits.max_prompt_tokens - len(tokenizer.source_ids([], self.tgt))
+        wholes = split_text(text, self.src, tokenizer, max_tokens)
+        return [part for whole in wholes for part in _cut(whole, mark)]
+
+    def _draft_part(self, part: Part, mark: str, spans: list[Span], elements: list[Element]) -> str | _Draft:
+        if not part.is_sentence or not is_translatable(part.text.replace(mark, "")):
+            return self._verbatim(part.text, mark, spans, elements)
+        hidden, edited = shield(part.text, mark, spans, self.task.tokenizer)
+        tokenizer = self.task.tokenizer
+        prompt_ids = tokenizer.source_ids(tokenizer.encode(hidden.text), self.tgt)
+        return _Draft(prompt_ids, hidden, _moved(elements, edited))
+
+    def _verbatim(self, text: str, mark: str, spans: list[Span], elements: list[Element]) -> str:
+        """What no model needs to see, with its tags where they were."""
+        places = [i for i, character in enumerate(text) if character == mark]
+        hidden = dict(zip(places, spans, strict=True))
+
+        def show(start: int, stop: int) -> str:
+            span = hidden.get(start)
+            return self.form.verbatim(text[start:stop]) if span is None else self.form.output(span)
+
+        return tag_in_place((cut for i in places for cut in (i, i + 1)), elements, len(text), show)
+
+
+def _moved(elements: list[Element], edited: Edited) -> list[Element]:
+    """Elements of a text in the places that they have after it was edited."""
+    return [replace(e, start=edited.place(e.start), stop=edited.place(e.stop, end=True)) for e in elements]
+
+
+def _cut(part: Part, mark: str) -> list[Part]:
+    """A sentence in parts with as many marks as can be hidden at once."""
+    if part.text.count(mark) <= MAX_HIDDEN:
+        return [part]
+    pieces = part.text.split(mark)
+    runs = [
+        mark.join(["", *pieces[i : i + MAX_HIDDEN]] if i else pieces[:MAX_HIDDEN])
+        for i in range(0, len(pieces), MAX_HIDDEN)
     ]
+    return [trimmed for run in runs for trimmed in _trimmed(run)]
 
 
-def _piece(source: Source, search: Search) -> Piece:
-    text, source_ids = source
-    if source_ids is None:
-        return Piece(text, None)
-    return Piece(text, Sequence(source_ids, search.of_sentence(len(source_ids))))
+def _trimmed(run: str) -> list[Part]:
+    """A run without the white space around it, and the white space."""
+    text = run.strip()
+    start = run.index(text)
+    parts = (Part(run[:start], False), Part(text, True), Part(run[start + len(text) :], False))
+    return [part for part in parts if part.text]
+
+
+def _set_markup(sentence: Sentence, hypothesis: Hypothesis, translated: str, plan: Plan) -> str:
+    """A translated sentence as HTML, its tags around the words that theirs became."""
+    hidden, units = sentence.shield, find_units(translated)
+    bounds = {place for run in (*hidden.runs(translated), *units) for place in run}
+    cuts = sorted({0, len(translated), *bounds})
+    runs = []
+    for start, stop in pairwise(cuts):
+        is_hidden = translated[start:stop] in hidden.hidden
+        shown = hidden.show((start, stop), translated, plan.form.output)
+        runs.append((start, shown if is_hidden else plan.form.verbatim(shown)))
+    if not sentence.elements:
+        return "".join(run for _, run in runs)
+    looks = _Looks(sentence, hypothesis, units, plan.tokenizer)
+    placed = place_elements(sentence.elements, units, looks.share)
+    points = [
+        (e, place_point(units, looks.token_before(e.start), looks.share))
+        for e in sentence.elements
+        if e.is_point
+    ]
+    return set_tags(runs, units, placed, points, len(translated))
+
+
+class _Looks:
+    """How much each word of a translation looked at each part of its source, by the cross-attention."""
+
+    def __init__(
+        self, sentence: Sentence, hypothesis: Hypothesis, units: list[tuple[int, int]], tokenizer: Tokenizer
+    ) -> None:
+        pieces = tokenizer.encode_with_offsets(sentence.shield.text)
+        first = _find(sentence.sequence.prompt_ids, [piece.id for piece in pieces])
+        # A piece carries the space before it, which belongs to no word.
+        self._places = [piece.stop - len(piece.text.lstrip()) for piece in pieces]
+        self._stops = [piece.stop for piece in pieces]
+        weights = [row[first : first + len(pieces)] for row in hypothesis.alignment or []]
+        self._sums = {
+            unit: list(accumulate(_mean([weights[t] for t in tokens], len(pieces)), initial=0.0))
+            for unit, tokens in _tokens_of(units, hypothesis.token_ids, tokenizer).items()
+        }
+
+    def share(self, unit: tuple[int, int], source: tuple[int, int]) -> float:
+        """The share of the source characters [start, stop) in what a unit looked at, 0 to 1."""
+        sums = self._sums[unit]
+        low, high = bisect_left(self._places, source[0]), bisect_left(self._places, source[1])
+        return (sums[high] - sums[low]) / sums[-1] if sums[-1] > 0 else 0.0
+
+    def token_before(self, place: int) -> tuple[int, int] | None:
+        """The source characters of the last token that ends at a place or before it."""
+        last = bisect_right(self._stops, place) - 1
+        return (self._places[last], self._stops[last]) if last >= 0 else None
+
+
+def _find(ids: list[int], part: list[int]) -> int:
+    return next(i for i in range(len(ids)) if ids[i : i + len(part)] == part)
+
+
+def _mean(rows: list[list[float]], size: int) -> list[float]:
+    return [sum(column) / len(rows) for column in zip(*rows, strict=True)] if rows else [0.0] * size
+
+
+def _tokens_of(
+    units: list[tuple[int, int]], token_ids: list[int], tokenizer: Tokenizer
+) -> dict[tuple[int, int], list[int]]:
+    """The tokens, by their index, that give a unit its characters."""
+    texts = list(text_pieces(tokenizer, token_ids))
+    before = len("".join(texts)) - len("".join(texts).lstrip())
+    ends = [end - before for end in accumulate(map(len, texts))]
+    return {
+        (start, stop): list(range(bisect_right(ends, start), min(bisect_left(ends, stop) + 1, len(texts))))
+        for start, stop in units
+    }

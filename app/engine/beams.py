@@ -67,7 +67,7 @@ class BeamGroup:
         too_short = self.n_steps < self.params.min_new_tokens
         for beam in self.live:
             banned = repeated_ngram_tokens(beam.tokens, self.params.no_repeat_ngram_size)
-            banned |= beam.progress.repeated(beam.tokens)
+            banned |= beam.progress.banned(beam.tokens)
             yield beam.row, beam.tokens, banned | {self.eos_id} if too_short else banned
 
     def wanted(self) -> Iterator[tuple[int, set[int]]]:

@@ -10,7 +10,6 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from app.api.libretranslate import detect
 from app.engine.sequence import Sequence
 from model.sampling import BeamParams
 from tests.app.fakes import FakeDecodeLane
@@ -98,7 +97,7 @@ async def test_a_language_to_itself_stays_as_it_is(client: Client, translate_lan
         ({"target": "auto"}, "target: no language 'auto'; there are en, ko"),
         ({"source": "fr"}, "source: no language 'fr'; there are en, ko"),
         ({"source": ""}, "source: no language ''; there are en, ko"),
-        ({"format": "html"}, "format is 'html'; only text is supported yet"),
+        ({"format": "xml"}, "format is 'xml'; there are text, html"),
         ({"alternatives": -1}, "alternatives is -1, the limit is 0 to 7"),
         ({"alternatives": 8}, "alternatives is 8, the limit is 0 to 7"),
         ({"alternatives": "a"}, "alternatives: Input should be a valid integer"),
@@ -177,26 +176,23 @@ async def test_detect(client: Client) -> None:
     assert (await client.post("/detect", json={"q": "안녕"})).json() == [
         {"confidence": 100.0, "language": "ko"}
     ]
-    assert (await client.post("/detect", data={"q": "hello"})).json() == [
-        {"confidence": 50.0, "language": "en"}
-    ]
-    assert (await client.post("/detect?q=hello")).json()[0]["language"] == "en"
+    (english,) = (await client.post("/detect", data={"q": "Where did you put the keys?"})).json()
+    assert (english["language"], english["confidence"] > 50) == ("en", True)
+    (french,) = (await client.post("/detect?q=Je vais à la maison avec mes amis.")).json()
+    assert (french["language"], french["confidence"] > 50) == ("fr", True)
 
 
-@pytest.mark.parametrize(
-    ("text", "language", "confidence"),
-    [
-        ("", "en", 0.0),
-        ("123 !", "en", 0.0),
-        ("café", "en", 37.5),
-        ("привет", "en", 0.0),
-        ("집 ab", "ko", 50.0),
-        ("집 abc", "en", 30.0),
-        ("한글ㅋㅋ", "ko", 100.0),
-    ],
-)
-def test_confidence(text: str, language: str, confidence: float) -> None:
-    assert detect(text) == {"language": language, "confidence": confidence}
+async def test_auto_refuses_what_nobody_here_knows(client: Client) -> None:
+    answer = await client.post("/translate", data={"q": "Wo ist hier der Bahnhof, bitte?", "target": "ko"})
+    assert "q is in German (de), as it seems, and there is no such direction" in check(answer, 400)
+
+
+async def test_html(client: Client) -> None:
+    answer = await translate(client, "<p>a &lt;</p>b<br/> c", format="html", alternatives=1)
+    assert answer == {
+        "translatedText": "<p>A &lt;</p>B<br/> C",
+        "alternatives": ["<p>A &lt;!</p>B!<br/> C!"],
+    }
 
 
 async def test_refusals_of_detect(client: Client) -> None:

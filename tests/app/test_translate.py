@@ -5,7 +5,6 @@ from typing import Any
 import httpx
 import pytest
 
-from app.api.translation import detect_language
 from tests.app.fakes import FakeDecodeLane, byte_tokenizer
 
 Client = httpx.AsyncClient
@@ -72,7 +71,7 @@ async def test_a_sentence_over_the_limit_is_not_cut(client: Client, translate_la
     [
         ("I go home", {}, "ko"),
         ("나는 집에 간다", {}, "en"),
-        ("123", {}, "ko"),
+        ("ok", {}, "ko"),
         ("나는 집에 간다", {"src_lang": "en"}, "ko"),
         ("나는 집에 간다", {"tgt_lang": "ko"}, "ko"),
         ("I go home", {"tgt_lang": "en"}, "en"),
@@ -94,11 +93,12 @@ async def test_each_text_has_its_own_language(client: Client, translate_lane: Fa
     assert targets == [byte_tokenizer().languages[code] for code in ("ko", "en")]
 
 
-def test_script_decides() -> None:
-    assert detect_language("iPhone을 샀다") == "ko"
-    assert detect_language("I love 김치 very much") == "en"
-    assert detect_language("ㅋㅋㅋ") == "ko"
-    assert detect_language("") == "en"
+async def test_a_language_that_nobody_here_knows_is_named(client: Client) -> None:
+    text = "Je vais à la maison avec mes amis."
+    message = "is in French (fr), as it seems, and there is no such direction: the languages are en, ko."
+    assert message in await refusal(client, text)
+    assert (await refusal(client, ["hello", text], tgt_lang="ko")).startswith(f"inputs[1] {message}")
+    assert await translate(client, text, src_lang="en") == [{"translation_text": text.upper()}]
 
 
 async def test_parameters_reach_the_lane_from_both_places(
@@ -173,8 +173,62 @@ async def test_refusals(client: Client, parameters: dict[str, object], message: 
     assert await refusal(client, "a", **parameters) == message
 
 
-async def test_as_many_entries_as_were_asked_for_even_when_they_are_the_same(client: Client) -> None:
-    assert await translate(client, " ", num_return_sequences=2) == [{"translation_text": " "}] * 2
+async def test_what_has_no_letters_needs_no_model(client: Client, translate_lane: FakeDecodeLane) -> None:
+    text = "3.14, 2026-11-26!\n\u2764 https://example.org/a?b=c (:\n"
+    assert await translate(client, text, num_return_sequences=2) == [{"translation_text": text}]
+    assert not translate_lane.submitted
+
+
+async def test_several_translations_differ(client: Client, translate_lane: FakeDecodeLane) -> None:
+    answer = await translate(client, ["a", " ", "a\nb"], num_return_sequences=3)
+    assert [[each["translation_text"] for each in text] for text in answer] == [
+        ["A", "A!", "A!!"],
+        [" "],
+        ["A\nB", "A!\nB!", "A!!\nB!!"],
+    ]
+    params: Any = translate_lane.submitted[0].params
+    assert (params.num_beams, params.num_return_sequences) == (4, 4)
+
+
+async def test_what_is_missing_is_reported(client: Client, translate_lane: FakeDecodeLane) -> None:
+    """This lane shouts whatever it was asked to say: "CPU" comes out as it should, "Firefox" does not."""
+    (answer,) = await translate(
+        client, "Go to www.a.org from gate 27. No.", glossary={"gate": "문"}, num_beams=1, src_lang="en"
+    )
+    assert answer == {"translation_text": "GO TO FIREFOX FROM 문 27. NO.", "unmet": ["www.a.org"]}
+    bound, free = translate_lane.submitted
+    params: Any = bound.params
+    assert [phrase.once for phrase in params.required] == [True, True, False]
+    assert (params.num_beams, free.params.num_beams) == (4, 1)  # type: ignore[union-attr]
+
+
+async def test_markup_stays_around_its_words(client: Client, translate_lane: FakeDecodeLane) -> None:
+    text = "<p title='&lt;'>one &amp; <b>two</b>.</p><!-- no --><script>a<b</script> three<br>4 &lt;<i>5</i>"
+    (answer,) = await translate(client, text, format="html", src_lang="en")
+    assert answer["translation_text"].replace("<B>", "<b>") == (
+        "<p title='&lt;'><b>ONE</b> &amp; TWO.</p><!-- no --><script>a<b</script> THREE<br>4 &lt;<i>5</i>"
+    )
+    assert [s.params.return_alignment for s in translate_lane.submitted] == [True, False]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"glossary": {"a": ""}}, "glossary '' has 0 characters, the limit is 1 to 100"),
+        ({"glossary": {"": "a"}}, "glossary '' has 0 characters, the limit is 1 to 100"),
+        ({"glossary": {"-": "a"}}, "glossary: '-' has no letter"),
+        ({"glossary": {"a" * 101: "b"}}, "has 101 characters, the limit is 1 to 100"),
+        ({"glossary": {f"a{i}": "b" for i in range(65)}}, "glossary has 65 terms, the limit is 64"),
+        ({"do_not_translate": ["a"] * 65}, "do_not_translate has 65 terms, the limit is 64"),
+        (
+            {"glossary": {"Ab": "c"}, "do_not_translate": ["aB"]},
+            "glossary: 'ab' is among do_not_translate, too",
+        ),
+        ({"format": "xml"}, "parameters.format: Input should be 'text' or 'html'"),
+    ],
+)
+async def test_refusals_of_terms(client: Client, parameters: dict[str, object], message: str) -> None:
+    assert message in await refusal(client, "a", **parameters)
 
 
 async def test_a_long_number_is_not_sent_back(client: Client) -> None:

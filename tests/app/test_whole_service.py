@@ -67,6 +67,21 @@ async def test_every_route(client: Client) -> None:
     await check_generation(client)
 
 
+async def test_a_model_that_knows_nothing_keeps_what_it_must(client: Client) -> None:
+    """Random weights say noise, and in it every address, number, term and tag."""
+    text = (
+        "<p>Go to <a href='x'>http://a.b/c</a> with <b>27</b> old pens.<br>Ask <code>me()</code> at home.</p>"
+    )
+    parameters = {"format": "html", "glossary": {"pens": "연필"}, "num_return_sequences": 2, "src_lang": "en"}
+    answer = await client.post("/translate", json={"inputs": text, "parameters": parameters})
+    first, second = answer.json()
+    for each in (first, second):
+        assert "unmet" not in each, each
+        for kept in ("http://a.b/c", "27", "연필", "<code>me()</code>", "<a href='x'>", "</b>", "<br>"):
+            assert each["translation_text"].count(kept) == 1, (kept, each)
+    assert first["translation_text"] != second["translation_text"]
+
+
 async def check_generation(client: Client) -> None:
     parameters = {"max_new_tokens": 8, "seed": 5, "do_sample": True, "details": True, "top_n_tokens": 2}
     body = {"inputs": "나는 home", "parameters": parameters | {"decoder_input_details": True}}

@@ -47,9 +47,21 @@ def test_the_same_phrase_twice_must_be_said_twice() -> None:
 def test_what_may_stand_once_is_not_said_again() -> None:
     once = Phrase(((1, 2), (3,)), once=True)
     progress = Progress((once, ONE))
-    assert progress.repeated([1]) == set()
+    assert progress.banned([1]) == set()
     met = progress.take(3)
-    assert (met.repeated([3]), met.repeated([3, 1])) == ({3}, {2, 3})
+    assert (met.banned([3]), met.banned([3, 1])) == ({3}, {2, 3})
+
+
+def test_digits_beside_a_number_make_another_number() -> None:
+    digits = frozenset(range(10))
+    progress = Progress((Phrase(((1, 2), (101, 2)), apart=digits),))  # 101 is a 1 with a space before it
+    assert after(progress, 3, 1, 2).met == set()
+    assert after(progress, 3, 101, 2).complete
+    assert after(progress, 50, 1, 2).complete
+    assert (progress.take(3).wanted(), progress.take(50).wanted()) == ({101}, {1, 101})
+    assert after(progress, 1, 2).banned([1, 2]) == digits
+    assert after(progress, 1, 2, 50).banned([1, 2, 50]) == set()
+    assert after(progress, 1, 1, 2).met == set()
 
 
 @pytest.mark.parametrize("spellings", [(), ((),), ((1,), ())])

@@ -1,0 +1,270 @@
+"""What a translation must keep as it is, or say as a glossary wants.
+
+Such a span is hidden behind a word that translation models copy, the search is made to say that word once,
+and the span is put in its place. A number stays in the text, where its unit and its counter need it, and the
+search is made to say it.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from model.constraints import Phrase
+from model.tokenizer import Tokenizer
+
+# A word that the text has itself is passed over. The first ones are those that the shipped model copies best,
+# as the name of something (an address) or as a noun (a term); see docs/notes.md.
+_NAMES = ("Firefox", "CPU", "IBM", "UN", "DNA", "NASA", "GPS", "PHP")
+_NOUNS = ("CPU", "IBM", "UN", "DNA", "Firefox", "NASA", "GPS", "PHP")
+MAX_HIDDEN = 4  # in one sentence: with more of them a beam of usual width loses the sentence
+_MAX_NUMBERS = 6
+
+_PARTICLES = (
+    "들?(?:이라고|라고|입니다|이에요|예요|이었다|였다|이다|에게서|에게|에서|에는|에도|에|으로|로|까지|부터|처럼|보다|이나|"
+    "한테|께서|께|은|는|이|가|을|를|의|와|과|도|만|나|들){0,2}(?![가-힣])"
+)
+_ADDRESS_CHARS = r"[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]"
+_KEPT = re.compile(
+    # A path may go on in other letters, unless that is but a particle after the address.
+    rf"(?P<address>(?:https?|ftp)://(?:{_ADDRESS_CHARS}|(?<=[/=_\-%.])(?!{_PARTICLES})[^\W\d_a-zA-Z]+)+"
+    rf"|www\.[A-Za-z0-9\-]+\.{_ADDRESS_CHARS}+"
+    r"|(?<![\w.+\-])[A-Za-z0-9._%+\-]+@[A-Za-z0-9\-]+(?:\.[A-Za-z0-9\-]+)+)"
+    r"|(?P<code>`[^`\n]+`)"
+    # Dates, times, telephone numbers, versions.
+    r"|(?P<figure>(?<![\w.])\+?\d+(?:(?:[\-/:]\d+)+|(?:\.\d+){2,})(?![\d]))"
+)
+_NUMBER = re.compile(r"(?<![\w.,])(?:\d{1,3}(?:,\d{3})+|\d{2,}|\d(?=\.\d))(?:\.\d+)?(?!\d)")
+_LETTER = re.compile(r"[^\W\d_]")
+# What ends a sentence or closes a bracket around an address is not part of it.
+_AFTER_ADDRESS = ".,;:!?'\"*_~"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, stop) of a text, and what is to stand in their place, as it is.
+
+    A noun is hidden behind a noun, and markup is not escaped where the text becomes HTML.
+    """
+
+    start: int
+    stop: int
+    source: str
+    output: str
+    is_noun: bool = False
+    is_markup: bool = False
+
+
+@dataclass(frozen=True)
+class Glossary:
+    """Terms with their translations; one without a translation stays as it is."""
+
+    outputs: Mapping[str, str]
+    pattern: re.Pattern[str]
+
+    @classmethod
+    def of(cls, terms: Mapping[str, str], kept: Iterable[str] = ()) -> "Glossary | None":
+        """None for no terms. `kept` are those that stay as they are written in the text.
+
+        The case of letters does not matter; the longest term that fits wins.
+        """
+        outputs = {term.casefold(): output for term, output in terms.items()}
+        longest_first = sorted({*terms, *kept}, key=len, reverse=True)
+        if not longest_first:
+            return None
+        return cls(outputs, re.compile("|".join(map(_bounded, longest_first)), re.IGNORECASE))
+
+    def spans(self, text: str) -> Iterable[Span]:
+        for match in self.pattern.finditer(text):
+            term = match.group()
+            yield Span(*match.span(), term, self.outputs.get(term.casefold(), term), is_noun=True)
+
+
+def _bounded(term: str) -> str:
+    """A term as a pattern: whole words, but a Korean noun with its particles."""
+    before = r"(?<![^\W_])" if term[0].isalnum() else ""
+    if not term[-1].isalnum():
+        return before + re.escape(term)
+    after = rf"(?={_PARTICLES})" if "가" <= term[-1] <= "힣" else r"(?![a-zA-Z0-9_])"
+    return before + re.escape(term) + after
+
+
+def find_spans(text: str, glossary: Glossary | None) -> list[Span]:
+    """Addresses, code, figures and terms, in order, none within another."""
+    found = [_trim(match) for match in _KEPT.finditer(text)]
+    if glossary is not None:
+        found += glossary.spans(text)
+    spans: list[Span] = []
+    # Where two begin together, the longer one; an address before a term within it.
+    for span in sorted(found, key=lambda s: (s.start, -s.stop)):
+        if not spans or span.start >= spans[-1].stop:
+            spans.append(span)
+    return spans
+
+
+def _trim(match: re.Match[str]) -> Span:
+    text = match.group()
+    if match.lastgroup == "address":
+        while text and (text[-1] in _AFTER_ADDRESS or _closes_nothing(text)):
+            text = text[:-1]
+    return Span(match.start(), match.start() + len(text), text, text)
+
+
+def _closes_nothing(text: str) -> bool:
+    return text[-1] in ")]" and text.count(text[-1]) > text.count("(["[text[-1] == "]"])
+
+
+@dataclass(frozen=True)
+class Edited:
+    """A text in which some runs were replaced."""
+
+    text: str
+    edits: tuple[tuple[int, int, int], ...]  # (start, stop, length of the replacement), in order
+
+    def place(self, position: int, *, end: bool = False) -> int:
+        """Where a position of the old text is in the new one; within a replaced run, its begin or its end."""
+        shift = 0
+        for start, stop, length in self.edits:
+            if position <= start:
+                break
+            if position < stop:
+                return start + shift + (length if end else 0)
+            shift += length - (stop - start)
+        return position + shift
+
+
+def replace_runs(text: str, runs: Iterable[tuple[int, int, str]]) -> Edited:
+    """Replace runs (start, stop, replacement), which are in order and do not overlap."""
+    pieces, edits, at = [], [], 0
+    for start, stop, replacement in runs:
+        pieces += [text[at:start], replacement]
+        edits.append((start, stop, len(replacement)))
+        at = stop
+    return Edited("".join([*pieces, text[at:]]), tuple(edits))
+
+
+def unused_mark(text: str) -> str:
+    """A character of the private planes that the text does not have."""
+    return next(chr(code) for code in range(0xF0000, 0x10FFFE) if chr(code) not in text)
+
+
+def is_translatable(text: str) -> bool:
+    """Has it a letter? What has none says the same in every language."""
+    return _LETTER.search(text) is not None
+
+
+def _output(span: Span) -> str:
+    return span.output
+
+
+@dataclass(frozen=True)
+class Shield:
+    """A sentence for the model, and what to do with its translation."""
+
+    text: str
+    hidden: Mapping[str, Span]  # by the word that stands for it
+    numbers: tuple[str, ...]
+    phrases: tuple[Phrase, ...]
+
+    def restore(self, translated: str) -> str:
+        """The translation with what was hidden in its place, and the particles after it in agreement."""
+        return "".join(self.show(run, translated, _output) for run in self.runs(translated))
+
+    def runs(self, translated: str) -> list[tuple[int, int]]:
+        """The translation's parts (start, stop): words that stand for something, and what is between them."""
+        runs, at = [], 0
+        for match in self._words().finditer(translated) if self.hidden else ():
+            runs += [(at, match.start()), match.span()]
+            at = match.end()
+        return [run for run in (*runs, (at, len(translated))) if run[0] < run[1]]
+
+    def show(self, run: tuple[int, int], translated: str, output: Callable[[Span], str]) -> str:
+        """One of the `runs`, or a part of one, as it is to be read."""
+        start, stop = run
+        text = translated[start:stop]
+        if text in self.hidden:
+            return output(self.hidden[text])
+        before = next((word for word in self.hidden if translated.endswith(word, 0, start)), None)
+        return text if before is None else agree(self.hidden[before].output, text)
+
+    def unmet(self, translated: str) -> list[str]:
+        """What the translation lacks, as it stood in the source."""
+        found = set(self._words().findall(translated)) if self.hidden else set()
+        lacking = [span.source for word, span in self.hidden.items() if word not in found]
+        return lacking + [number for number in self.numbers if not _has_number(number, translated)]
+
+    def _words(self) -> re.Pattern[str]:
+        """Whole words, but one may follow another at once, and a noun may have become several."""
+        words = "|".join(self.hidden)
+        before = "|".join(rf"(?<={word})" for word in self.hidden)
+        return re.compile(rf"(?:(?<![A-Za-z0-9])|{before})(?:{words})(?=(?:{words}|s?(?![A-Za-z0-9])))")
+
+
+def shield(text: str, mark: str, spans: list[Span], tokenizer: Tokenizer) -> tuple[Shield, Edited]:
+    """Hide spans, which stand in the text as marks, in this order; `MAX_HIDDEN` of them at most."""
+    free = [word for word in _NAMES if not re.search(rf"(?<!\w){word}(?!\w)", text, re.IGNORECASE)]
+    hidden: dict[str, Span] = {}
+    runs: list[tuple[int, int, str]] = []
+    at = -1
+    for span in spans:
+        word = next(w for w in (_NOUNS if span.is_noun else _NAMES) if w in free and w not in hidden)
+        at = text.index(mark, at + 1)
+        hidden[word] = span
+        runs.append((at, at + 1, word))
+    edited = replace_runs(text, runs)
+    numbers = tuple(dict.fromkeys(match.group() for match in _NUMBER.finditer(edited.text)))[:_MAX_NUMBERS]
+    phrases = [_phrase(tokenizer, word, is_number=False) for word in hidden]
+    phrases += [_phrase(tokenizer, number, is_number=True) for number in numbers]
+    return Shield(edited.text, hidden, numbers, tuple(phrases)), edited
+
+
+@lru_cache(maxsize=1024)
+def _phrase(tokenizer: Tokenizer, text: str, *, is_number: bool) -> Phrase:
+    spellings = dict.fromkeys((tuple(tokenizer.encode(f" {text}")), tuple(tokenizer.encode(text))))
+    # Another digit makes another number; and a model may stutter, "NASAASA".
+    neighbours = (tokenizer.encode(str(digit)) for digit in range(10)) if is_number else spellings
+    apart = frozenset(token for ids in neighbours for token in ids)
+    return Phrase(tuple(spellings), once=not is_number, apart=apart)
+
+
+def _has_number(number: str, text: str) -> bool:
+    return re.search(rf"(?<!\d){re.escape(number)}(?!\d)", text) is not None
+
+
+# After a vowel, after a consonant.
+_AGREEING = (
+    *(("는", "은"), ("가", "이"), ("를", "을"), ("와", "과"), ("랑", "이랑"), ("나", "이나")),
+    *(("로", "으로"), ("라고", "이라고"), ("라는", "이라는"), ("였", "이었"), ("예요", "이에요")),
+)
+_GOING_ON = {"로": "는|도|만|부터|써|서", "랑": "은|도"}
+_PARTICLE = re.compile(
+    "|".join(
+        rf"(?P<p{i}>{consonant}|{vowel})(?=(?:{_GOING_ON.get(vowel, '(?!)')})?"
+        rf"(?![가-힣]){'|' if vowel == '였' else ''})"
+        for i, (vowel, consonant) in enumerate(_AGREEING)
+    )
+)
+# Whether the Korean name of a digit ends in a consonant, and which in ㄹ: 영 일 이 삼 사 오 육 칠 팔 구.
+_DIGIT_ENDS = dict(zip("0123456789", "ㅇㄹ ㅁ  ㄱㄹㄹ ", strict=True))
+
+
+def agree(word: str, after: str) -> str:
+    """The text after a word, its particle in the form that the word's last sound asks for.
+
+    Only for words that end in Hangul or a digit: how other letters are read nobody can know.
+    """
+    match, end = _PARTICLE.match(after), _final_sound(word)
+    if match is None or end is None:
+        return after
+    vowel, consonant = _AGREEING[int(str(match.lastgroup)[1:])]
+    takes_vowel_form = not end or (end == "ㄹ" and vowel == "로")
+    return (vowel if takes_vowel_form else consonant) + after[match.end() :]
+
+
+def _final_sound(word: str) -> str | None:
+    """The consonant a word ends in (ㄹ told from others), "" for a vowel, None where that is not known."""
+    last = word[-1:]
+    if "가" <= last <= "힣":
+        final = (ord(last) - ord("가")) % 28
+        return "" if final == 0 else "ㄹ" if final == 8 else "ㅇ"
+    return _DIGIT_ENDS[last].strip() if last in _DIGIT_ENDS else None

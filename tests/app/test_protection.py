@@ -1,0 +1,103 @@
+"""What a translation keeps: finding it, hiding it, putting it back."""
+
+import pytest
+
+from app.protection import (
+    MAX_HIDDEN,
+    Edited,
+    Glossary,
+    agree,
+    find_spans,
+    replace_runs,
+    shield,
+    unused_mark,
+)
+from tests.app.fakes import byte_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("Visit https://example.com/a(b)?c=d&e#f. Then go.", ["https://example.com/a(b)?c=d&e#f"]),
+        ("(see www.example.org)", ["www.example.org"]),
+        ("자세한 것은 https://example.com/에서 보세요", ["https://example.com/"]),
+        ("https://ko.example.org/위키/한국어 참고", ["https://ko.example.org/위키/한국어"]),
+        ("Write to a.b+c@x.co.kr, please", ["a.b+c@x.co.kr"]),
+        ("Run `make -j 2 all`!", ["`make -j 2 all`"]),
+        ("at 14:35 on 2024-05-17, 02-987-6543", ["14:35", "2024-05-17", "02-987-6543"]),
+        ("version 2.11.3 of 3.5, 12,000 and 1953", ["2.11.3"]),
+        ("+82-10-1234-5678", ["+82-10-1234-5678"]),
+        ("and/or, e.g. this; a@b; 3 - 4; https://", []),
+    ],
+)
+def test_addresses_code_and_figures(text: str, kept: list[str]) -> None:
+    assert [span.source for span in find_spans(text, None)] == kept
+    assert all(text[span.start : span.stop] == span.output for span in find_spans(text, None))
+
+
+def test_terms_are_whole_words_and_korean_nouns_with_their_particles() -> None:
+    glossary = Glossary.of(
+        {"역": "terminal", "station": "정거장", "train station": "기차역", "API": "에이피아이"}, ["C++"]
+    )
+
+    def found(text: str) -> list[tuple[str, str]]:
+        return [(span.source, span.output) for span in find_spans(text, glossary)]
+
+    assert found("역사는 길다. 역에서 역까지는 역입니다") == [("역", "terminal")] * 3
+    assert found("A Train Station, a station and stations") == [
+        ("Train Station", "기차역"),
+        ("station", "정거장"),
+    ]
+    assert found("API는 c++ 아니라 xAPI") == [("API", "에이피아이"), ("c++", "c++")]
+    assert found("https://station.org") == [("https://station.org", "https://station.org")]
+    assert Glossary.of({}) is None
+
+
+def test_places_after_an_edit() -> None:
+    edited = replace_runs("ab cd ef", [(0, 2, "x"), (3, 5, "long")])
+    assert edited == Edited("x long ef", ((0, 2, 1), (3, 5, 4)))
+    assert [edited.place(i) for i in range(9)] == [0, 0, 1, 2, 2, 6, 7, 8, 9]
+    assert [edited.place(i, end=True) for i in (1, 4)] == [1, 6]
+
+
+def test_hidden_and_restored() -> None:
+    text = "Firefox: www.a.org, 1,250 books from the shop"
+    spans = find_spans(text, Glossary.of({"shop": "가게"}))
+    mark = unused_mark(text)
+    marked = replace_runs(text, [(s.start, s.stop, mark) for s in spans]).text
+    hidden, _ = shield(marked, mark, spans, byte_tokenizer())
+    # The text has a Firefox of its own.
+    assert hidden.text == "Firefox: CPU, 1,250 books from the IBM"
+    assert [phrase.once for phrase in hidden.phrases] == [True, True, False]
+    assert hidden.restore("CPU는 IBM을 1,250") == "www.a.org는 가게를 1,250"
+    assert hidden.unmet("CPU는 IBM을 1,250") == []
+    assert hidden.restore("IBMCPU CPUs") == "가게www.a.org www.a.orgs"
+    assert hidden.unmet("XCPU는 IBMS 11,250 Firefox") == ["www.a.org", "shop", "1,250"]
+
+
+def test_so_many_can_be_hidden_whatever_the_text_says() -> None:
+    text = " ".join(("CPU IBM UN DNA", *["\U000f0000"] * MAX_HIDDEN))
+    spans = find_spans(" ".join(["a@b.cd"] * MAX_HIDDEN), None)
+    hidden, _ = shield(text, "\U000f0000", spans, byte_tokenizer())
+    assert len(hidden.hidden) == MAX_HIDDEN
+    assert unused_mark("\U000f0000\U000f0001") == "\U000f0002"
+
+
+@pytest.mark.parametrize(
+    ("word", "after", "agreed"),
+    [
+        ("정거장", "를 샀다", "을 샀다"),
+        ("학교", "은 크다", "는 크다"),
+        ("서울", "으로 간다", "로 간다"),
+        ("정거장", "로부터", "으로부터"),
+        ("정거장", "였다", "이었다"),
+        ("정거장", "가게", "가게"),
+        ("정거장", "에서", "에서"),
+        ("버스 3", "는", "은"),
+        ("버스 2", "은", "는"),
+        ("a@b.cd", "는", "는"),
+        ("책", "", ""),
+    ],
+)
+def test_particles_agree(word: str, after: str, agreed: str) -> None:
+    assert agree(word, after) == agreed
