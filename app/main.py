@@ -45,6 +45,12 @@ from model.checkpoint import CheckpointError
 
 log = logging.getLogger("app")
 
+_ABOUT = """Translation, masked words, generation and classification.
+
+Each path that runs models also stands behind `/models/NAME`, which chooses one, as does `model` in the body;
+`POST /models/NAME` alone does that model's task.
+"""
+
 Load = Callable[[Settings, Lifecycle], Services]
 
 
@@ -217,7 +223,13 @@ def create_app(
     and the model routes say 503, and a failure to load stands in `app.state.failure`. Raises KeyFileError.
     """
     settings = settings or Settings()
-    app = FastAPI(title="Transformer", version=__version__, lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(
+        title="Transformer",
+        description=_ABOUT,
+        version=__version__,
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
     app.state.settings, app.state.load, app.state.lifecycle = settings, load, Lifecycle()
     app.state.services, app.state.failure, app.state.listen_early = None, None, listen_early
     for module in (translate, fill_mask, generate, next_sentence, classify, tokenize, dispatch):
