@@ -54,8 +54,12 @@ Each path that runs models also stands behind `/models/NAME`, which chooses one,
 Load = Callable[[Settings, Lifecycle], Services]
 
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (401, 403, 404, 408, 413, 422, 429, 500, 503, 504)
+# What the guard may answer on any path, and what the routes that run models may.
+_DOOR_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody} for status in (401, 408, 413, 422, 429, 503)
+}
+_ERRORS: dict[int | str, dict[str, Any]] = _DOOR_ERRORS | {
+    status: {"model": ErrorBody} for status in (403, 404, 500, 504)
 }
 
 
@@ -87,6 +91,7 @@ def load_services(settings: Settings, lifecycle: Lifecycle) -> Services:
         max_batch_tokens=settings.max_batch_tokens,
         max_queue_items=settings.max_queue_items,
         max_queue_tokens=settings.max_queue_tokens,
+        max_wait_seconds=settings.max_wait_seconds,
         max_bytes=settings.max_model_bytes,
     )
     tasks: dict[str, list[Any]] = {endpoint: [] for endpoint in LANES}
@@ -236,8 +241,8 @@ def create_app(
         app.include_router(module.router, responses=_ERRORS)
     app.include_router(openai.router)
     app.include_router(libretranslate.router)
-    app.include_router(system.router)
-    app.include_router(admin.router)
+    app.include_router(system.router, responses=_DOOR_ERRORS)
+    app.include_router(admin.router, responses=_DOOR_ERRORS)
     add_handlers(app)
     app.add_middleware(GuardMiddleware, rules=make_rules(settings))
     if settings.cors_origins:

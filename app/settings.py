@@ -147,6 +147,10 @@ class Settings(BaseSettings):
     max_queue_items: int = Field(512, ge=1, le=1_000_000, description="items that may wait, each model")
     max_queue_tokens: int = Field(65536, ge=1, le=100_000_000, description="tokens that may wait, each model")
 
+    max_wait_seconds: PositiveFloat = Field(
+        30.0, le=3600.0, description="estimated time in the queue; above it a request is refused, too"
+    )
+
     max_body_bytes: int = Field(4_194_304, ge=1024, le=1_073_741_824, description="bytes of a request's body")
     max_json_depth: int = Field(32, ge=4, le=200, description="lists and objects within each other in a body")
     max_json_items: int = Field(

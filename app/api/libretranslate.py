@@ -91,7 +91,7 @@ class LibreError(TypedDict):
 
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": LibreError} for status in (400, 404, 413, 500, 503)
+    status: {"model": LibreError} for status in (400, 403, 404, 408, 413, 429, 500, 503)
 } | {"default": {"model": LibreError, "description": "Any other error"}}
 
 # FastAPI describes the JSON body by itself; this is the same as a form.

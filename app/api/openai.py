@@ -177,7 +177,7 @@ class OpenAIErrorBody(TypedDict):
 
 # "default" also keeps FastAPI from documenting a 422 in its own form, which never occurs here.
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": OpenAIErrorBody} for status in (400, 404, 413, 429, 500, 503, 504)
+    status: {"model": OpenAIErrorBody} for status in (400, 401, 404, 408, 413, 429, 500, 503, 504)
 } | {"default": {"model": OpenAIErrorBody, "description": "Any other error"}}
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 

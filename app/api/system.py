@@ -5,7 +5,7 @@ from typing import Any, Literal
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from typing_extensions import TypedDict
 
 from app import __version__, metrics
@@ -84,7 +84,7 @@ async def info(services: ServicesDep, models: ModelsDep) -> Json:
     )
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def scrape(request: Request) -> Response:
     """Prometheus' text format."""
     metrics.ready.set(is_ready(request.app.state.lifecycle, request.app.state.services))

@@ -139,6 +139,7 @@ class BatchLane:
             self.door.check()
             if not fits(len(self._waiting) + len(items), self._waiting_tokens + tokens, self.limits):
                 raise Overloaded(self.door.retry_after(len(self._waiting)))
+            self.door.check_wait(len(self._waiting))
             for item in items:
                 item.submitted_at = now
             self._waiting += items

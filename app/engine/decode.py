@@ -80,6 +80,7 @@ class DecodeLane(ABC, Generic[Choice]):
             self.door.check()
             if not self.scheduler.has_room(len(sequences), n_tokens):
                 raise Overloaded(self.door.retry_after(len(self.scheduler.waiting)))
+            self.door.check_wait(len(self.scheduler.waiting))
             for sequence in sequences:
                 sequence.submitted_at = now
             self.scheduler.add(sequences)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from app import metrics
-from app.engine.errors import Draining, EngineError, RequestTooLarge
+from app.engine.errors import Draining, EngineError, Overloaded, RequestTooLarge
 from app.engine.scheduler import QueueLimits, fits
 
 log = logging.getLogger("app.engine")
 
 DRAIN_RETRY_SECONDS = 5.0
 MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 60.0
+_TELLING_ENDS = 8  # so many make a pace
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -36,18 +38,21 @@ def check_fits(n_items: int, n_tokens: int, limits: QueueLimits) -> None:
 
 
 class Door:
-    """Open, or draining; how many are inside; how long a refused client should wait.
+    """Open, or draining; how many are inside; how long the queue is in seconds.
 
+    `max_wait_seconds` bounds what is accepted to what will probably be begun by then.
     Lives on the event loop, all but `draining`, which any thread may set. It is read under the lane's
     lock, so that nothing slips in behind the last look into the queue.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.draining = False
+        self.max_wait_seconds = math.inf
         self._clock = clock
         self.n_inside = 0  # accepted, and not yet handed its end
         self._busy_since = 0.0
         self._ends: deque[float] = deque(maxlen=64)
+        self._last_pace = 0.0  # seconds an item, from when there was enough to tell
 
     def check(self) -> None:
         """Raises `Draining` when closed."""
@@ -56,7 +61,7 @@ class Door:
 
     def enter(self, n_items: int) -> None:
         """Items were accepted."""
-        if self.n_inside == 0:  # a pace from before a pause would tell nothing
+        if self.n_inside == 0:  # the pause is no work
             self._busy_since = self._clock()
             self._ends.clear()
         self.n_inside += n_items
@@ -65,13 +70,28 @@ class Door:
         """An item was handed its end."""
         self.n_inside -= 1
         self._ends.append(self._clock())
+        if len(self._ends) >= _TELLING_ENDS:
+            self._last_pace = self._pace()
+
+    def check_wait(self, n_waiting: int) -> None:
+        """Raises `Overloaded` when as many items as wait now will take longer than the limit."""
+        seconds = self._wait_seconds(n_waiting)
+        if seconds > self.max_wait_seconds:
+            raise Overloaded(self.retry_after(n_waiting), f"the queue is {seconds:.0f} seconds long")
 
     def retry_after(self, n_waiting: int) -> float:
         """Seconds until as many items as wait now have probably ended, between 1 and 60."""
+        return min(MAX_RETRY_SECONDS, max(MIN_RETRY_SECONDS, self._wait_seconds(n_waiting)))
+
+    def _wait_seconds(self, n_waiting: int) -> float:
+        pace = self._pace()
+        # A burst begins with no end to go by: then the pace of the last busy time is the best guess.
+        return n_waiting * (pace if len(self._ends) >= _TELLING_ENDS else max(pace, self._last_pace))
+
+    def _pace(self) -> float:
+        """Seconds an item, as if one more ended now: before the first end it grows with the time."""
         since = self._ends[0] if len(self._ends) == self._ends.maxlen else self._busy_since
-        # As if one more ended now: before the first end the guess grows with the time that passes.
-        pace = (self._clock() - since) / (len(self._ends) + 1)
-        return min(MAX_RETRY_SECONDS, max(MIN_RETRY_SECONDS, pace * n_waiting))
+        return (self._clock() - since) / (len(self._ends) + 1)
 
 
 class Handover(Generic[D]):

@@ -47,11 +47,13 @@ class ModelWorkshop:
         max_batch_tokens: int,
         max_queue_items: int,
         max_queue_tokens: int,
+        max_wait_seconds: float,
         max_bytes: int = 0,
     ) -> None:
         self.device, self.dtype = device, dtype
         self._n_slots, self._max_bytes = n_slots, max_bytes
         self._prefill_tokens, self._max_batch_tokens = prefill_tokens, max_batch_tokens
+        self._max_wait_seconds = max_wait_seconds
         self._queue = {"max_queue_items": max_queue_items, "max_queue_tokens": max_queue_tokens}
 
     def build(self, endpoint: str, name: str, folder: Path, loaded: list[AnyTask]) -> AnyTask:
@@ -103,11 +105,13 @@ class ModelWorkshop:
         more: dict[str, Any] = {"folder": folder, "model": checkpoint.model, "n_cache_bytes": n_cache_bytes}
         if endpoint not in self._n_slots:
             batches = BatchLane(endpoint, checkpoint, max_batch_tokens=self._max_batch_tokens, **self._queue)
+            batches.door.max_wait_seconds = self._max_wait_seconds
             return Task(batches, *known, **more)
         n_slots, prefill_tokens = self._n_slots[endpoint], self._prefill_tokens
         steps = make_decode_lane(
             endpoint, checkpoint, n_slots=n_slots, prefill_tokens=prefill_tokens, **self._queue
         )
+        steps.door.max_wait_seconds = self._max_wait_seconds
         return Task(steps, *known, **more)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from app.engine.errors import Draining
+from app.engine.errors import Draining, Overloaded
 from app.engine.lane import Door, halving
 
 
@@ -61,6 +61,39 @@ def test_before_the_first_end_the_wait_is_a_guess_that_grows() -> None:
     assert door.retry_after(5) == 1.0
     clock.now += 4
     assert door.retry_after(5) == 20.0
+
+
+def test_a_queue_that_is_too_long_in_seconds_refuses() -> None:
+    clock = Clock()
+    door = Door(clock)
+    door.max_wait_seconds = 10.0
+    door.enter(30)
+    door.check_wait(1_000_000)  # nothing is known yet
+    for _ in range(30):
+        clock.now += 0.5
+        door.leave()
+    door.check_wait(19)
+    with pytest.raises(Overloaded, match="the queue is 15 seconds long; try again in 14") as raised:
+        door.check_wait(30)
+    assert raised.value.retry_after_seconds == pytest.approx(14.5, rel=0.05)
+
+
+def test_a_burst_after_a_pause_goes_by_the_pace_before_it() -> None:
+    clock = Clock()
+    door = Door(clock)
+    door.max_wait_seconds = 10.0
+    door.enter(20)
+    for _ in range(20):
+        clock.now += 0.5
+        door.leave()
+    clock.now += 3600
+    door.enter(30)
+    with pytest.raises(Overloaded):
+        door.check_wait(30)
+    for _ in range(10):
+        clock.now += 0.1
+        door.leave()
+    door.check_wait(30)  # what comes now is faster
 
 
 @pytest.mark.parametrize("bad", [set(), {0}, {6}, {2, 3}, set(range(7))])
