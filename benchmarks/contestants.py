@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import multiprocessing
 import os
 import tempfile
@@ -53,6 +54,7 @@ class _Service:
         from app.main import load_services, warm_up
         from app.settings import Settings
 
+        logging.getLogger("app").setLevel(logging.ERROR)  # it warns of every model that is not there
         self.loop = asyncio.new_event_loop()
         with contextlib.chdir(where):
             self.services = load_services(Settings(**settings), Lifecycle())

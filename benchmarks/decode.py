@@ -24,8 +24,9 @@ from typing import Any
 import torch
 
 from app.settings import Settings
+from benchmarks.arguments import add_device, check_device, command_line, make_parser
 from benchmarks.contestants import ContestantFailed, Outputs, Remote
-from benchmarks.machine import head, n_cores, read_bandwidth
+from benchmarks.machine import head, read_bandwidth
 from benchmarks.table import Table, spread
 from benchmarks.workload import SHIPPED, TINY, Case, decoder_config, make_case, make_folder, translator_config
 
@@ -150,9 +151,8 @@ def engine_argument(text: str) -> tuple[str, dict[str, str]]:
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
+    add_device(parser)
     cuda = torch.cuda.is_available()
     peers = [name for name in ("transformers", "ctranslate2") if find_spec(name)]
     add = parser.add_argument
@@ -161,8 +161,6 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--sequences", type=int, nargs="+", default=[1, 8, 32])
     add("--rounds", type=int, default=3)
     add("--new", type=int, help="new tokens a sequence, in place of 128 (generate) and 32 (translate)")
-    add("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
-    add("--threads", type=int, default=n_cores(), help="threads of every contestant (CPU)")
     add("--peers", nargs="*", choices=["transformers", "ctranslate2"], default=peers)
     add(
         "--engines",
@@ -181,6 +179,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--tiny", action="store_true", help="tiny random models, to see that the command works")
     add("--quick", action="store_true", help="one round, 1 and 8 sequences, 32 and 16 new tokens")
     arguments = parser.parse_args(words)
+    check_device(arguments.device)
     if arguments.quick:
         arguments.rounds, arguments.sequences, arguments.new = 1, [1, 8], arguments.new or 16
     return arguments
@@ -207,8 +206,7 @@ def main(words: list[str] | None = None) -> None:
         bandwidth = read_bandwidth(arguments.threads, *([2**22] if arguments.tiny else []))
         notes.append(f"memory read bandwidth: {bandwidth / 1e9:.1f} GB/s")
     notes += [f"{name}: {own or 'default settings'}" for name, own in arguments.engines]
-    command = " ".join(["python -m benchmarks.decode", *(sys.argv[1:] if words is None else words)])
-    print(head(command, "transformers", "ctranslate2", notes=tuple(notes)))
+    print(head(command_line("decode", words), "transformers", "ctranslate2", notes=tuple(notes)))
     own = arguments.engines[0][0]
     table = Table(
         "task", "weights", "sequences", "who", "tokens/s", f"{own} over it", f"same as {own}", "note"

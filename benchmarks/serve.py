@@ -19,13 +19,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from app.settings import Settings
+from benchmarks.arguments import add_settings, command_line, make_parser
 from benchmarks.contestants import Loop, Remote
 from benchmarks.load import Answer, Call, Results
 from benchmarks.machine import head, n_cores
@@ -221,19 +220,10 @@ def completion(prompt: list[int], n_new: int, at: float = 0.0) -> Call:
     return Call("/v1/completions", json.dumps(body), at)
 
 
-def setting_argument(text: str) -> tuple[str, str]:
-    """`name=value` of a setting."""
-    name, middle, value = text.partition("=")
-    if name not in Settings.model_fields or not middle:
-        raise argparse.ArgumentTypeError(f"{text}: not setting=value")
-    return name, value
-
-
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
+    add_settings(parser)
     parts = ["closed", "open", "mixed", "long"]
     add = parser.add_argument
     add("--parts", nargs="+", choices=parts, default=parts)
@@ -246,7 +236,6 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--streams", type=int, default=32, help="streams that a long prompt joins")
     add("--stream-tokens", type=int, default=96, help="tokens of each of them")
     add("--long", type=int, default=LONG_PROMPT, help="tokens of the long prompt")
-    add("--settings", nargs="*", type=setting_argument, default=[], metavar="SETTING=VALUE")
     add("--tiny", action="store_true", help="a tiny random model for the long prompt, to see that it works")
     add("--quick", action="store_true", help="1 and 8 clients, 16 requests, one round")
     arguments = parser.parse_args(words)
@@ -259,14 +248,13 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> None:
     arguments = parse(words)
     settings = dict(arguments.settings)
-    command = " ".join(["python -m benchmarks.serve", *(sys.argv[1:] if words is None else words)])
     notes = (
         f"server, load generator and bare engine are three processes on the same {n_cores()} cores",
         "client's CPU: what the load generator took of one of them",
         f"settings: {settings or 'defaults'}; streamed generations of {arguments.new} tokens, beam 4",
         "times are p50 / p95 / p99; first token and whole request count from the sending of the request",
     )
-    print(head(command, "fastapi", "uvicorn", notes=notes))
+    print(head(command_line("serve", words), "fastapi", "uvicorn", notes=notes))
     with tempfile.TemporaryDirectory() as scratch:
         if set(arguments.parts) & {"closed", "open", "mixed"}:
             endless = make_endless(SHIPPED["generate"], Path(scratch) / "generate")
