@@ -301,7 +301,7 @@ def test_tags() -> None:
 
 
 def test_start_from_a_trained_encoder(tokenizer: Tokenizer) -> None:
-    masked_model = build_model(fitting_config("masked_lm", tokenizer))
+    masked_model = build_model(fitting_config("masked_lm", tokenizer, n_segments=0))
     translator = build_model(fitting_config("translator", tokenizer))
     assert isinstance(translator, Translator)
     untouched = {n: p.clone() for n, p in translator.named_parameters() if n.startswith("decoder.")}
