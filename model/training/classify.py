@@ -1,8 +1,8 @@
 """`python -m model.training classify`: a masked model's encoder learns to label texts, and what that gives.
 
 One command trains the addition that ships and, where asked, beside it the same head from random weights
-and with few labels; it prints the tables and writes the folder and its card. Its time is the processor's,
-so that a busy machine makes it longer, not worse.
+and with few labels; it prints the tables and writes the folder and its card. The time it may take is the
+processor's, so that a busy machine makes it longer, not worse.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -87,6 +88,14 @@ class Recipe:
             raise ValueError(f"{path}: {error}") from None
 
 
+class Data(NamedTuple):
+    """What is learned, what is tested, and a second test of another kind."""
+
+    train: Labelled
+    test: Labelled
+    other: Labelled | None
+
+
 class Transfer:
     """One masked model and one recipe: makes classifiers and trains them."""
 
@@ -96,6 +105,8 @@ class Transfer:
         self.config, self.tokenizer = TransformerConfig.from_dict(values), Tokenizer.load(base)
         self.tensors = load_file(base / checkpoint.WEIGHTS)
         self.recipe, self.device, self.seed = recipe, device, seed
+        self.names = (_stem(recipe.train[0]), _stem(recipe.other))
+        self.columns = (f"on {_stem(recipe.test)}", f"on {_stem(recipe.other)}")
 
     def read(self, folder: Path, names: Sequence[str]) -> Labelled:
         """The examples of some files, as encoder inputs."""
@@ -123,13 +134,29 @@ class Transfer:
         trainer = self._trainer(model, data, chosen, passes, budget, seed)
         trainer.run()
 
+    def learn(self, data: Labelled, passes: float, *, pretrained: bool) -> Classifier:
+        """A model that has learned all the examples."""
+        model = self.model(self.seed, pretrained=pretrained)
+        self.train(model, data, np.arange(len(data)), passes, self.recipe.batch_tokens, self.seed)
+        return model
+
+    def row(self, learned: str, model: Classifier, data: Data) -> Row:
+        """Accuracy on the beginning of the test, and on the other kind."""
+        part = _first(data.test, self.recipe.few_test)
+        tested = {self.columns[0]: part} | ({self.columns[1]: data.other} if data.other else {})
+        found = {
+            column: f"{_percent(self.accuracy(model, some))} of {len(some)}"
+            for column, some in tested.items()
+        }
+        return {"learned from": learned} | found
+
     def accuracy(self, model: Classifier, data: Labelled) -> float:
         """In the precision of the training."""
         return accuracy(model, data, bf16=self.recipe.bf16)
 
-    def tokens_per_second(self, data: Labelled, *, pretrained: bool) -> float:
+    def tokens_per_second(self, data: Labelled) -> float:
         """The speed of a few steps on a model that is thrown away, by the processor's time."""
-        model = self.model(0, pretrained=pretrained)
+        model = self.model(0, pretrained=True)
         trainer = self._trainer(model, data, np.arange(len(data)), 1.0, self.recipe.batch_tokens, 0, _PROBE)
         started = time.process_time()
         trainer.run()
@@ -169,9 +196,9 @@ def add_classify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, required=True, help="folder of the masked model")
     parser.add_argument("--data", type=Path, required=True, help="folder of the labelled texts")
     parser.add_argument("--out", type=Path, required=True, help="folder for the addition, beside its base")
-    parser.add_argument("--minutes", type=float, help="of one processor, for all of it; else the recipe's")
+    parser.add_argument("--minutes", type=float, help="of a processor, for what ships; else the recipe's")
     parser.add_argument(
-        "--compare", action="store_true", help="show beside it what few labels and random weights give"
+        "--compare", action="store_true", help="then show what few labels, random weights and folds give"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
@@ -198,64 +225,61 @@ def classify_command(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, recipe: Recipe) -> str:
     started = time.process_time()
     transfer = Transfer(arguments.base, recipe, arguments.device, arguments.seed)
-    train, test = transfer.read(arguments.data, recipe.train), transfer.read(arguments.data, [recipe.test])
-    other = transfer.read(arguments.data, [recipe.other]) if recipe.other else None
-    tables = [few_label_rows(transfer, train, test)] if arguments.compare else []
+    data = Data(
+        transfer.read(arguments.data, recipe.train),
+        transfer.read(arguments.data, [recipe.test]),
+        transfer.read(arguments.data, [recipe.other]) if recipe.other else None,
+    )
     left = started + 60 * (arguments.minutes or recipe.minutes) - time.process_time()
-    kinds = (True, False) if arguments.compare else (True,)
-    passes = affordable_passes(transfer, (train, test, other), left, kinds)
-    print(f"{passes:.2f} passes over {len(train)} examples", flush=True)
-    models: dict[bool, Classifier] = {}
-    for kind in kinds:
-        models[kind] = transfer.model(arguments.seed, pretrained=kind)
-        transfer.train(
-            models[kind], train, np.arange(len(train)), passes, recipe.batch_tokens, arguments.seed
-        )
-    found = {kind: transfer.accuracy(model, test) for kind, model in models.items()}
-    if arguments.compare:
-        name = f"{len(train)} ({passes:.2f} passes)"
-        tables[0].append(_few_row(name, 1, len(test), [found[True]], [found[False]]))
-    shipped = models[True]
-    if other:
-        rows, shipped = other_rows(transfer, models, found, (train, test, other))
-        tables.append(rows)
+    passes = affordable_passes(transfer, data, left)
+    print(f"{passes:.2f} passes over {len(data.train)} examples", flush=True)
+    model = transfer.learn(data.train, passes, pretrained=True)
+    shipped = model
+    if data.other:
+        shipped = _learn_other(transfer, model, data, np.arange(len(data.other)), arguments.seed)
     sha256 = _save(arguments, recipe, shipped)
-    measured = checkpoint.load(arguments.out, arguments.device).model
-    assert isinstance(measured, Classifier)
-    tables.append([_shipped_row(transfer, measured, arguments, len(train), passes)])
+    rows = [transfer.row(f"{transfer.names[0]} alone", model, data)]
+    print(rows[-1], flush=True)
+    rows.append(_shipped_row(arguments, transfer, data))
+    tables = [rows]
+    if arguments.compare:
+        random = transfer.learn(data.train, passes, pretrained=False)
+        rows.insert(1, transfer.row(f"{transfer.names[0]} alone, random weights", random, data))
+        if data.other:
+            rows[2:2] = fold_rows(transfer, model, data)
+        tables.append(few_label_rows(transfer, data))
+        found = ([transfer.accuracy(m, _first(data.test, recipe.few_test))] for m in (model, random))
+        n_seen = round(passes * len(data.train))
+        tables[-1].append(_few_row(str(n_seen), 1, min(recipe.few_test, len(data.test)), *found))
     report = "\n\n".join(map(markdown_table, tables))
     seconds = time.process_time() - started
     return (
-        f"{report}\n\nAccuracy in per cent; ±: standard deviation over seeds, each with its own examples. "
+        f"{report}\n\nAccuracy in per cent, and of how many; ±: standard deviation over seeds, each with its "
+        f"own examples. {passes:.2f} passes over the {len(data.train)} of {transfer.names[0]}. "
         f"Weights {sha256[:12]}; all of it in {seconds:.0f} s of a processor.\n"
     )
 
 
-def _shipped_row(
-    transfer: Transfer, model: Classifier, arguments: argparse.Namespace, n_train: int, passes: float
-) -> Row:
+def _shipped_row(arguments: argparse.Namespace, transfer: Transfer, data: Data) -> Row:
     """What ships, read back from its folder, over all of the test."""
-    recipe = transfer.recipe
-    test = transfer.read(arguments.data, [recipe.test])
-    learned = f"{n_train} of {_stem(recipe.train[0])} ({passes:.2f} passes)"
-    return {
-        "what ships": f"{learned}{f', all of {_stem(recipe.other)}' if recipe.other else ''}",
-        "tested on": f"{_stem(recipe.test)} ({len(test)})",
-        "accuracy": _percent(transfer.accuracy(model, test)),
-    }
+    model = checkpoint.load(arguments.out, arguments.device).model
+    assert isinstance(model, Classifier)
+    whole = f"{_percent(transfer.accuracy(model, data.test))} of {len(data.test)}"
+    row = {"learned from": "what ships", transfer.columns[0]: whole}
+    return row | ({transfer.columns[1]: "learned"} if data.other else {})
 
 
-def few_label_rows(transfer: Transfer, train: Labelled, test: Labelled) -> list[Row]:
+def few_label_rows(transfer: Transfer, data: Data) -> list[Row]:
     """With few labels, drawn anew by every seed: from the base, and from random weights."""
-    part = _first(test, transfer.recipe.few_test)
+    part = _first(data.test, transfer.recipe.few_test)
     rows = []
     for size, few in sorted(transfer.recipe.few.items()):
         found: dict[bool, list[float]] = {True: [], False: []}
         for seed in range(transfer.seed, transfer.seed + few.seeds):
-            chosen = np.random.default_rng((seed, size)).permutation(len(train))[:size]
+            chosen = np.random.default_rng((seed, size)).permutation(len(data.train))[:size]
             for pretrained, accuracies in found.items():
                 model = transfer.model(seed, pretrained=pretrained)
-                transfer.train(model, train, chosen, few.passes, few.batch_tokens, seed)
+                transfer.train(model, data.train, chosen, few.passes, few.batch_tokens, seed)
                 accuracies.append(transfer.accuracy(model, part))
         rows.append(_few_row(str(size), few.seeds, len(part), found[True], found[False]))
         print(rows[-1], flush=True)
@@ -274,109 +298,74 @@ def _few_row(
     }
 
 
-def affordable_passes(
-    transfer: Transfer,
-    data: tuple[Labelled, Labelled, Labelled | None],
-    seconds: float,
-    kinds: Sequence[bool],
-) -> float:
-    """How many passes over all labels fit into what is left of the time, for each kind, with the tests.
+def affordable_passes(transfer: Transfer, data: Data, seconds: float) -> float:
+    """How many passes over all labels fit into the time, with all else that makes what ships.
 
     Raises ValueError when it is less than a twentieth of one.
     """
-    (train, test, other), recipe = data, transfer.recipe
-    speeds = [transfer.tokens_per_second(train, pretrained=kind) for kind in kinds]
-    mean = float(test.lengths.mean())
-    fixed = (1 + len(kinds)) * len(test) * mean / (2 * speeds[0])  # a test is half the work at the least
-    if other:  # every fold once alone, and once beside as many of the first kind; then all for what ships
-        fixed += _FOLDS * recipe.few_test * mean / (2 * speeds[0])
-        alone = _other_passes(recipe).passes * float(other.lengths.sum())
-        beside = recipe.other_passes * len(other) * (mean + float(other.lengths.mean()))
-        fixed += ((_FOLDS - 1) * alone + _FOLDS * beside) / speeds[0]
-    one = sum(float(train.lengths.sum()) / speed for speed in speeds)
+    recipe, mean = transfer.recipe, float(data.test.lengths.mean())
+    speed = transfer.tokens_per_second(data.train)
+    tokens = (
+        (len(data.test) + recipe.few_test) * mean / 2
+    )  # to test is half the work of training, at the least
+    if data.other:
+        beside = len(data.other) * (mean + float(data.other.lengths.mean()))
+        tokens += recipe.other_passes * beside
+    fixed, one = tokens / speed, float(data.train.lengths.sum()) / speed
     passes = min(recipe.passes, 0.95 * (seconds - fixed) / one)
     if passes < 0.05:
-        rates = " and ".join(f"{speed:.0f}" for speed in speeds)
         raise ValueError(
-            f"{seconds:.0f} s left, {fixed:.0f} s for the tests, {one:.0f} s for a pass at {rates} tokens/s: "
-            "give more --minutes"
+            f"{seconds:.0f} s left; {fixed:.0f} s for the tests and {one:.0f} s for a pass at {speed:.0f} "
+            "tokens/s: give more --minutes"
         )
     return passes
 
 
-def _other_passes(recipe: Recipe) -> Few:
-    """How to train on the few labels of the other kind alone: as on the most of the few."""
-    return recipe.few[max(recipe.few)] if recipe.few else Few(recipe.other_passes, recipe.batch_tokens, 1)
-
-
-def other_rows(
-    transfer: Transfer,
-    models: dict[bool, Classifier],
-    found: dict[bool, float],
-    data: tuple[Labelled, Labelled, Labelled],
-) -> tuple[list[Row], Classifier]:
-    """What the labels of one kind give in the other, alone and together; and the model that learned both.
+def fold_rows(transfer: Transfer, model: Classifier, data: Data) -> list[Row]:
+    """What the labels of the other kind give alone, and on top of a model that learned the first.
 
     The other kind is too little to be parted once, so that every fifth is tested after learning the rest.
     """
-    train, test, other = data
-    recipe = transfer.recipe
-    part = _first(test, recipe.few_test)
-    both = Both(train, other)
-    alone, together, kept = [], [], []
-    folds = np.array_split(np.random.default_rng(transfer.seed).permutation(len(other)), _FOLDS)
+    assert data.other
+    part = _first(data.test, transfer.recipe.few_test)
+    alone, together, kept = 0.0, 0.0, []
+    folds = np.array_split(np.random.default_rng(transfer.seed).permutation(len(data.other)), _FOLDS)
+    few = _most_of_few(transfer.recipe)
     for number, fold in enumerate(folds):
         rest = np.concatenate([f for i, f in enumerate(folds) if i != number])
-        few = _other_passes(recipe)
-        model = transfer.model(transfer.seed, pretrained=True)
-        transfer.train(model, other, rest, few.passes, few.batch_tokens, number)
-        held = other.subset(fold)
-        alone.append(transfer.accuracy(model, held) * len(fold))
-        model = _learn_other(transfer, models[True], both, rest, number)
-        together.append(transfer.accuracy(model, held) * len(fold))
-        kept.append(transfer.accuracy(model, part))
-    names = (_stem(recipe.test), _stem(recipe.other))
-    sizes = (len(test), len(other))
-    header = [f"{name} ({size})" for name, size in zip(names, sizes, strict=True)]
-
-    def row(learned: str, first: str, second: str) -> Row:
-        return {"learned from": learned, header[0]: first, header[1]: second}
-
-    source = _stem(recipe.train[0])
-    n_rest = len(other) - len(other) // _FOLDS
-    rows = [
-        row(f"{len(train)} of {source}", _percent(found[True]), _share(transfer, models[True], other)),
-        row(f"{n_rest} of {names[1]}, {_FOLDS} folds", "-", _percent(sum(alone) / len(other))),
-        row(
-            f"both, {_FOLDS} folds",
-            f"{_percent(statistics.mean(kept))} (of {len(part)})",
-            _percent(sum(together) / len(other)),
-        ),
+        held = data.other.subset(fold)
+        fresh = transfer.model(transfer.seed, pretrained=True)
+        transfer.train(fresh, data.other, rest, few.passes, few.batch_tokens, number)
+        alone += transfer.accuracy(fresh, held) * len(fold) / len(data.other)
+        both = _learn_other(transfer, model, data, rest, number)
+        together += transfer.accuracy(both, held) * len(fold) / len(data.other)
+        kept.append(transfer.accuracy(both, part))
+    first, second = transfer.columns
+    n = len(data.other)
+    mean = f"{_percent(statistics.mean(kept))} of {len(part)}"
+    return [
+        {
+            "learned from": f"{transfer.names[1]} alone, {_FOLDS} folds",
+            first: "-",
+            second: f"{_percent(alone)} of {n}",
+        },
+        {"learned from": f"both, {_FOLDS} folds", first: mean, second: f"{_percent(together)} of {n}"},
     ]
-    if False in models:
-        learned = f"{len(train)} of {source}, random weights"
-        rows.append(row(learned, _percent(found[False]), _share(transfer, models[False], other)))
-    return rows, _learn_other(transfer, models[True], both, np.arange(len(other)), transfer.seed)
 
 
-class Both(Labelled):
-    """Two sets of examples as one, the second after the first."""
-
-    def __init__(self, first: Labelled, second: Labelled) -> None:
-        self.tokenizer, self.n_cut = first.tokenizer, first.n_cut + second.n_cut
-        self.rows, self.segments = first.rows + second.rows, first.segments + second.segments
-        self.labels = np.concatenate((first.labels, second.labels))
-        self.lengths = np.concatenate((first.lengths, second.lengths))
-        self.n_first = len(first)
+def _most_of_few(recipe: Recipe) -> Few:
+    """How to train on some hundreds of labels."""
+    return recipe.few[max(recipe.few)] if recipe.few else Few(recipe.other_passes, recipe.batch_tokens, 1)
 
 
-def _learn_other(transfer: Transfer, model: Classifier, both: Both, chosen: Indices, seed: int) -> Classifier:
-    """A copy that has also learned examples of the second kind, as many of the first beside them."""
+def _learn_other(transfer: Transfer, model: Classifier, data: Data, chosen: Indices, seed: int) -> Classifier:
+    """A copy that has also learned examples of the other kind, as many of the first beside them."""
+    assert data.other
     model = copy.deepcopy(model)
-    again = np.random.default_rng((seed, 3)).permutation(both.n_first)[: len(chosen)]
-    examples = np.concatenate((both.n_first + chosen, again))
-    budget = _other_passes(transfer.recipe).batch_tokens
-    transfer.train(model, both, examples, transfer.recipe.other_passes, budget, seed)
+    again = np.random.default_rng((seed, 3)).permutation(len(data.train))[: len(chosen)]
+    both = data.other.subset(chosen).joined(data.train.subset(again))
+    budget = _most_of_few(transfer.recipe).batch_tokens
+    transfer.train(model, both, np.arange(len(both)), transfer.recipe.other_passes, budget, seed)
     return model
 
 
@@ -399,10 +388,6 @@ def _first(data: Labelled, count: int) -> Labelled:
 
 def _stem(name: str) -> str:
     return name.split(".")[0]
-
-
-def _share(transfer: Transfer, model: Classifier, data: Labelled) -> str:
-    return _percent(transfer.accuracy(model, data))
 
 
 def _percent(share: float) -> str:

@@ -84,6 +84,15 @@ class Labelled:
         part.labels, part.lengths = self.labels[indices], self.lengths[indices]
         return part
 
+    def joined(self, other: Labelled) -> Labelled:
+        """These examples, then the others."""
+        both = copy.copy(self)
+        both.rows, both.segments = self.rows + other.rows, self.segments + other.segments
+        both.labels = np.concatenate((self.labels, other.labels))
+        both.lengths = np.concatenate((self.lengths, other.lengths))
+        both.n_cut = self.n_cut + other.n_cut
+        return both
+
     def batch(self, indices: Indices) -> Batch:
         """token_ids and segment_ids (B, T), labels (B,)."""
         arrays = {

@@ -156,6 +156,7 @@ def test_the_command_trains_saves_and_reports(
     assert checkpoint.load(out).config.labels == ["bad", "good"]
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "both, 5 folds" in card
+    assert "other alone, 5 folds" in card
     assert " 8 |     2 |        24 |" in card
     assert checkpoint.file_sha256(out / checkpoint.WEIGHTS)[:12] in card
     evaluate = ["evaluate", "--model", out, "--labelled", tmp_path / "test.tsv", "--show", "1"]
