@@ -157,7 +157,7 @@ class Folder:
             return self.base.tokenizer()
         try:
             if not self.is_own:
-                return read_tokenizer(self.path, self.config)
+                return read_tokenizer(self.path, self.config, find_family(self.values).text)
             if (self.path / MANNER_FILE).is_file():
                 return AdoptedTokenizer.read(self.path)
         except (OSError, ValueError) as error:

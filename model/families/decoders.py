@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from model.config import ConfigError, TransformerConfig
-from model.families.family import ACTIVATIONS, Class, Family, table
+from model.families import older
+from model.families.family import ACTIVATIONS, ANGLES, Class, Family, Text, table
 from model.families.given import Given
 
 _GPT2 = table("""
@@ -209,10 +210,16 @@ def _original(scaling: Given, given: Given) -> dict[str, float]:
     return {"original_max_len": scaling.number("original_max_position_embeddings", longest)}
 
 
+_END_OF_TEXT = {"bos": "<|endoftext|>", "eos": "<|endoftext|>"}
+_PIECES = Text(older.sentencepiece_decoder, ANGLES)
+_RUNS = Text(older.bytes_of_runs, {"eos": "<|endoftext|>", "pad": "<|endoftext|>"})
+
 DECODERS = {
-    "gpt2": Family({"GPT2LMHeadModel": Class(_gpt2, _GPT2)}, prefix="transformer."),
-    "llama": Family({"LlamaForCausalLM": Class(_llama, _LLAMA)}, prefix="model."),
-    "mistral": Family({"MistralForCausalLM": Class(_mistral, _LLAMA)}, prefix="model."),
-    "qwen2": Family({"Qwen2ForCausalLM": Class(_qwen2, _LLAMA)}, prefix="model."),
-    "qwen3": Family({"Qwen3ForCausalLM": Class(_qwen3, _LLAMA)}, prefix="model."),
+    "gpt2": Family(
+        {"GPT2LMHeadModel": Class(_gpt2, _GPT2)}, "transformer.", Text(older.bytes_of_words, _END_OF_TEXT)
+    ),
+    "llama": Family({"LlamaForCausalLM": Class(_llama, _LLAMA)}, "model.", _PIECES),
+    "mistral": Family({"MistralForCausalLM": Class(_mistral, _LLAMA)}, "model.", _PIECES),
+    "qwen2": Family({"Qwen2ForCausalLM": Class(_qwen2, _LLAMA)}, "model.", _RUNS),
+    "qwen3": Family({"Qwen3ForCausalLM": Class(_qwen3, _LLAMA)}, "model.", _RUNS),
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from model.config import ConfigError, TransformerConfig
-from model.families.family import ACTIVATIONS, Class, Family, table
+from model.families import older
+from model.families.family import ACTIVATIONS, ANGLES_WITH_MASK, WORDS, Class, Family, Text, table
 from model.families.given import Given
 
 # BERT and RoBERTa name their encoder alike, but for the first word.
@@ -193,6 +194,7 @@ ENCODERS = {
             "BertForSequenceClassification": Class(_bert_classes, _BERT_CLASSES),
         },
         prefix="bert.",
+        text=Text(older.wordpiece, WORDS),
     ),
     "roberta": Family(
         {
@@ -200,6 +202,7 @@ ENCODERS = {
             "RobertaForSequenceClassification": Class(_roberta_classes, _ROBERTA_CLASSES),
         },
         prefix="roberta.",
+        text=Text(older.bytes_with_marks, ANGLES_WITH_MASK),
     ),
     "xlm-roberta": Family(
         {
@@ -207,6 +210,7 @@ ENCODERS = {
             "XLMRobertaForSequenceClassification": Class(_roberta_classes, _ROBERTA_CLASSES),
         },
         prefix="roberta.",
+        text=Text(older.sentencepiece_encoder, ANGLES_WITH_MASK),
     ),
     "distilbert": Family(
         {
@@ -214,5 +218,6 @@ ENCODERS = {
             "DistilBertForSequenceClassification": Class(_distilbert_classes, _DISTILBERT_CLASSES),
         },
         prefix="distilbert.",
+        text=Text(older.wordpiece, WORDS),
     ),
 }

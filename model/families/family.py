@@ -6,13 +6,20 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from model.adopted import LanguagePlace
 from model.config import TransformerConfig
 from model.families.given import Given
+from model.families.older import Maker
 from model.weights import Take
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 # Names that older checkpoints have for the parameters of a norm.
 _OLD_NORMS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+# Special tokens as two schools name them.
+WORDS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+ANGLES = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>"}
+ANGLES_WITH_MASK = ANGLES | {"cls": "<s>", "sep": "</s>", "mask": "<mask>"}
+
 _MARKS = ("transposed", "reversed", "flattened", "spare")
 
 ACTIVATIONS = {
@@ -81,6 +88,21 @@ class Class:
 
 
 @dataclass(frozen=True)
+class Text:
+    """How a family treats text, where its tokenizer's files do not say.
+
+    `older` makes a backend where there is no tokenizer.json. `tokens` are the special ones by their roles.
+    `language` matches the tokens of languages, with the code as its group; see `model.adopted.Manner`.
+    """
+
+    older: Maker
+    tokens: Mapping[str, str]
+    language: str = ""
+    language_place: LanguagePlace = "none"
+    forces_language: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """The classes of a kind of model, the usual one first.
 
@@ -89,3 +111,4 @@ class Family:
 
     classes: Mapping[str, Class]
     prefix: str
+    text: Text

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from model.config import ConfigError, TransformerConfig
+from model.families import older
 from model.families.decoders import end_ids
-from model.families.family import ACTIVATIONS, Class, Family, table
+from model.families.family import ACTIVATIONS, ANGLES, ANGLES_WITH_MASK, Class, Family, Text, table
 from model.families.given import Given
 
 # They all name their layers alike.
@@ -114,7 +115,31 @@ def _mbart(given: Given) -> TransformerConfig:
 
 
 TRANSLATORS = {
-    "marian": Family({"MarianMTModel": Class(_marian, _MARIAN)}, prefix="model."),
-    "m2m_100": Family({"M2M100ForConditionalGeneration": Class(_m2m100, _M2M100)}, prefix="model."),
-    "mbart": Family({"MBartForConditionalGeneration": Class(_mbart, _MBART)}, prefix="model."),
+    "marian": Family(
+        {"MarianMTModel": Class(_marian, _MARIAN)},
+        "model.",
+        Text(older.sentencepiece_of_source, ANGLES, r">>(.+)<<", "target"),
+    ),
+    "m2m_100": Family(
+        {"M2M100ForConditionalGeneration": Class(_m2m100, _M2M100)},
+        "model.",
+        Text(
+            older.sentencepiece_beside_words,
+            ANGLES_WITH_MASK,
+            r"__([a-z]{2,3})__|([a-z]{3}_[A-Z][a-z]{3})",
+            "source",
+            forces_language=True,
+        ),
+    ),
+    "mbart": Family(
+        {"MBartForConditionalGeneration": Class(_mbart, _MBART)},
+        "model.",
+        Text(
+            older.sentencepiece_of_fifty,
+            ANGLES_WITH_MASK,
+            "([a-z]{2}_[A-Z]{2})",
+            "source",
+            forces_language=True,
+        ),
+    ),
 }

@@ -18,6 +18,34 @@ class Pair:
     folder: Path
 
 
+@dataclass(frozen=True)
+class TextPair:
+    """A tokenizer of the reference, in the older files and, where it has one, as a tokenizer.json."""
+
+    reference: Any
+    older: Path
+    newer: Path
+
+
+@pytest.fixture(scope="session")
+def text_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TextPair]:
+    """By the name of a kind."""
+    from tests.families import reference, tokenizers
+
+    made: dict[str, TextPair] = {}
+
+    def make(name: str) -> TextPair:
+        if name not in made:
+            older, newer = tmp_path_factory.mktemp("older"), tmp_path_factory.mktemp("newer")
+            tokenizers.KINDS[name].make(older)
+            tokenizer = reference.read_tokenizer(tokenizers.KINDS[name].reference, older)
+            tokenizer.save_pretrained(newer)
+            made[name] = TextPair(tokenizer, older, newer)
+        return made[name]
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
     """By the name of a case."""

@@ -136,11 +136,11 @@ def save(model: Any, folder: Path, **options: Any) -> None:
     model.save_pretrained(folder, **options)
 
 
-@torch.no_grad()
-def causal_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """ids (B, T) -> logits (B, T, V)."""
-    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits
+def read_tokenizer(name: str, folder: Path) -> Any:
+    """A tokenizer of the library's class of this name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a package that it would like to have
+        return getattr(transformers, name).from_pretrained(folder)
 
 
 ENCODER = SMALL | {"max_position_embeddings": N_CONTEXT}
