@@ -93,6 +93,7 @@ def load_services(settings: Settings, lifecycle: Lifecycle) -> Services:
         max_queue_tokens=settings.max_queue_tokens,
         max_wait_seconds=settings.max_wait_seconds,
         max_bytes=settings.max_model_bytes,
+        max_context=settings.max_context,
     )
     tasks: dict[str, list[Any]] = {endpoint: [] for endpoint in LANES}
     for endpoint, name, folder in wanted_models(settings):

@@ -140,6 +140,12 @@ class Settings(BaseSettings):
 
     translate_slots: int = Field(32, ge=1, le=4096, description="rows (beams) that translate at once")
     generate_slots: int = Field(16, ge=1, le=4096, description="rows that generate at once")
+    max_context: int = Field(
+        4096,
+        ge=0,
+        le=10_000_000,
+        description="tokens that a row holds, prompt and output; 0: what a model can",
+    )
     prefill_tokens: int = Field(2048, ge=1, le=1_000_000, description="prompt tokens taken in by one step")
     max_batch_tokens: int = Field(
         8192, ge=1, le=10_000_000, description="padded tokens of one fill-mask batch"

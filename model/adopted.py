@@ -134,9 +134,9 @@ class AdoptedTokenizer(Tokenizer):
         check_text(text)
         return self._pieces(text, self.backend.encode(text, add_special_tokens=False))
 
-    def prompt_ids(self, text: str) -> list[int]:
+    def prompt_ids(self, text_ids: Sequence[int]) -> list[int]:
         """What a generation begins with: never nothing, even of an empty text."""
-        ids = [*self.manner.prompt_prefix, *self.encode(text)]
+        ids = [*self.manner.prompt_prefix, *text_ids]
         return ids or [self.eos_id if self.bos_id == NO_ID else self.bos_id]
 
     @property

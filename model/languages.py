@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+UNDETERMINED, UNCODED = "und", "mis"  # the languages of a translator that does not name them, by ISO 639-3
+
 # Two letters, three letters (several where a model names a variety), English name.
 _TABLE = """
     af afr Afrikaans | am amh Amharic | ar ara,arb Arabic | as asm Assamese | ay aym,ayr Aymara

@@ -184,9 +184,9 @@ class Tokenizer:
         """The tokens that stand before every prompt."""
         return [self.bos_id]
 
-    def prompt_ids(self, text: str) -> list[int]:
-        """What a generation begins with."""
-        return [*self.prompt_prefix, *self.encode(text)]
+    def prompt_ids(self, text_ids: Sequence[int]) -> list[int]:
+        """What a generation begins with: the prefix, then the text."""
+        return [*self.prompt_prefix, *text_ids]
 
     def text_ids(self, text: str) -> list[int]:
         """A text as an encoder reads it."""

@@ -26,6 +26,7 @@ from app.errors import ClientGone, InvalidRequest, NotLoaded, NotReady, TimedOut
 from app.lifecycle import Lifecycle
 from app.middleware import RequestRecord
 from app.settings import Settings
+from model.languages import find_language
 from model.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -157,7 +158,8 @@ class Models:
 
 
 def _translates(tokenizer: Tokenizer, src: str | None, tgt: str | None) -> bool:
-    return (src is None or src in tokenizer.sources) and (tgt is None or tgt in tokenizer.targets)
+    named = ((src, tokenizer.sources), (tgt, tokenizer.targets))
+    return all(code is None or find_language(code, known) is not None for code, known in named)
 
 
 async def get_models(request: Request, services: ServicesDep, record: RecordDep) -> AsyncIterator[Models]:

@@ -21,7 +21,7 @@ from app.api.deps import (
 )
 from app.engine.batch import BatchItem, Filled
 from app.engine.registry import OneShotLane, Task
-from app.errors import InvalidRequest, Json, brief
+from app.errors import InvalidRequest, Json, NotLoaded, brief
 from app.settings import Settings
 from model.tokenizer import Tokenizer
 
@@ -82,6 +82,8 @@ async def admit(
 ) -> AsyncIterator[FillMaskWork]:
     """Check, tokenise and submit; abort what is left on exit."""
     task = models.fill_mask(body.model)
+    if not task.config.mlm_head:
+        raise NotLoaded(f"the fill-mask model {task.name!r} has no head that fills masks")
     parameters = body.parameters or FillMaskParameters()
     targets = _check(parameters, services.settings)
     texts = check_texts(body.inputs, services.settings)
@@ -161,11 +163,10 @@ def _encode_all(inputs: str | list[str], task: Task[OneShotLane], settings: Sett
 
 def _encode(name: str, text: str, task: Task[OneShotLane], settings: Settings) -> MaskedText:
     tokenizer, limit = task.tokenizer, task.lane.limits.max_item_tokens
-    ids, spaced = tokenizer.encode_masked(text)
+    token_ids, spaced = tokenizer.masked_ids(text)
     if not spaced:
         raise InvalidRequest(f"{name} has no mask; write {tokenizer.mask_token} where a word is missing")
     check_count(f"the number of masks in {name}", len(spaced), 1, settings.max_masks)
-    token_ids = [tokenizer.cls_id, *ids, tokenizer.sep_id]
     if len(token_ids) > limit:
         raise InvalidRequest(f"{name} has {len(token_ids)} tokens, the limit is {limit}")
     return MaskedText(text, token_ids, spaced)
@@ -208,9 +209,10 @@ def _fillings(
     before, after = tokenizer.mask_token.join(parts[: k + 1]), tokenizer.mask_token.join(parts[k + 1 :])
     if masked.spaced[k]:
         before = before.removesuffix(" ")
-    fillings = []
+    fillings, special = [], tokenizer.special_ids
     for token_id, score in ranked:
-        word = tokenizer.decode([token_id])
+        word = tokenizer.token_text(token_id) if token_id in special else tokenizer.decode([token_id])
+        word = word if masked.spaced[k] else word.removeprefix(" ")
         filling = Filling(
             score=score, token=token_id, token_str=word.removeprefix(" "), sequence=before + word + after
         )

@@ -354,9 +354,10 @@ def _encode_all(texts: list[str], parameters: GenerateParameters, tokenizer: Tok
 
 def _encode(text: str, truncate: int | None, tokenizer: Tokenizer) -> list[int]:
     ids = tokenizer.encode(text)
-    if truncate is not None and len(ids) >= truncate:
-        ids = ids[len(ids) - truncate + 1 :]
-    return [tokenizer.bos_id, *ids]
+    room = None if truncate is None else max(truncate - len(tokenizer.prompt_prefix), 0)
+    if room is not None and len(ids) > room:
+        ids = ids[len(ids) - room :]
+    return tokenizer.prompt_ids(ids)
 
 
 def _generations(

@@ -18,13 +18,14 @@ from app.api.translation import (
     Search,
     TextForm,
     known_language,
+    named_language,
     plan_texts,
 )
 from app.engine.registry import GeneratingLane, Task
 from app.errors import InvalidRequest, Json
-from app.languages import NAMES as LANGUAGE_NAMES
 from app.languages import detect_language
 from app.settings import Settings
+from model.languages import language_name
 from model.sampling import BeamParams
 
 router = APIRouter()
@@ -193,24 +194,21 @@ async def plan_libretranslate(
     def direction(name: str, text: str) -> tuple[str, str]:
         if source != _AUTO:
             return source, target
-        found = known_language(name, text, task.tokenizer, "source")
+        found, code = known_language(name, text, task.tokenizer, "source")
         detected.append(Detection(confidence=round(100 * found.probability), language=found.code))
-        return found.code, target
+        return code, target
 
     plan = await plan_texts(texts, direction, search, task, TextForm(body.format == "html"))
     return LibreTranslateWork(plan, detected or None, n_alternatives, isinstance(body.q, list))
 
 
 def _check_languages(body: LibreTranslateRequest, task: Task[GeneratingLane]) -> tuple[str, str]:
-    languages = task.tokenizer.languages
-    source, target = _AUTO if body.source is None else body.source, body.target
-    if target is None:
+    tokenizer, source = task.tokenizer, _AUTO if body.source is None else body.source
+    if body.target is None:
         raise InvalidRequest("target: Field required")
-    for name, code in (("source", source), ("target", target)):
-        if code not in languages and (name, code) != ("source", _AUTO):
-            known = ", ".join(sorted(languages))
-            raise InvalidRequest(f"{name}: no language {code[:20]!r}; there are {known}")
-    return source, target
+    if source != _AUTO:
+        source = named_language("source", source, tokenizer.sources)
+    return source, named_language("target", body.target, tokenizer.targets)
 
 
 def _search(n_alternatives: int, settings: Settings, task: Task[GeneratingLane]) -> Search:
@@ -253,7 +251,7 @@ async def list_languages(
             targets.setdefault(code, set()).update(reached)
     return Json(
         [
-            Language(code=code, name=LANGUAGE_NAMES.get(code, code), targets=sorted(targets[code]))
+            Language(code=code, name=language_name(code), targets=sorted(targets[code]))
             for code in sorted(targets)
         ]
     )

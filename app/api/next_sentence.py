@@ -21,7 +21,7 @@ from app.api.deps import (
 )
 from app.engine.batch import BatchItem
 from app.engine.registry import OneShotLane, Task
-from app.errors import InvalidRequest, Json
+from app.errors import InvalidRequest, Json, NotLoaded
 from app.settings import Settings
 
 router = APIRouter()
@@ -69,6 +69,10 @@ async def admit(
 ) -> AsyncIterator[NextSentenceWork]:
     """Check, tokenise and submit; abort what is left on exit."""
     task = models.fill_mask(body.model)
+    if not task.config.nsp_head:
+        raise NotLoaded(
+            f"the fill-mask model {task.name!r} has no head that tells whether a sentence follows"
+        )
     pairs = _check(body.inputs, services.settings)
     n_chars = sum(len(pair.first) + len(pair.second) for pair in pairs.values())
     encoded = await prepare(n_chars, _encode_all, pairs, task)
@@ -115,12 +119,8 @@ def _encode_all(pairs: dict[str, Pair], task: Task[OneShotLane]) -> list[tuple[l
 
 def _encode(name: str, pair: Pair, task: Task[OneShotLane]) -> tuple[list[int], list[int]]:
     """[CLS] first [SEP] second [SEP], and the segment of each token."""
-    tokenizer, limit = task.tokenizer, task.lane.limits.max_item_tokens
-    first = [tokenizer.cls_id, *tokenizer.encode(pair.first), tokenizer.sep_id]
-    # In running text a space stands before a sentence that follows, and a piece carries that space.
-    follower = f" {pair.second.lstrip()}" if pair.second.strip() else pair.second
-    second = [*tokenizer.encode(follower), tokenizer.sep_id]
-    n_tokens = len(first) + len(second)
-    if n_tokens > limit:
-        raise InvalidRequest(f"{name} has {n_tokens} tokens together, the limit is {limit}")
-    return first + second, [0] * len(first) + [1] * len(second)
+    limit = task.lane.limits.max_item_tokens
+    ids, segments = task.tokenizer.pair_ids(pair.first, pair.second)
+    if len(ids) > limit:
+        raise InvalidRequest(f"{name} has {len(ids)} tokens together, the limit is {limit}")
+    return ids, segments

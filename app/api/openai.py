@@ -537,11 +537,13 @@ def _encode_all(prompts: list[str | list[int]], tokenizer: Tokenizer) -> list[Pr
 
 
 def _encode(prompt: str | list[int], tokenizer: Tokenizer) -> Prompt:
-    if isinstance(prompt, str):
-        return Prompt([tokenizer.bos_id, *tokenizer.encode(prompt)], prompt, 1)
-    if prompt[0] == tokenizer.bos_id:
-        return Prompt(prompt, tokenizer.decode(prompt), 0)
-    return Prompt([tokenizer.bos_id, *prompt], tokenizer.decode(prompt), 1)
+    text_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+    prefix = tokenizer.prompt_prefix
+    if not isinstance(prompt, str) and text_ids[: len(prefix)] == prefix:
+        return Prompt(text_ids, text, 0)
+    token_ids = tokenizer.prompt_ids(text_ids)
+    return Prompt(token_ids, text, len(token_ids) - len(text_ids))
 
 
 def _choices(

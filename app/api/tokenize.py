@@ -60,8 +60,8 @@ def _task_name(body: TokenizeRequest, services: Services, models: Models) -> str
 
 
 def _answer(texts: list[str], is_list: bool, with_masks: bool, tokenizer: Tokenizer) -> Json:
-    cut = split_masked if with_masks else Tokenizer.encode_with_offsets
-    answers = [[_span(piece, tokenizer) for piece in cut(tokenizer, text)] for text in texts]
+    cut = tokenizer.masked_pieces if with_masks else tokenizer.encode_with_offsets
+    answers = [[_span(piece, tokenizer) for piece in cut(text)] for text in texts]
     return Json(answers if is_list else answers[0])
 
 
@@ -73,20 +73,3 @@ def _span(piece: Piece, tokenizer: Tokenizer) -> dict[str, Any]:
         "stop": piece.stop,
         "special": piece.id in tokenizer.special_ids,
     }
-
-
-def split_masked(tokenizer: Tokenizer, text: str) -> list[Piece]:
-    """`Tokenizer.encode_masked` with offsets."""
-    pieces: list[Piece] = []
-    *before, last = text.split(tokenizer.mask_token)
-    start = 0
-    for part in before:
-        kept = part.removesuffix(" ")
-        pieces += _shift(tokenizer.encode_with_offsets(kept), start)
-        mask_start, start = start + len(kept), start + len(part) + len(tokenizer.mask_token)
-        pieces.append(Piece(tokenizer.mask_id, text[mask_start:start], mask_start, start))
-    return pieces + _shift(tokenizer.encode_with_offsets(last), start)
-
-
-def _shift(pieces: list[Piece], by: int) -> list[Piece]:
-    return [Piece(piece.id, piece.text, piece.start + by, piece.stop + by) for piece in pieces]

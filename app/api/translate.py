@@ -37,7 +37,9 @@ from app.api.translation import (
     Plan,
     Search,
     TextForm,
+    counterpart,
     known_language,
+    named_language,
     plan_texts,
     translate_plan,
 )
@@ -69,6 +71,9 @@ class BeamParameters(Strict):
     )
     no_repeat_ngram_size: int | None = Field(None, description="no run of so many tokens twice; 0 is off")
     repetition_penalty: float | None = None
+    early_stopping: Literal["never"] | bool | None = Field(
+        None, description="when a search ends, by the rules of transformers; by default by our own"
+    )
 
 
 class TranslateParameters(BeamParameters):
@@ -285,32 +290,29 @@ def _resolve(parameters: TranslateParameters, settings: Settings, task: Task[Gen
 
 
 def _check_languages(parameters: TranslateParameters, tokenizer: Tokenizer) -> None:
-    known = ", ".join(sorted(tokenizer.languages))
-    for name, code in (("src_lang", parameters.src_lang), ("tgt_lang", parameters.tgt_lang)):
-        if code is not None and code not in tokenizer.languages:
-            raise InvalidRequest(f"{name}: no language {code[:20]!r}; there are {known}")
-    if parameters.src_lang is not None and parameters.src_lang == parameters.tgt_lang:
-        raise InvalidRequest(f"src_lang and tgt_lang are both {parameters.src_lang!r}; they must differ")
+    src, tgt = _named_languages(parameters, tokenizer)
+    if src is not None and src == tgt:
+        raise InvalidRequest(f"src_lang and tgt_lang are both {src!r}; they must differ")
+
+
+def _named_languages(parameters: TranslateParameters, tokenizer: Tokenizer) -> tuple[str | None, str | None]:
+    """What the model calls the languages that are given."""
+    src, tgt = parameters.src_lang, parameters.tgt_lang
+    return (
+        None if src is None else named_language("src_lang", src, tokenizer.sources),
+        None if tgt is None else named_language("tgt_lang", tgt, tokenizer.targets),
+    )
 
 
 def _languages(
     name: str, text: str, parameters: TranslateParameters, tokenizer: Tokenizer
 ) -> tuple[str, str]:
     """Source and target: as given, else the other of the two, else what the text is in."""
-    src, tgt = parameters.src_lang, parameters.tgt_lang
+    src, tgt = _named_languages(parameters, tokenizer)
     if src is None:
-        detected = known_language(name, text, tokenizer, "src_lang").code
-        src = detected if detected != tgt else _other(tgt, tokenizer)
-    return src, tgt or _other(src, tokenizer)
-
-
-def _other(language: str, tokenizer: Tokenizer) -> str:
-    """The usual counterpart: English, or Korean for English."""
-    return next(
-        code
-        for code in ("en", "ko", *tokenizer.languages)
-        if code in tokenizer.languages and code != language
-    )
+        _, detected = known_language(name, text, tokenizer, "src_lang")
+        src = detected if detected != tgt else counterpart(tgt, tokenizer.sources) or detected
+    return src, tgt or counterpart(src, tokenizer.targets) or src
 
 
 def _alignment(sequence: Sequence, hypothesis: Hypothesis, tokenizer: Tokenizer) -> Alignment:

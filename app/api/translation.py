@@ -37,6 +37,7 @@ from app.protection import (
 )
 from app.sentences import Part, split_text
 from model.constraints import Phrase
+from model.languages import UNDETERMINED, find_language, iso_code
 from model.sampling import BeamParams
 from model.tokenizer import Tokenizer, text_pieces
 
@@ -197,15 +198,30 @@ async def translate_plan(plan: Plan, attendance: Attendance, record: RequestReco
     return dict(zip(plan.sequences, results, strict=True))
 
 
-def known_language(name: str, text: str, tokenizer: Tokenizer, parameter: str) -> Detected:
-    """The language of a text; raises InvalidRequest where the model does not know it."""
-    detected, known = detect_language(text), tokenizer.languages
-    if detected.code not in known:
+def named_language(name: str, code: str, known: list[str]) -> str:
+    """What the model calls a language, for its own code or ISO's. Raises InvalidRequest."""
+    found = find_language(code, known)
+    if found is None:
+        raise InvalidRequest(f"{name}: no language {code[:20]!r}; there are {', '.join(sorted(known))}")
+    return found
+
+
+def counterpart(language: str, known: list[str]) -> str | None:
+    """The usual other language: English, or Korean for English."""
+    usual = (find_language(code, known) for code in ("en", "ko"))
+    return next((code for code in (*usual, *known) if code is not None and code != language), None)
+
+
+def known_language(name: str, text: str, tokenizer: Tokenizer, parameter: str) -> tuple[Detected, str]:
+    """The language of a text, and what the model calls it; raises InvalidRequest where it knows none."""
+    detected, known = detect_language(text), tokenizer.sources
+    found = find_language(detected.code, known) or find_language(UNDETERMINED, known)
+    if found is None:
         raise InvalidRequest(
             f"{name} is in {detected.name} ({detected.code}), as it seems, and there is no such direction: "
             f"the languages are {', '.join(sorted(known))}. If it is in one of them, name it as {parameter}"
         )
-    return detected
+    return detected, found
 
 
 @dataclass(frozen=True)
@@ -213,6 +229,7 @@ class _Draft:
     """A sentence before its sequence is made, which belongs to the event loop."""
 
     prompt_ids: list[int]
+    target_ids: list[int]
     shield: Shield
     elements: list[Element]
 
@@ -221,7 +238,9 @@ def _piece(draft: str | _Draft, search: Search) -> Piece:
     if isinstance(draft, str):
         return draft
     params = search.of_sentence(len(draft.prompt_ids), draft.shield.phrases, align=bool(draft.elements))
-    return Sentence(Sequence(draft.prompt_ids, params), draft.shield, draft.elements)
+    return Sentence(
+        Sequence(draft.prompt_ids, params, target_ids=draft.target_ids), draft.shield, draft.elements
+    )
 
 
 def _draft_all(
@@ -269,8 +288,9 @@ class _Drafting:
 
     def _parts(self, text: str, mark: str) -> list[Part]:
         tokenizer = self.task.tokenizer
-        max_tokens = self.task.lane.limits.max_prompt_tokens - len(tokenizer.source_ids([], self.tgt))
-        wholes = split_text(text, self.src, tokenizer, max_tokens)
+        n_around = len(tokenizer.source_ids([], self.tgt, src_lang=self.src))
+        max_tokens = self.task.lane.limits.max_prompt_tokens - n_around
+        wholes = split_text(text, iso_code(self.src), tokenizer, max_tokens)
         return [part for whole in wholes for part in _cut(whole, mark)]
 
     def _draft_part(self, part: Part, mark: str, spans: list[Span], elements: list[Element]) -> str | _Draft:
@@ -278,8 +298,8 @@ class _Drafting:
             return self._verbatim(part.text, mark, spans, elements)
         hidden, edited = shield(part.text, mark, spans, self.task.tokenizer)
         tokenizer = self.task.tokenizer
-        prompt_ids = tokenizer.source_ids(tokenizer.encode(hidden.text), self.tgt)
-        return _Draft(prompt_ids, hidden, _moved(elements, edited))
+        prompt_ids = tokenizer.source_ids(tokenizer.encode(hidden.text), self.tgt, src_lang=self.src)
+        return _Draft(prompt_ids, tokenizer.target_ids(self.tgt), hidden, _moved(elements, edited))
 
     def _verbatim(self, text: str, mark: str, spans: list[Span], elements: list[Element]) -> str:
         """What no model needs to see, with its tags where they were."""

@@ -16,6 +16,7 @@ from app import metrics
 from app.engine.beams import BeamGroup, Candidate, Ended
 from app.engine.errors import Aborted, EngineError, Overloaded, PromptTooLong, StepFailed
 from app.engine.lane import Door, Failures, Handover, Handovers, check_fits, halving
+from app.engine.memory import context_len
 from app.engine.runner import DecodeRunner, Drawn, GenerateRunner, Guards, TranslateRunner
 from app.engine.scheduler import Moves, Scheduler
 from app.engine.sequence import FinishReason, Hypothesis, Outcome, Sequence, SequenceStatus, TokenEvent
@@ -524,9 +525,10 @@ def make_decode_lane(
     prefill_tokens: int,
     max_queue_items: int,
     max_queue_tokens: int,
+    max_context: int = 0,
 ) -> GenerateLane | TranslateLane:
-    """The lane that suits a checkpoint's architecture."""
-    max_len = checkpoint.config.max_len
+    """The lane that suits a checkpoint's architecture; 0 for `max_context` is no bound."""
+    max_len = context_len(checkpoint.config, max_context)
     limits = DecodeLimits(max_len, max_len, n_slots, max_queue_items, max_queue_tokens)
     if isinstance(checkpoint.model, Translator):
         return TranslateLane(name, TranslateRunner(checkpoint, n_slots, max_len), limits, prefill_tokens)

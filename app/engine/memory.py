@@ -43,12 +43,18 @@ def weight_bytes(config: TransformerConfig, dtype: torch.dtype) -> int:
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
-def cache_bytes(config: TransformerConfig, dtype: torch.dtype, n_slots: int) -> int:
+def context_len(config: TransformerConfig, max_context: int) -> int:
+    """The tokens that a row holds: what the model can, within the bound, if there is one."""
+    return min(config.max_len, max_context or config.max_len)
+
+
+def cache_bytes(config: TransformerConfig, dtype: torch.dtype, n_slots: int, max_context: int = 0) -> int:
     """What the caches of a decoding model's rows take."""
     if not n_slots or not config.n_decoder_layers:
         return 0
     n_caches = 2 if config.n_encoder_layers else 1  # a translator keeps the projected memory too
-    return n_caches * make_cache(config, n_slots, config.max_len, "meta", dtype).n_bytes
+    length = context_len(config, max_context)
+    return n_caches * make_cache(config, n_slots, length, "meta", dtype).n_bytes
 
 
 def held_bytes(models: Iterable[nn.Module | None]) -> int:

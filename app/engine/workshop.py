@@ -34,7 +34,8 @@ _ARCHITECTURES = {
 class ModelWorkshop:
     """Builds models for one device and number format; `n_slots` are the rows of each decoding endpoint.
 
-    `max_bytes` bounds all models together, 0 stands for what the device has.
+    `max_bytes` bounds all models together, 0 stands for what the device has. `max_context` bounds the tokens
+    that a row of a decoding model holds, 0 stands for what the model can.
     """
 
     def __init__(
@@ -49,9 +50,10 @@ class ModelWorkshop:
         max_queue_tokens: int,
         max_wait_seconds: float,
         max_bytes: int = 0,
+        max_context: int = 0,
     ) -> None:
         self.device, self.dtype = device, dtype
-        self._n_slots, self._max_bytes = n_slots, max_bytes
+        self._n_slots, self._max_bytes, self._max_context = n_slots, max_bytes, max_context
         self._prefill_tokens, self._max_batch_tokens = prefill_tokens, max_batch_tokens
         self._max_wait_seconds = max_wait_seconds
         self._queue = {"max_queue_items": max_queue_items, "max_queue_tokens": max_queue_tokens}
@@ -63,7 +65,8 @@ class ModelWorkshop:
         beside what is loaded already.
         """
         config = self._check_folder(endpoint, folder)
-        caches = cache_bytes(config, self.dtype, self._n_slots.get(endpoint, 0))
+        n_slots = self._n_slots.get(endpoint, 0)
+        caches = cache_bytes(config, self.dtype, n_slots, self._max_context)
         needed = weight_bytes(config, self.dtype) + caches
         self._check_room(needed, loaded)
         try:
@@ -77,7 +80,7 @@ class ModelWorkshop:
 
     async def warm_up(self, endpoint: str, task: AnyTask) -> None:
         """Send a small job through a lane, so that the first client finds it warm. Raises EngineError."""
-        job = _FIRST_WORK[endpoint](task.tokenizer)
+        job = _FIRST_WORK[endpoint](task.tokenizer, task.config)
         lane: Any = task.lane
         lane.submit([job])
         async with asyncio.timeout(_WARM_UP_SECONDS):
@@ -109,7 +112,12 @@ class ModelWorkshop:
             return Task(batches, *known, **more)
         n_slots, prefill_tokens = self._n_slots[endpoint], self._prefill_tokens
         steps = make_decode_lane(
-            endpoint, checkpoint, n_slots=n_slots, prefill_tokens=prefill_tokens, **self._queue
+            endpoint,
+            checkpoint,
+            n_slots=n_slots,
+            prefill_tokens=prefill_tokens,
+            max_context=self._max_context,
+            **self._queue,
         )
         steps.door.max_wait_seconds = self._max_wait_seconds
         return Task(steps, *known, **more)
@@ -142,27 +150,33 @@ def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
-def _translation(tokenizer: Tokenizer) -> Sequence:
-    ids = tokenizer.source_ids(tokenizer.encode("Hello."), next(iter(tokenizer.languages)))
-    return Sequence(ids, BeamParams(num_beams=1, max_new_tokens=4))
+def _translation(tokenizer: Tokenizer, _: TransformerConfig) -> Sequence:
+    src, tgt = tokenizer.sources[0], tokenizer.targets[-1]
+    ids = tokenizer.source_ids(tokenizer.encode("Hello."), tgt, src_lang=src)
+    params = BeamParams(num_beams=1, max_new_tokens=4)
+    return Sequence(ids, params, target_ids=tokenizer.target_ids(tgt))
 
 
-def _generation(tokenizer: Tokenizer) -> Sequence:
-    return Sequence([tokenizer.bos_id], SamplingParams(max_new_tokens=4))
+def _generation(tokenizer: Tokenizer, _: TransformerConfig) -> Sequence:
+    return Sequence(tokenizer.prompt_ids([]), SamplingParams(max_new_tokens=4))
 
 
-def _filling(tokenizer: Tokenizer) -> BatchItem:
-    ids = [tokenizer.cls_id, tokenizer.mask_id, tokenizer.sep_id]
+def _filling(tokenizer: Tokenizer, config: TransformerConfig) -> BatchItem:
+    if not config.mlm_head:
+        ids, segments = tokenizer.pair_ids("a", "b")
+        return BatchItem(token_ids=ids, segment_ids=segments, task="next-sentence")
+    ids, _ = tokenizer.masked_ids(tokenizer.mask_token)
     return BatchItem(
-        token_ids=ids, segment_ids=[0] * 3, task="fill-mask", top_k=1, targets=[None], allowed=[None]
+        token_ids=ids, segment_ids=[0] * len(ids), task="fill-mask", top_k=1, targets=[None], allowed=[None]
     )
 
 
-def _classification(tokenizer: Tokenizer) -> BatchItem:
-    return BatchItem(token_ids=[tokenizer.cls_id, tokenizer.sep_id], segment_ids=[0, 0], task="classify")
+def _classification(tokenizer: Tokenizer, _: TransformerConfig) -> BatchItem:
+    ids = tokenizer.text_ids("")
+    return BatchItem(token_ids=ids, segment_ids=[0] * len(ids), task="classify")
 
 
-_FIRST_WORK: dict[str, Callable[[Tokenizer], Sequence | BatchItem]] = {
+_FIRST_WORK: dict[str, Callable[[Tokenizer, TransformerConfig], Sequence | BatchItem]] = {
     "translate": _translation,
     "fill-mask": _filling,
     "generate": _generation,

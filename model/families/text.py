@@ -16,9 +16,9 @@ from model.adopted import AdoptedTokenizer, Alphabet, Manner
 from model.config import TransformerConfig
 from model.families.family import Text
 from model.families.older import Made
+from model.languages import UNCODED, UNDETERMINED
 from model.tokenizer import NO_ID, TOKENIZER_FILE
 
-UNDETERMINED = "und"  # the language of a translator that does not say
 _ROLES = ("bos", "eos", "pad", "unk", "mask", "cls", "sep")
 
 
@@ -118,11 +118,10 @@ def _directions(languages: dict[str, int], settings: Mapping[str, Any]) -> tuple
 
     A model without tokens of languages has one of each, which its settings name.
     """
-    source, target = (settings.get(f"{side}_lang") for side in ("source", "target"))
-    named = [[code] if isinstance(code, str) and code else [UNDETERMINED] for code in (source, target)]
+    source, target = (token_name(settings.get(f"{side}_lang")) for side in ("source", "target"))
     if not languages:
-        return named[0], named[1]
-    return (named[0], list(languages)) if isinstance(source, str) else (list(languages), list(languages))
+        return [source or UNDETERMINED], [target or UNCODED]
+    return [source] if source else list(languages), list(languages)
 
 
 def _with_prefix(tokenizer: AdoptedTokenizer) -> AdoptedTokenizer:

@@ -6,7 +6,6 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from app.api.tokenize import split_masked
 from tests.app.fakes import byte_tokenizer, word_tokenizer
 
 Client = httpx.AsyncClient
@@ -54,7 +53,7 @@ async def test_text_that_looks_special_is_text_but_for_the_mask(client: Client) 
 )
 def test_masked_pieces_tile_the_text(text: str) -> None:
     tokenizer = word_tokenizer()
-    pieces = split_masked(tokenizer, text)
+    pieces = tokenizer.masked_pieces(text)
     assert [piece.id for piece in pieces] == tokenizer.encode_masked(text)[0]
     assert all(piece.text == text[piece.start : piece.stop] for piece in pieces)
     covered = sorted({i for piece in pieces for i in range(piece.start, piece.stop)})
