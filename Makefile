@@ -1,6 +1,7 @@
 # `make` alone lists what there is. The versions stand in constraints.txt.
 
 VENV  ?= .venv
+CLIENTS ?= .venv-clients
 HOST  ?= 127.0.0.1
 PORT  ?= 8000
 DATA  ?= data
@@ -21,6 +22,7 @@ PINS      := pyproject.toml constraints.txt
 FOR_SERVE := $(VENV)/.installed-serve
 FOR_TRAIN := $(VENV)/.installed-train
 FOR_DEV   := $(VENV)/.installed-dev
+FOR_CLIENTS := $(CLIENTS)/.installed
 FOR_BENCH := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
@@ -42,8 +44,8 @@ help: ## list the targets
 serve: $(FOR_SERVE) ## start the service on HOST:PORT
 	@exec $(PY) -m app --host "$(HOST)" --port "$(PORT)" $(ARGS)
 
-test: $(FOR_DEV) ## run the tests (ARGS="-k name")
-	$(PY) -m pytest $(ARGS)
+test: $(FOR_DEV) $(FOR_CLIENTS) ## run the tests (ARGS="-k name")
+	CLIENTS="$(CLIENTS)" $(PY) -m pytest $(ARGS)
 
 check: $(FOR_DEV) ## lint, format check, strict types
 	$(PY) -m ruff check $(CODE)
@@ -73,7 +75,7 @@ evaluate: $(FOR_TRAIN) ## measure a model and write its card (ARGS=...)
 	$(TRAIN) evaluate $(ARGS)
 
 clean: ## remove the virtual environment and every cache
-	rm -rf "$(VENV)" build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf "$(VENV)" "$(CLIENTS)" build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find $(CODE) -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # --- installation -----------------------------------------------------------------------------
@@ -97,6 +99,13 @@ $(VENV)/.installed-%: $(PINS) | $(VENV)/pyvenv.cfg
 	    "$$(grep '^torch==' constraints.txt)"
 	@$(PIP) install --quiet -c constraints.txt setuptools
 	@$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.$(EXTRAS)'
+	@touch $@
+
+# Older versions of the clients, apart from everything else. Nothing is resolved: the file has all that they need.
+$(FOR_CLIENTS): tests/clients/older.txt | $(FOR_DEV)
+	@echo "installing older clients into $(CLIENTS)"
+	@$(PY) -m venv --clear --without-pip "$(CLIENTS)"
+	@$(PIP) --python "$(CLIENTS)/bin/python" install --quiet --no-deps --no-compile -r $<
 	@touch $@
 
 $(FOR_TRAIN): EXTRAS = [train]

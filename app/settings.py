@@ -178,7 +178,9 @@ class Settings(BaseSettings):
     max_repetition_penalty: float = Field(
         10.0, ge=1.0, le=1000.0, description="repetition penalty; the least is one over it"
     )
-    max_frequency_penalty: float = Field(2.0, ge=0.0, le=1000.0, description="frequency penalty, either sign")
+    max_frequency_penalty: float = Field(
+        2.0, ge=0.0, le=1000.0, description="frequency and presence penalty, either sign"
+    )
     min_temperature: PositiveFloat = Field(
         0.01, le=1.0, description="least temperature above 0 (0 is greedy)"
     )
@@ -186,6 +188,7 @@ class Settings(BaseSettings):
     max_top_k: int = Field(1000, ge=1, le=1_000_000, description="top_k, in generation and fill-mask")
     max_top_n_tokens: int = Field(5, ge=0, le=100, description="top_n_tokens")
     max_best_of: int = Field(4, ge=1, le=64, description="best_of, and n of completions")
+    max_logit_biases: int = Field(300, ge=0, le=100_000, description="tokens of a logit_bias")
     max_seed: int = Field(2**63 - 1, ge=0, le=2**63 - 1, description="seed")
     max_stops: int = Field(16, ge=0, le=1000, description="stop strings of one request")
     max_stop_chars: int = Field(256, ge=1, le=100_000, description="characters of one stop string")

@@ -84,10 +84,10 @@ def check_temperature(value: float, settings: Settings) -> None:
         check_range("temperature", value, settings.min_temperature, settings.max_temperature)
 
 
-def check_frequency_penalty(value: float, settings: Settings) -> None:
-    """As strong in one direction as in the other."""
+def check_frequency_penalty(name: str, value: float, settings: Settings) -> None:
+    """Of the frequency or the presence: as strong in one direction as in the other."""
     limit = settings.max_frequency_penalty
-    check_range("frequency_penalty", value, -limit, limit)
+    check_range(name, value, -limit, limit)
 
 
 def check_penalty(name: str, value: float, settings: Settings) -> None:

@@ -302,7 +302,7 @@ def _check(parameters: GenerateParameters, settings: Settings, task: Task[Genera
         if name in given:
             check_count(name, given[name], low, high)
     if parameters.frequency_penalty is not None:
-        check_frequency_penalty(parameters.frequency_penalty, settings)
+        check_frequency_penalty("frequency_penalty", parameters.frequency_penalty, settings)
     if parameters.truncate is not None and parameters.truncate < 1:
         raise InvalidRequest(f"truncate is {brief(parameters.truncate)}, the least is 1")
     if parameters.repetition_penalty is not None:

@@ -235,6 +235,8 @@ async def detect_text(
     return Json([Detection(confidence=round(100 * found.probability, 1), language=found.code)])
 
 
+# Clients of this form before version 2.1.2 send their question as a form.
+@router.post("/languages", response_model=list[Language], responses=_ERRORS, include_in_schema=False)
 @router.get("/languages", response_model=list[Language], responses=_ERRORS)
 async def list_languages(
     services: ServicesDep,

@@ -22,6 +22,7 @@ from app.api.bounds import (
     check_length,
     check_penalty,
     check_probability,
+    check_range,
     check_temperature,
     check_text,
     input_names,
@@ -49,7 +50,7 @@ from app.api.generation import (
 from app.dialects import Dialect, error_body
 from app.engine.registry import GeneratingLane, Task
 from app.engine.sequence import FinishReason, Sequence
-from app.errors import InvalidRequest, Json, classify
+from app.errors import InvalidRequest, Json, brief, classify
 from app.middleware import RequestRecord
 from app.settings import Settings
 from model.sampling import SamplingParams
@@ -59,6 +60,7 @@ log = logging.getLogger("app")
 router = APIRouter()
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
+_MAX_BIAS = 100.0  # OpenAI's; with as much a token is certain or impossible
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity; clients of this form know this number
 _STARTED = int(time.time())
 _DONE = format_sse_event(data_str="[DONE]")
@@ -98,12 +100,15 @@ class CompletionRequest(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = Field(
+        None,
+        description="what is added to the logits of tokens, -100 to 100, by their ids; /tokenize tells them",
+    )
     top_k: int | None = Field(None, description="0 is off")
     repetition_penalty: float | None = None
     user: str | None = Field(None, description="ignored")
     # Taken only as far as they change nothing.
-    presence_penalty: float | None = Field(None, description="not supported: 0 or null")
-    logit_bias: dict[str, Any] | None = Field(None, description="not supported: empty or null")
     suffix: str | None = Field(None, description="not supported: null")
 
 
@@ -473,8 +478,9 @@ def _check(body: CompletionRequest, settings: Settings, task: Task[GeneratingLan
         check_temperature(body.temperature, settings)
     if body.top_p is not None:
         check_probability("top_p", body.top_p)
-    if body.frequency_penalty is not None:
-        check_frequency_penalty(body.frequency_penalty, settings)
+    for name in ("frequency_penalty", "presence_penalty"):
+        check_frequency_penalty(name, getattr(body, name) or 0.0, settings)
+    _check_bias(body.logit_bias or {}, settings, task)
     if body.repetition_penalty is not None:
         check_penalty("repetition_penalty", body.repetition_penalty, settings)
     if body.stream_options is not None and not body.stream:
@@ -499,10 +505,21 @@ def _check_counts(body: CompletionRequest, settings: Settings, task: Task[Genera
         raise InvalidRequest(f"best_of is {body.best_of} and n is {n}; in a stream they must be the same")
 
 
+def _check_bias(logit_bias: dict[str, float], settings: Settings, task: Task[GeneratingLane]) -> None:
+    if len(logit_bias) > settings.max_logit_biases:
+        raise InvalidRequest(
+            f"logit_bias has {len(logit_bias)} tokens, the limit is {settings.max_logit_biases}"
+        )
+    for name, amount in logit_bias.items():
+        if not (name.isascii() and name.isdecimal() and len(name) < 10):
+            raise InvalidRequest(f"logit_bias: {brief(name)!r} is no token id")
+        check_count("logit_bias", int(name), 0, task.tokenizer.vocab_size - 1)
+        check_range(f"logit_bias[{name}]", amount, -_MAX_BIAS, _MAX_BIAS)
+
+
 def _check_unsupported(body: CompletionRequest) -> None:
-    for name in ("presence_penalty", "logit_bias", "suffix"):
-        if getattr(body, name):
-            raise InvalidRequest(f"{name}: not supported here; leave it out")
+    if body.suffix:
+        raise InvalidRequest("suffix: not supported here, the model only writes on; leave it out")
 
 
 async def _read_prompts(prompt: Prompts, task: Task[GeneratingLane], settings: Settings) -> dict[str, Prompt]:
@@ -577,5 +594,7 @@ def _sampling(body: CompletionRequest) -> SamplingParams:
         top_p=1.0 if body.top_p is None else body.top_p,
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
         frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        logit_bias=tuple((int(name), amount) for name, amount in (body.logit_bias or {}).items()),
         top_n_tokens=body.logprobs or 0,
     )

@@ -75,12 +75,21 @@ async def test_defaults(client: Client, generate_lane: FakeDecodeLane) -> None:
 
 
 async def test_parameters_reach_the_engine(client: Client, generate_lane: FakeDecodeLane) -> None:
-    values = {"temperature": 0.5, "top_p": 0.9, "top_k": 3, "frequency_penalty": 0.5}
-    await complete(client, "a", max_tokens=1, repetition_penalty=1.5, user="u", logit_bias={}, **values)
+    values = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 3,
+        "frequency_penalty": 0.5,
+        "presence_penalty": -1.5,
+    }
+    await complete(
+        client, "a", max_tokens=1, repetition_penalty=1.5, user="u", logit_bias={"5": -100}, **values
+    )
     params = generate_lane.submitted[-1].params
     assert {name: getattr(params, name) for name in values} == values
     assert isinstance(params, SamplingParams)
     assert params.repetition_penalty == 1.5
+    assert params.logit_bias == ((5, -100.0),)
 
 
 async def test_every_form_of_prompt(client: Client, generate_lane: FakeDecodeLane) -> None:
@@ -264,9 +273,21 @@ def test_names_of_tokens() -> None:
         ({"top_k": -1}, "top_k", "top_k is -1, the limit is 0 to 1000"),
         ({"frequency_penalty": 3}, "frequency_penalty", "frequency_penalty is 3, the limit is -2 to 2"),
         ({"repetition_penalty": 0}, "repetition_penalty", "repetition_penalty is 0, the limit is 0.1 to 10"),
-        ({"presence_penalty": 1}, "presence_penalty", "presence_penalty: not supported here; leave it out"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "logit_bias: not supported here; leave it out"),
-        ({"suffix": "a"}, "suffix", "suffix: not supported here; leave it out"),
+        ({"presence_penalty": 2.5}, "presence_penalty", "presence_penalty is 2.5, the limit is -2 to 2"),
+        ({"logit_bias": {"a": 1}}, "logit_bias", "logit_bias: 'a' is no token id"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias", "logit_bias: '-1' is no token id"),
+        ({"logit_bias": {"267": 1}}, "logit_bias", "logit_bias is 267, the limit is 0 to 266"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "logit_bias[5] is 101, the limit is -100 to 100"),
+        (
+            {"logit_bias": {str(i): 0 for i in range(301)}},
+            "logit_bias",
+            "logit_bias has 301 tokens, the limit is 300",
+        ),
+        (
+            {"suffix": "a"},
+            "suffix",
+            "suffix: not supported here, the model only writes on; leave it out",
+        ),
         ({"stop": ["a"] * 17}, "stop", "stop has 17 strings, the limit is 16"),
         ({"stop": ["a", ""]}, "stop", "stop[1] has 0 characters, the limit is 1 to 256"),
         ({"stream_options": {}}, "stream_options", "stream_options: only together with stream"),
