@@ -130,14 +130,15 @@ def share_weights(model: nn.Module, others: Iterable[nn.Module]) -> None:
     """
     for other in others:
         theirs = dict(other.named_parameters())
-        for name, parameter in list(model.named_parameters()):
-            twin = theirs.get(name)
-            if twin is None or twin is parameter or not _is_same(parameter, twin):
-                continue
-            for module in model.modules():  # an embedding may stand in several places
-                for key, own in list(module.named_parameters(recurse=False)):
-                    if own is parameter:
-                        setattr(module, key, twin)
+        twins = {
+            parameter: theirs[name]
+            for name, parameter in model.named_parameters()
+            if name in theirs and _is_same(parameter, theirs[name])
+        }
+        for module in model.modules():  # an embedding may stand in several places
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                if parameter in twins:
+                    setattr(module, key, twins[parameter])
 
 
 def _is_same(parameter: Tensor, twin: Tensor) -> bool:

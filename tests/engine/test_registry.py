@@ -47,6 +47,7 @@ def make_workshop(**changes: Any) -> ModelWorkshop:
         "max_batch_tokens": 256,
         "max_queue_items": 50,
         "max_queue_tokens": 5000,
+        "max_wait_seconds": 600.0,
     }
     return ModelWorkshop(CPU, torch.float32, **numbers | changes)
 
