@@ -256,7 +256,9 @@ async def serving(port: int, arguments: list[str], diary: Diary) -> AsyncIterato
     process = await asyncio.create_subprocess_exec(*command, stderr=DEVNULL)
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http, asyncio.timeout(600):
-            while not await is_ready(http):  # noqa: ASYNC110
+            while not await is_ready(http):
+                if process.returncode is not None:
+                    sys.exit(f"the server ended with {process.returncode}; start it by hand to see why")
                 await asyncio.sleep(0.2)
         yield process
         process.terminate()
