@@ -1,23 +1,29 @@
 # The service for a CPU:        docker build -t transformer-server .
 # for an NVIDIA GPU:            docker build -t transformer-server:cuda --build-arg DEVICE=cuda .
 #
-# TORCH_INDEX is an extra package index to take torch from. Left empty, pip takes its default build, which on
+# TORCH_INDEX is another package index to take torch from. Left empty, pip takes its default build, which on
 # Linux carries the CUDA libraries (gigabytes) and runs on a CPU as well; for a lean CPU image give the address
 # of PyTorch's own index of CPU builds, for another CUDA release the address of that one's.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS dependencies
-ARG TORCH_INDEX=""
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /build
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
-COPY pyproject.toml constraints.txt ./
-RUN grep '^torch==' constraints.txt > torch.txt \
- && pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r torch.txt
-RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
-      > requirements.txt \
- && pip install -c constraints.txt -r requirements.txt
+# Every file is checked against its hash, nothing is built from source, and pip resolves nothing. Another
+# index has other builds of torch: TORCH_SHA256, if given, is the hash of the one that is wanted.
+COPY requirements.txt ./
+RUN awk '/^[a-z]/ { torch = /^(torch|triton|nvidia-|cuda-)/ } { print > (torch ? "torch.txt" : "service.txt") }' requirements.txt \
+ && pip install --require-hashes --no-deps --only-binary=:all: -r service.txt
+ARG TORCH_INDEX=""
+ARG TORCH_SHA256=""
+RUN if [ -n "$TORCH_INDEX" ]; then \
+      echo "$(awk '/^torch==/ { print $1 }' torch.txt)${TORCH_SHA256:+ --hash=sha256:$TORCH_SHA256}" > torch.txt \
+      && pip install --no-deps --only-binary=:all: --index-url "$TORCH_INDEX" -r torch.txt; \
+    else \
+      pip install --require-hashes --no-deps --only-binary=:all: -r torch.txt; \
+    fi
 
 FROM ${PYTHON_IMAGE}
 ARG DEVICE=cpu

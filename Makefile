@@ -8,6 +8,7 @@ DATA  ?= data
 RUNS  ?= runs
 SIZE  ?= cpu
 ARGS  ?=
+FUZZ_EXAMPLES ?= 200
 # Extra package index to take torch from. Empty: pip's own default, which on Linux is a build that carries the
 # CUDA libraries (gigabytes). A machine without a GPU does better with PyTorch's own index of CPU builds.
 TORCH_INDEX ?=
@@ -23,6 +24,7 @@ FOR_SERVE := $(VENV)/.installed-serve
 FOR_TRAIN := $(VENV)/.installed-train
 FOR_DEV   := $(VENV)/.installed-dev
 FOR_CLIENTS := $(CLIENTS)/.installed
+FOR_SUPPLY := $(VENV)/.installed-supply
 FOR_BENCH := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
@@ -46,6 +48,9 @@ serve: $(FOR_SERVE) ## start the service on HOST:PORT
 
 test: $(FOR_DEV) $(FOR_CLIENTS) ## run the tests (ARGS="-k name")
 	CLIENTS="$(CLIENTS)" $(PY) -m pytest $(ARGS)
+
+fuzz: $(FOR_DEV) ## send thousands of good and bad requests (FUZZ_EXAMPLES of each operation)
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(PY) -m pytest tests/app/test_fuzz.py --timeout 3600 $(ARGS)
 
 check: $(FOR_DEV) ## lint, format check, strict types
 	$(PY) -m ruff check $(CODE)
@@ -73,6 +78,15 @@ train-translate: $(FOR_TRAIN) ## train the translator, both directions in one mo
 
 evaluate: $(FOR_TRAIN) ## measure a model and write its card (ARGS=...)
 	$(TRAIN) evaluate $(ARGS)
+
+# For every platform, from the index that everybody has, whatever pip is set to on this machine.
+requirements: $(FOR_SUPPLY) ## pin what the image installs, with its hashes, into requirements.txt
+	$(VENV)/bin/uv pip compile pyproject.toml --constraints constraints.txt --no-config \
+	    --universal --python-version 3.11 --generate-hashes --no-annotate --quiet \
+	    --custom-compile-command "make requirements" --output-file requirements.txt
+
+audit: $(FOR_SUPPLY) ## look up known vulnerabilities of what the image installs
+	$(PY) -m pip_audit --requirement requirements.txt --require-hashes --disable-pip --strict $(ARGS)
 
 clean: ## remove the virtual environment and every cache
 	rm -rf "$(VENV)" "$(CLIENTS)" build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
@@ -110,4 +124,5 @@ $(FOR_CLIENTS): tests/clients/older.txt | $(FOR_DEV)
 
 $(FOR_TRAIN): EXTRAS = [train]
 $(FOR_DEV): EXTRAS = [dev]
+$(FOR_SUPPLY): EXTRAS = [supply]
 $(FOR_BENCH): EXTRAS = [bench]

@@ -250,7 +250,7 @@ def test_the_image_copies_only_what_it_is_given() -> None:
 
 def test_dependencies_come_before_the_source() -> None:
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-    assert text.index("pip install -c constraints.txt") < text.index("COPY app")
+    assert text.index("pip install --require-hashes") < text.index("COPY app")
     assert text.index("USER ") < text.index("ENTRYPOINT [")
 
 
@@ -268,6 +268,37 @@ def test_every_dependency_is_pinned() -> None:
     for requirement in map(Requirement, wanted):
         if requirement.name != project["name"]:
             assert requirement.specifier.contains(pins[canonical(requirement.name)])
+
+
+def pinned_with_hashes() -> dict[str, tuple[str, int]]:
+    """Of requirements.txt: version and number of hashes by name."""
+    text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    entries = re.split(r"^(?=[a-z])", re.sub(r"(?m)^#.*\n", "", text), flags=re.MULTILINE)
+    found = {}
+    for entry in filter(str.strip, entries):
+        name, version = re.match(r"([a-z0-9.-]+)==(\S+)", entry).groups()  # type: ignore[union-attr]
+        found[name] = (version, len(re.findall(r"--hash=sha256:[0-9a-f]{64}", entry)))
+    return found
+
+
+def test_the_image_installs_what_was_tested_and_checks_its_hashes() -> None:
+    pinned = pinned_with_hashes()
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    tested = {
+        canonical(line.split("==")[0]): line.split("==")[1] for line in lines if not line.startswith("#")
+    }
+    assert all(n_hashes for _, n_hashes in pinned.values())
+    assert {canonical(Requirement(line).name) for line in pyproject()["project"]["dependencies"]} <= set(
+        pinned
+    )
+    for name, (version, _) in pinned.items():
+        assert tested.get(canonical(name), version) == version, f"make requirements: {name}"
+    installs = re.findall(r"pip install (.*)", (ROOT / "Dockerfile").read_text(encoding="utf-8"))
+    assert len(installs) == 3
+    for options in installs:
+        assert "--no-deps --only-binary=:all:" in options
+        # Another index's torch has another hash, which its builder gives.
+        assert ("--require-hashes" in options) != ("--index-url" in options)
 
 
 def test_every_imported_package_is_a_dependency() -> None:
