@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 import time
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -133,6 +134,19 @@ def print_key(arguments: list[str]) -> None:
     print(f"line, for the key file:    {line}")
 
 
+def print_inspection(arguments: list[str]) -> None:
+    """Say what a checkpoint is, and exit with 1 where it cannot be served."""
+    from app.inspection import inspect_folder  # here, because it imports torch
+
+    parser = argparse.ArgumentParser(
+        prog="python -m app inspect", description="What a checkpoint is and takes; nothing is loaded."
+    )
+    parser.add_argument("folder", type=Path)
+    lines, fits = inspect_folder(parser.parse_args(arguments).folder, Settings())
+    print("\n".join(lines))
+    sys.exit(0 if fits else 1)
+
+
 def main(arguments: list[str]) -> None:
     """Settings come from the environment, `.env` and the arguments; the last win."""
     if arguments == ["--settings-table"]:
@@ -140,6 +154,9 @@ def main(arguments: list[str]) -> None:
         return
     if arguments[:1] == ["key"]:
         print_key(arguments[1:])
+        return
+    if arguments[:1] == ["inspect"]:
+        print_inspection(arguments[1:])
         return
     try:
         settings = Settings(_cli_parse_args=arguments)

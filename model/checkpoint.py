@@ -164,6 +164,13 @@ class Folder:
             raise CheckpointError(str(error)) from None
         return _own_tokenizer(self.path / TOKENIZER, self.config)
 
+    def check(self) -> int:
+        """Do the weights fit? Nothing is read of them. Returns the number of parameters."""
+        model = weights.empty_model(lambda: build_model(self.config))
+        if not self.adapter:
+            _refusing(weights.plan, model, self.stored, self.takes, self.files[0])
+        return sum(parameter.numel() for parameter in model.parameters())
+
     def model(self, device: torch.device | str, dtype: torch.dtype) -> Model:
         """The model, filled, ready for inference."""
         model: Model = weights.empty_model(lambda: build_model(self.config))

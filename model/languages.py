@@ -59,9 +59,11 @@ def iso_code(code: str) -> str:
 
 
 def language_name(code: str) -> str:
-    """The English name, with what follows the language in its code; the code where it is not known."""
-    iso, *rest = iso_code(code), *_parts(code)[1:]
-    return _NAMES.get(iso, code) + (f" ({rest[0].title()})" if len(rest) == 1 and len(rest[0]) == 4 else "")
+    """The English name, with the script where the code has one; the code where it is not known."""
+    name, rest = _NAMES.get(iso_code(code)), _parts(code)[1:]
+    if name is None:
+        return code
+    return f"{name} ({rest[0].title()})" if rest and len(rest[0]) == 4 else name
 
 
 def find_language(code: str, known: Iterable[str]) -> str | None:

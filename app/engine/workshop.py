@@ -23,7 +23,7 @@ from model.sampling import BeamParams, SamplingParams
 from model.tokenizer import Tokenizer
 
 _WARM_UP_SECONDS = 600.0  # a device that does not answer ends the start, not the patience of whoever waits
-_ARCHITECTURES = {
+ARCHITECTURES = {
     "translate": "translator",
     "fill-mask": "masked_lm",
     "generate": "causal_lm",
@@ -90,8 +90,8 @@ class ModelWorkshop:
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder ({endpoint})")
         config = load_config(folder)
-        if config.architecture != _ARCHITECTURES[endpoint]:
-            wanted = _ARCHITECTURES[endpoint]
+        if config.architecture != ARCHITECTURES[endpoint]:
+            wanted = ARCHITECTURES[endpoint]
             raise CheckpointError(f"{folder}: holds a {config.architecture}, {endpoint} takes a {wanted}")
         return config
 

@@ -136,6 +136,13 @@ def save(model: Any, folder: Path, **options: Any) -> None:
     model.save_pretrained(folder, **options)
 
 
+def read_exported(name: str, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """A model of the library's class of this name, its tokenizer, and what its loading found amiss."""
+    model, report = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+    amiss = {key: value for key, value in report.items() if value}
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(folder), amiss
+
+
 def read_tokenizer(name: str, folder: Path) -> Any:
     """A tokenizer of the library's class of this name."""
     with warnings.catch_warnings():
