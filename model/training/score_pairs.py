@@ -34,7 +34,7 @@ def add_score_pairs_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of the translator")
     parser.add_argument("--pairs", type=Path, required=True, help="pack of pairs")
     parser.add_argument("--out", type=Path, required=True, help="pack of those that stay, *.tsv or *.tsv.xz")
-    parser.add_argument("--max-score", type=float, default=8.0, help="nats a token; pairs over it go")
+    parser.add_argument("--max-score", type=float, default=6.5, help="nats a token; pairs over it go")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="pairs read; 0 is all")
     parser.add_argument(
         "--show", type=int, default=0, metavar="N", help="print the N worst pairs of each chunk"
