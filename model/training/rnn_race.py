@@ -108,8 +108,8 @@ def race(
 @torch.no_grad()
 def held_rows(trainers: dict[str, Trainer], task: TranslateTask, edges: Sequence[int]) -> list[Row]:
     """Held-out loss per target token, by the longer side's length in tokens."""
-    lengths = task.lengths[np.concatenate([batch // 2 for batch in task.batches(0)])]
     examples = np.concatenate(task.batches(0))
+    lengths = task.lengths[examples // 2] - 3  # without tag, language and end
     rows = []
     for low, high in spans(edges):
         chosen = np.sort(examples[(lengths > low) & (lengths <= high)])
