@@ -42,6 +42,8 @@ from app.middleware import ModelPathMiddleware, RecordMiddleware
 from app.quotas import Quotas
 from app.settings import Settings, is_given, named_folders
 from model.checkpoint import CheckpointError
+from model.inference import Quantization
+from model.quantize import is_supported
 
 log = logging.getLogger("app")
 
@@ -72,6 +74,10 @@ _SETTINGS = {
 }
 
 
+# Reading so many tokens of a prompt takes about as long as a step of many rows.
+_CHUNK_TOKENS = {"cpu": 64, "cuda": 512}
+
+
 class StartError(Exception):
     """Settings that this machine cannot serve; the message names them."""
 
@@ -94,6 +100,9 @@ def load_services(settings: Settings, lifecycle: Lifecycle) -> Services:
         max_wait_seconds=settings.max_wait_seconds,
         max_bytes=settings.max_model_bytes,
         max_context=settings.max_context,
+        quantization=resolve_quantization(settings, device, dtype),
+        chunk_tokens=settings.chunk_tokens or _CHUNK_TOKENS[device.type],
+        n_prefix_tokens=settings.prefix_tokens,
     )
     tasks: dict[str, list[Any]] = {endpoint: [] for endpoint in LANES}
     for endpoint, name, folder in wanted_models(settings):
@@ -133,6 +142,14 @@ def resolve_device(settings: Settings) -> tuple[torch.device, torch.dtype]:
         "bfloat16": torch.bfloat16,
     }
     return torch.device("cuda" if cuda else "cpu"), dtypes[settings.dtype]
+
+
+def resolve_quantization(settings: Settings, device: torch.device, dtype: torch.dtype) -> Quantization:
+    """What "auto" means for this device and number format. Raises StartError where int8 cannot be had."""
+    possible = device.type == "cpu" and dtype == torch.float32 and is_supported()
+    if settings.quantization == "int8" and not possible:
+        raise StartError("quantization is int8, which needs device cpu, dtype float32 and a torch with int8")
+    return "int8" if possible and settings.quantization != "none" else "none"
 
 
 async def warm_up(services: Services) -> None:

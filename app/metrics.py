@@ -100,6 +100,9 @@ inter_token_seconds = _histogram(
     "inter_token_seconds", "Between two tokens of one item.", _LANE, TOKEN_BUCKETS
 )
 prompt_tokens_total = _counter("prompt_tokens_total", "Tokens taken in.", _ENDPOINT_MODEL)
+reused_tokens_total = _counter(
+    "reused_tokens_total", "Prompt tokens whose keys and values an earlier prompt left.", _LANE_MODEL
+)
 generated_tokens_total = _counter("generated_tokens_total", "Tokens produced.", _LANE_MODEL)
 
 batch_rows = _histogram("batch_rows", "Rows of one model step.", _LANE_PHASE, SIZE_BUCKETS)

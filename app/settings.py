@@ -134,6 +134,10 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="number format of the weights; auto: float32 on cpu, bfloat16 on cuda"
     )
+    quantization: Literal["auto", "none", "int8"] = Field(
+        "auto",
+        description="weights in 8 bits, on the CPU alone; auto: int8 on cpu in float32, none elsewhere",
+    )
     n_threads: int = Field(
         0, ge=0, le=1024, description="threads of one model step on the CPU; 0: all cores but one"
     )
@@ -147,6 +151,18 @@ class Settings(BaseSettings):
         description="tokens that a row holds, prompt and output; 0: what a model can",
     )
     prefill_tokens: int = Field(2048, ge=1, le=1_000_000, description="prompt tokens taken in by one step")
+    chunk_tokens: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="tokens of a prompt taken in by a step while others generate; 0: 64 on cpu, 512 on cuda",
+    )
+    prefix_tokens: int = Field(
+        4096,
+        ge=0,
+        le=100_000_000,
+        description="tokens of prompts that are kept for prompts that begin with the same; 0: none",
+    )
     max_batch_tokens: int = Field(
         8192, ge=1, le=10_000_000, description="padded tokens of one fill-mask batch"
     )

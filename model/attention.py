@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.config import TransformerConfig
+from model.masks import MaskParts
 
 KV = tuple[Tensor, Tensor]  # keys and values, each (B, H, S, K)
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (B, 1, T, K / 2)
@@ -76,16 +77,26 @@ class Attention(nn.Module):
         """All three of one input: queries (B, H, T, K), and keys and values, each (B, H_kv, T, K)."""
         return self.project_q(x, rotation), self.project_kv(x, rotation)
 
-    def forward(self, x: Tensor, kv: KV, mask: Tensor | None, rotation: Rotation | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, kv: KV, mask: Tensor | MaskParts | None, rotation: Rotation | None = None
+    ) -> Tensor:
         """x (B, T, D), kv each (B, H_kv, S, K), mask broadcastable to (B, 1, T, S) -> (B, T, D)."""
         return self.attend(self.project_q(x, rotation), kv, mask)
 
-    def attend(self, q: Tensor, kv: KV, mask: Tensor | None) -> Tensor:
+    def attend(self, q: Tensor, kv: KV, mask: Tensor | MaskParts | None) -> Tensor:
         """Projected queries (B, H, T, K) over kv, each (B, H_kv, S, K) -> (B, T, D)."""
         k, v = kv
+        if not isinstance(mask, MaskParts):
+            return self._merge(self._fused_kernel(q, k, v, mask))
+        outs = [
+            self._fused_kernel(q[first:last], k[first:last, :, :length], v[first:last, :, :length], own)
+            for first, last, length, own in mask.parts
+        ]
+        return self._merge(torch.cat(outs))
+
+    def _fused_kernel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         grouped = self.n_kv_heads != self.n_heads
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-        return self._merge(out)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
     def weights(self, q: Tensor, kv: KV, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The same as `attend` by the readable reference, and the attention weights (B, H, T, S)."""

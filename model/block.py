@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from model.attention import KV, Attention, Rotation
 from model.cache import LayerCache
 from model.config import TransformerConfig
+from model.masks import MaskParts
 
 
 def gelu_sigmoid(x: Tensor) -> Tensor:
@@ -104,10 +105,10 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | MaskParts | None,
         cache: LayerCache | None = None,
         memory: KV | None = None,
-        memory_mask: Tensor | None = None,
+        memory_mask: Tensor | MaskParts | None = None,
         rotation: Rotation | None = None,
     ) -> Tensor:
         """x (B, T, D) -> (B, T, D); memory is the cross-attention's (k, v), projected once a request."""

@@ -88,3 +88,15 @@ class KVCache:
         target = torch.tensor(targets, device=self.k.device)
         self.k[:, target, :, :length] = self.k[:, source, :, :length]
         self.v[:, target, :, :length] = self.v[:, source, :, :length]
+
+    def take_block(self, pool: KVCache, block: int, row: int, start: int) -> None:
+        """Copy a block of another cache, a row of it, into a row of this one from position `start` on."""
+        place = slice(start, start + pool.max_len)
+        self.k[:, row, :, place] = pool.k[:, block]
+        self.v[:, row, :, place] = pool.v[:, block]
+
+    def give_block(self, pool: KVCache, block: int, row: int, start: int) -> None:
+        """The inverse of `take_block`."""
+        place = slice(start, start + pool.max_len)
+        pool.k[:, block] = self.k[:, row, :, place]
+        pool.v[:, block] = self.v[:, row, :, place]

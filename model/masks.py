@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -39,3 +41,36 @@ def document_mask(documents: Tensor) -> Tensor:
     """documents (B, T), an id per token -> (B, 1, T, T): causal, within the own document only."""
     same = documents[:, :, None] == documents[:, None, :]
     return same[:, None] & causal_mask(documents.size(1), documents.device)
+
+
+@dataclass(frozen=True)
+class MaskParts:
+    """Masks of neighbouring rows that read different lengths: (first, last + 1, length, mask or None).
+
+    Rows with a short past beside one with a long past would else all read as much as the longest.
+    """
+
+    parts: tuple[tuple[int, int, int, Tensor | None], ...]
+
+
+def split_by_length(lengths: list[int], part_cost: int) -> list[tuple[int, int, int]]:
+    """Neighbouring rows in parts (first, last + 1, longest): two classes of length, where that saves reading.
+
+    `part_cost` is what another part must save, in positions read.
+    """
+    n_rows, longest = len(lengths), max(lengths)
+    best_cost, limit = n_rows * longest, longest
+    for n_short, length in enumerate(sorted(lengths), 1):
+        # At worst every long row stands alone among short ones.
+        n_long = n_rows - n_short
+        cost = n_short * length + n_long * longest + 2 * n_long * part_cost
+        if cost < best_cost:
+            best_cost, limit = cost, length
+    parts: list[tuple[int, int, int]] = []
+    for row, length in enumerate(lengths):
+        if parts and (parts[-1][2] <= limit) == (length <= limit):
+            first, _, before = parts[-1]
+            parts[-1] = first, row + 1, max(before, length)
+        else:
+            parts.append((row, row + 1, length))
+    return parts

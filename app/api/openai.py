@@ -597,4 +597,6 @@ def _sampling(body: CompletionRequest) -> SamplingParams:
         presence_penalty=body.presence_penalty or 0.0,
         logit_bias=tuple((int(name), amount) for name, amount in (body.logit_bias or {}).items()),
         top_n_tokens=body.logprobs or 0,
+        # The best of several are found by them.
+        logprobs=body.logprobs is not None or (body.best_of or 1) > 1,
     )

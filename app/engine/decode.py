@@ -17,7 +17,15 @@ from app.engine.beams import BeamGroup, Candidate, Ended
 from app.engine.errors import Aborted, EngineError, Overloaded, PromptTooLong, StepFailed
 from app.engine.lane import Door, Failures, Handover, Handovers, check_fits, halving
 from app.engine.memory import context_len
-from app.engine.runner import DecodeRunner, Drawn, GenerateRunner, Guards, TranslateRunner
+from app.engine.prefixes import PrefixIndex
+from app.engine.runner import (
+    BLOCK_TOKENS,
+    DecodeRunner,
+    Drawn,
+    GenerateRunner,
+    Guards,
+    TranslateRunner,
+)
 from app.engine.scheduler import Moves, Scheduler
 from app.engine.sequence import FinishReason, Hypothesis, Outcome, Sequence, SequenceStatus, TokenEvent
 from model.checkpoint import Checkpoint
@@ -118,10 +126,10 @@ class DecodeLane(ABC, Generic[Choice]):
         """One step; returns what it produced."""
         self._forget_departed()
         with self._lock:
-            admitted = self.scheduler.admit()
+            admitted = self.scheduler.admit(self._admission_tokens())
             self._measure_queue()
-        if admitted:
-            self._admit(admitted)
+        self._admit(admitted)
+        self._read_prompts(admitted)
         if self.scheduler.running:
             self._step()
         return self._take_out()
@@ -158,9 +166,6 @@ class DecodeLane(ABC, Generic[Choice]):
             sequence.admitted_at = now
             metrics.queue_seconds.labels(self.name).observe(sequence.queue_seconds)
             self._open(sequence)
-        self._note_padding([sequence.n_prompt_tokens for sequence in admitted])
-        _, failed = halving(admitted, self._prefill, self.failures.note)
-        self._end(failed, _step_failed)
 
     def _step(self) -> None:
         rows = range(self.scheduler.n_active)
@@ -235,8 +240,12 @@ class DecodeLane(ABC, Generic[Choice]):
         """The inverse of `_open`; nothing happens where nothing is remembered."""
 
     @abstractmethod
-    def _prefill(self, admitted: Items[Sequence]) -> None:
-        """Read the prompts of sequences in neighbouring rows. May be tried again."""
+    def _admission_tokens(self) -> int:
+        """How many padded prompt tokens may be admitted now."""
+
+    @abstractmethod
+    def _read_prompts(self, admitted: list[Sequence]) -> None:
+        """Read what this turn may of the prompts."""
 
     @abstractmethod
     def _choose(self, rows: Items[int]) -> dict[int, Choice]:
@@ -258,6 +267,7 @@ class _Generation:
     params: SamplingParams
     noise: random.Random
     uniform: float = 0.0  # for the next token; drawn ahead, so that a step tried again draws the same
+    n_read: int = 0  # tokens, of the prompt and then of its own, whose keys and values its row holds
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -267,14 +277,58 @@ class _Generation:
         self.uniform = self.noise.random()
 
 
+class _Chunk(NamedTuple):
+    """Part of a prompt that a turn reads."""
+
+    sequence: Sequence
+    start: int
+    n_tokens: int
+
+
+def _neighbours(chunks: list[_Chunk]) -> list[list[_Chunk]]:
+    """Groups in neighbouring rows that begin at one position and are not too different in length."""
+    groups: list[list[_Chunk]] = []
+    for chunk in sorted(chunks, key=lambda chunk: chunk.sequence.rows[0]):
+        if groups and _may_join(groups[-1], chunk):
+            groups[-1].append(chunk)
+        else:
+            groups.append([chunk])
+    return groups
+
+
+def _may_join(group: list[_Chunk], chunk: _Chunk) -> bool:
+    sizes = [chunk.n_tokens, *(other.n_tokens for other in group)]
+    near = chunk.sequence.rows[0] == group[-1].sequence.rows[0] + 1 and chunk.start == group[0].start
+    return near and max(sizes) * len(sizes) <= 2 * sum(sizes)
+
+
+def _next_input(sequence: Sequence, state: _Generation) -> int:
+    """The first token that a row has not read."""
+    n_own = state.n_read - sequence.n_prompt_tokens
+    return sequence.prompt_ids[state.n_read] if n_own < 0 else state.token_ids[n_own]
+
+
 class GenerateLane(DecodeLane[Drawn]):
-    """Next-token generation: a row a sequence, sampled on the device."""
+    """Next-token generation: a row a sequence, sampled on the device.
+
+    While others run, a long prompt is read in chunks of `chunk_tokens` a turn, so that nobody waits for it.
+    A step covers all rows; one whose prompt is still being read reads its next prompt token in it.
+    """
 
     runner: GenerateRunner
     prefill_phase, params_type = "prefill", SamplingParams
 
-    def __init__(self, name: str, runner: GenerateRunner, limits: DecodeLimits, prefill_tokens: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        runner: GenerateRunner,
+        limits: DecodeLimits,
+        prefill_tokens: int,
+        chunk_tokens: int | None = None,
+    ) -> None:
         super().__init__(name, runner, limits, prefill_tokens)
+        self.chunk_tokens = min(chunk_tokens or prefill_tokens, prefill_tokens)
+        self._prefixes = PrefixIndex(runner.pool.n_slots, BLOCK_TOKENS)
         self._generations: dict[Sequence, _Generation] = {}
         self._rows: tuple[list[Sequence], SamplingRows] | None = None
 
@@ -292,24 +346,70 @@ class GenerateLane(DecodeLane[Drawn]):
         self._generations.pop(sequence, None)
         self._rows = None
 
-    def _prefill(self, admitted: Items[Sequence]) -> None:
-        for sequence in admitted:
-            if sequence.prompt_logprobs:
-                sequence.prompt_logprobs_out = self.runner.prompt_logprobs(sequence.prompt_ids)
-        # The last prompt token is left to the step, which reads one token a row in any case.
-        prompts = [sequence.prompt_ids[:-1] for sequence in admitted]
-        if any(prompts):
-            self.runner.prefill(admitted[0].rows[0], prompts)
+    def _admission_tokens(self) -> int:
+        return self._prompt_tokens() - sum(map(self._n_unread, self.scheduler.running))
+
+    def _prompt_tokens(self) -> int:
+        """What this turn may read of prompts: little while somebody waits for a next token."""
+        waited_for = any(self._n_unread(sequence) == 0 for sequence in self.scheduler.running)
+        return self.chunk_tokens if waited_for else self.scheduler.prefill_tokens
+
+    def _n_unread(self, sequence: Sequence) -> int:
+        """Prompt tokens to be read before the step; the last is left to it, which reads one in any case."""
+        return max(0, sequence.n_prompt_tokens - 1 - self._generations[sequence].n_read)
+
+    def _read_prompts(self, admitted: list[Sequence]) -> None:
+        failed = [sequence for sequence in admitted if not self._begin(sequence)]
+        budget = self._prompt_tokens()
+        chunks: list[_Chunk] = []
+        for sequence in self.scheduler.running:
+            n_tokens = min(budget, self._n_unread(sequence))
+            if n_tokens > 0 and sequence not in failed:
+                budget -= n_tokens
+                chunks.append(_Chunk(sequence, self._generations[sequence].n_read, n_tokens))
+        for group in _neighbours(chunks):
+            self._note_padding([chunk.n_tokens for chunk in group])
+            _, lost = halving(group, self._prefill, self.failures.note)
+            failed += [chunk.sequence for chunk in lost]
+        self._end(failed, _step_failed)
+
+    def _begin(self, sequence: Sequence) -> bool:
+        """What a prompt needs before its first chunk; False where that failed."""
+        return not halving([sequence], lambda part: self._start(part[0]), self.failures.note)[1]
+
+    def _start(self, sequence: Sequence) -> None:
+        if sequence.prompt_logprobs:
+            sequence.prompt_logprobs_out = self.runner.prompt_logprobs(sequence.prompt_ids)
+        blocks = self._prefixes.find(sequence.prompt_ids[:-1])
+        self.runner.reuse(sequence.rows[0], blocks)
+        self._generations[sequence].n_read = len(blocks) * BLOCK_TOKENS
+        labels = self.name, self.runner.model_name
+        metrics.reused_tokens_total.labels(*labels).inc(len(blocks) * BLOCK_TOKENS)
+
+    def _prefill(self, group: Items[_Chunk]) -> None:
+        parts = [chunk.sequence.prompt_ids[chunk.start : chunk.start + chunk.n_tokens] for chunk in group]
+        self.runner.prefill(group[0].sequence.rows[0], parts, group[0].start)
+        for chunk in group:
+            self._generations[chunk.sequence].n_read = chunk.start + chunk.n_tokens
+
+    def _keep(self, sequence: Sequence) -> None:
+        """Leave a prompt's beginning, which has proved sound, to those that begin with the same."""
+        new = self._prefixes.add(sequence.prompt_ids[:-1])
+        try:
+            self.runner.keep(sequence.rows[0], new)
+        except Exception as error:
+            self.failures.note(error, 1)
+            self._prefixes.forget()
 
     def _row_length(self, sequence: Sequence) -> int:
-        return sequence.n_prompt_tokens + len(self._generations[sequence].token_ids)
+        return self._generations[sequence].n_read + 1
 
     def _choose(self, rows: Items[int]) -> dict[int, Drawn]:
         owners = self.scheduler.owners[rows[0] : rows[-1] + 1]
         states = [self._generations[sequence] for sequence in owners]
         pairs = list(zip(owners, states, strict=True))
-        token_ids = [(state.token_ids or sequence.prompt_ids)[-1] for sequence, state in pairs]
-        positions = [sequence.n_prompt_tokens - 1 + len(state.token_ids) for sequence, state in pairs]
+        token_ids = [_next_input(sequence, state) for sequence, state in pairs]
+        positions = [state.n_read for state in states]
         logits = self.runner.step(rows[0], token_ids, positions)
         guards = Guards()
         for row, (sequence, state) in enumerate(pairs):
@@ -338,12 +438,18 @@ class GenerateLane(DecodeLane[Drawn]):
 
     def _commit(self, chosen: dict[int, Drawn], running: list[Sequence]) -> None:
         now = time.monotonic()
-        broken = [s for s in running if math.isnan(chosen[s.rows[0]].logprob)]
-        sound = [s for s in running if s not in broken]
-        reasons = {s: self._hand_over(s, chosen[s.rows[0]], now) for s in sound}
-        metrics.generated_tokens_total.labels(self.name, self.runner.model_name).inc(len(sound))
-        self._wipe(broken)
-        self._end([*broken, *(s for s in sound if reasons[s])], lambda s: self._outcome(s, reasons.get(s)))
+        broken = {s for s in running if math.isnan(chosen[s.rows[0]].logprob)}
+        for sequence in running:
+            self._generations[sequence].n_read += 1
+        # A row in the middle of its prompt has read a token of it, and what was drawn is nobody's.
+        ready = [s for s in running if s not in broken and self._generations[s].n_read >= s.n_prompt_tokens]
+        for sequence in ready:
+            if not self._generations[sequence].token_ids:
+                self._keep(sequence)
+        reasons = {s: self._hand_over(s, chosen[s.rows[0]], now) for s in ready}
+        metrics.generated_tokens_total.labels(self.name, self.runner.model_name).inc(len(ready))
+        self._wipe(list(broken))
+        self._end([*broken, *(s for s in ready if reasons[s])], lambda s: self._outcome(s, reasons.get(s)))
 
     def _outcome(self, sequence: Sequence, reason: FinishReason | None) -> Outcome:
         return _no_number() if reason is None else [self._hypothesis(sequence, reason)]
@@ -408,9 +514,18 @@ class TranslateLane(DecodeLane[Ranked]):
     def _forget(self, sequence: Sequence) -> None:
         self._groups.pop(sequence, None)
 
-    def _prefill(self, admitted: Items[Sequence]) -> None:
-        sources = [sequence.prompt_ids for sequence in admitted]
-        self.runner.encode(admitted[0].rows[0], sources, [sequence.n_rows for sequence in admitted])
+    def _admission_tokens(self) -> int:
+        return self.scheduler.prefill_tokens
+
+    def _read_prompts(self, admitted: list[Sequence]) -> None:
+        failed: list[Sequence] = []
+        for group in _alike(admitted):
+            self._note_padding([sequence.n_prompt_tokens for sequence in group])
+            failed += halving(group, self._encode, self.failures.note)[1]
+        self._end(failed, _step_failed)
+
+    def _encode(self, group: Items[Sequence]) -> None:
+        self.runner.encode([s.rows for s in group], [s.prompt_ids for s in group])
 
     def _row_length(self, sequence: Sequence) -> int:
         return self._groups[sequence].n_steps + 1
@@ -509,6 +624,17 @@ class TranslateLane(DecodeLane[Ranked]):
         return Hypothesis(ended.tokens, ended.score, ended.logprobs, reason, alignment)
 
 
+def _alike(sequences: list[Sequence]) -> list[list[Sequence]]:
+    """By length, in groups of which the longest is at most half as long again as the shortest."""
+    groups: list[list[Sequence]] = []
+    for sequence in sorted(sequences, key=lambda sequence: sequence.n_prompt_tokens):
+        if groups and 2 * sequence.n_prompt_tokens <= 3 * groups[-1][0].n_prompt_tokens:
+            groups[-1].append(sequence)
+        else:
+            groups.append([sequence])
+    return groups
+
+
 def _no_number() -> StepFailed:
     return StepFailed("the model gave no number")
 
@@ -526,10 +652,25 @@ def make_decode_lane(
     max_queue_items: int,
     max_queue_tokens: int,
     max_context: int = 0,
+    chunk_tokens: int | None = None,
+    n_prefix_tokens: int = 0,
 ) -> GenerateLane | TranslateLane:
-    """The lane that suits a checkpoint's architecture; 0 for `max_context` is no bound."""
+    """The lane that suits a checkpoint's architecture; 0 for `max_context` is no bound.
+
+    The last two are for generation alone.
+    """
     max_len = context_len(checkpoint.config, max_context)
     limits = DecodeLimits(max_len, max_len, n_slots, max_queue_items, max_queue_tokens)
     if isinstance(checkpoint.model, Translator):
-        return TranslateLane(name, TranslateRunner(checkpoint, n_slots, max_len), limits, prefill_tokens)
-    return GenerateLane(name, GenerateRunner(checkpoint, n_slots, max_len), limits, prefill_tokens)
+        translating = TranslateRunner(checkpoint, n_slots, max_len)
+        _prepare(translating)
+        return TranslateLane(name, translating, limits, prefill_tokens)
+    generating = GenerateRunner(checkpoint, n_slots, max_len, n_prefix_tokens // BLOCK_TOKENS)
+    _prepare(generating)
+    return GenerateLane(name, generating, limits, prefill_tokens, chunk_tokens)
+
+
+def _prepare(runner: DecodeRunner) -> None:
+    """A CPU is faster over exactly what there is, a GPU in few shapes that it has seen."""
+    if runner.device.type == "cuda":
+        runner.make_static()

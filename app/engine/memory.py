@@ -11,6 +11,7 @@ from torch import nn
 
 from model.config import TransformerConfig
 from model.models import build_model, make_cache
+from model.quantize import Int8Linear
 
 _MEMINFO = Path("/proc/meminfo")
 
@@ -48,19 +49,28 @@ def context_len(config: TransformerConfig, max_context: int) -> int:
     return min(config.max_len, max_context or config.max_len)
 
 
-def cache_bytes(config: TransformerConfig, dtype: torch.dtype, n_slots: int, max_context: int = 0) -> int:
-    """What the caches of a decoding model's rows take."""
+def cache_bytes(
+    config: TransformerConfig,
+    dtype: torch.dtype,
+    n_slots: int,
+    max_context: int = 0,
+    n_prefix_tokens: int = 0,
+) -> int:
+    """What the caches of a decoding model's rows take, and the kept beginnings of prompts."""
     if not n_slots or not config.n_decoder_layers:
         return 0
-    n_caches = 2 if config.n_encoder_layers else 1  # a translator keeps the projected memory too
-    length = context_len(config, max_context)
-    return n_caches * make_cache(config, n_slots, length, "meta", dtype).n_bytes
+    rows = make_cache(config, n_slots, context_len(config, max_context), "meta", dtype).n_bytes
+    if config.n_encoder_layers:
+        return 2 * rows  # a translator keeps the projected memory too
+    return rows + make_cache(config, 1, n_prefix_tokens, "meta", dtype).n_bytes
 
 
 def held_bytes(models: Iterable[nn.Module | None]) -> int:
     """What the weights of models take together, those that several of them hold counted once."""
-    weights = {p.data_ptr(): p.nbytes for model in models if model is not None for p in model.parameters()}
-    return sum(weights.values())
+    loaded = [model for model in models if model is not None]
+    weights = {p.data_ptr(): p.nbytes for model in loaded for p in model.parameters()}
+    eights = {id(m): m.n_bytes for model in loaded for m in model.modules() if isinstance(m, Int8Linear)}
+    return sum(weights.values()) + sum(eights.values())
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -12,15 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from app.engine.graphs import StaticStep
 from model.block import WeightsTap
 from model.checkpoint import Checkpoint
 from model.config import TransformerConfig
-from model.masks import length_mask, position_mask
+from model.masks import MaskParts, length_mask, position_mask, split_by_length
 from model.models import CausalLM, Classifier, MaskedLM, Translator, make_cache
-from model.sampling import SamplingRows, penalise, sample
+from model.sampling import SamplingRows, penalise, sample, top_tokens
 from model.tokenizer import Tokenizer
 
-_BUCKET = 32  # what is read of the cache is rounded up to this, so that few shapes occur
+BLOCK_TOKENS = 32  # what is kept of prompts comes in blocks of so many tokens
+# Another call of the attention kernel takes about as long as reading so many more positions.
+_PART_COST = 256
 
 
 @dataclass
@@ -57,23 +60,70 @@ class DecodeRunner:
         self.device, self.dtype = parameter.device, parameter.dtype
         self.n_slots, self.max_len = n_slots, max_len
         self.cache = make_cache(checkpoint.config, n_slots, max_len, self.device, self.dtype)
-        self.suppressed = _suppressed(checkpoint.tokenizer, checkpoint.config).to(self.device)
+        suppressed = sorted(_suppressed(checkpoint.tokenizer, checkpoint.config))
+        self.suppressed = torch.tensor(suppressed, dtype=torch.long, device=self.device)
+        self.static: StaticStep | None = None
+
+    def make_static(self) -> None:
+        """From now on steps run over static buffers; on a GPU as CUDA graphs, which are captured here."""
+        self.static = StaticStep(
+            self._compute, self.n_slots, self.max_len, self.config.vocab_size, self.device
+        )
+        if self.device.type == "cuda":
+            self.static.capture()
 
     def step(self, first: int, token_ids: list[int], positions: list[int]) -> Tensor:
         """Rows first .. first + B: each reads its next token at its position -> logits (B, V), float32.
 
         Repeating a step writes the same cache entries again, so a failed one can be tried again.
         """
-        ids = torch.tensor(token_ids, device=self.device)[:, None]
-        places = torch.tensor(positions, device=self.device)[:, None]
-        length = min(self.max_len, -(-(max(positions) + 1) // _BUCKET) * _BUCKET)
-        hidden = self._decode(first, ids, places, length)
-        logits: Tensor = self.model.head(hidden[:, -1]).float()
-        return logits.masked_fill_(self.suppressed, -torch.inf)
+        if self.static is not None and first == 0:
+            return self.static.run(token_ids, positions, self._memory_lengths(len(token_ids)))
+        ids, places = torch.tensor([token_ids, positions], device=self.device).unsqueeze(-1)
+        lengths = [position + 1 for position in positions]
+        if self.config.window:  # which the decoder narrows, layer by layer
+            mask: Tensor | MaskParts | None = position_mask(places, max(lengths))
+        else:
+            mask = self._length_mask(lengths)
+        return self._project(self._decode(first, ids, places, max(lengths), mask))
 
-    def _decode(self, first: int, ids: Tensor, positions: Tensor, length: int) -> Tensor:
+    def _project(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.model.head(hidden[:, -1]).float()
+        return logits.index_fill_(1, self.suppressed, -torch.inf)
+
+    def _compute(self, token_ids: Tensor, positions: Tensor, memory_lengths: Tensor, length: int) -> Tensor:
+        """A step of the first rows, every shape of which follows from their number and `length`."""
+        places = positions[:, None]
+        return self._project(
+            self._decode(0, token_ids[:, None], places, length, position_mask(places, length))
+        )
+
+    def _memory_lengths(self, n_rows: int) -> list[int]:
+        return [0] * n_rows
+
+    def _length_mask(self, lengths: list[int]) -> MaskParts | Tensor | None:
+        """What rows of one query may read: the first so many of what they hold.
+
+        In the numbers that attention adds, which are made here once a step and not once a layer.
+        """
+        parts = split_by_length(lengths, _PART_COST)
+        masks = tuple((*part, self._added(lengths[part[0] : part[1]])) for part in parts)
+        return masks[0][3] if len(masks) == 1 else MaskParts(masks)
+
+    def _added(self, lengths: list[int]) -> Tensor | None:
+        size = max(lengths)
+        if min(lengths) == size:  # all see everything
+            return None
+        hidden = ~length_mask(torch.tensor(lengths, device=self.device), size)
+        return torch.zeros(hidden.shape, device=self.device, dtype=self.dtype).masked_fill_(
+            hidden, -torch.inf
+        )
+
+    def _decode(
+        self, first: int, ids: Tensor, positions: Tensor, length: int, mask: Tensor | MaskParts | None
+    ) -> Tensor:
         view = self.cache.view(first, positions, length)
-        hidden: Tensor = self.model.decoder(ids, positions, position_mask(positions, length), view)
+        hidden: Tensor = self.model.decoder(ids, positions, mask, view)
         return hidden
 
     def move(self, moves: Sequence[tuple[int, int]], length: int) -> None:
@@ -124,11 +174,30 @@ class GenerateRunner(DecodeRunner):
 
     model: CausalLM
 
-    def prefill(self, first: int, prompts: Sequence[Sequence[int]]) -> None:
-        """Read prompts into rows from `first` on; padding is written too, and never read."""
+    def __init__(self, checkpoint: Checkpoint, n_slots: int, max_len: int, n_blocks: int = 0) -> None:
+        """`n_blocks` of BLOCK_TOKENS tokens keep the beginnings of prompts."""
+        super().__init__(checkpoint, n_slots, max_len)
+        self.pool = make_cache(checkpoint.config, n_blocks, BLOCK_TOKENS, self.device, self.dtype)
+
+    def prefill(self, first: int, prompts: Sequence[Sequence[int]], start: int = 0) -> None:
+        """Read parts of prompts, which stand at `start`, into rows from `first` on.
+
+        Padding is written too, and never read.
+        """
         ids = _padded(prompts, 0, self.device)
-        positions = torch.arange(ids.size(1), device=self.device).expand_as(ids)
-        self._decode(first, ids, positions, ids.size(1))
+        length = start + ids.size(1)
+        positions = torch.arange(start, length, device=self.device).expand_as(ids)
+        self._decode(first, ids, positions, length, position_mask(positions, length))
+
+    def reuse(self, row: int, blocks: Sequence[int]) -> None:
+        """Begin a row with what the pool's blocks hold."""
+        for n, block in enumerate(blocks):
+            self.cache.take_block(self.pool, block, row, n * BLOCK_TOKENS)
+
+    def keep(self, row: int, blocks: Sequence[tuple[int, int]]) -> None:
+        """Fill the pool's blocks from a row: (block, first position)."""
+        for block, start in blocks:
+            self.cache.give_block(self.pool, block, row, start)
 
     def prompt_logprobs(self, prompt: Sequence[int]) -> list[float | None]:
         """The log-probability of each token of a prompt given those before it; none for the first."""
@@ -148,13 +217,17 @@ class GenerateRunner(DecodeRunner):
         `uniform` holds a number in [0, 1) per row. A row that holds no numbers has NaN for its logprob.
         """
         token_ids = sample(logits, rows, torch.tensor(uniform, dtype=torch.float64, device=self.device))
+        top: list[list[tuple[int, float]]] = [[] for _ in uniform]
+        if not rows.any_logprobs:
+            chosen = logits.gather(1, token_ids[:, None]).squeeze(1)
+            chosen = torch.where(chosen.isfinite(), 0.0, torch.nan)
+            return list(map(Drawn, token_ids.tolist(), chosen.tolist(), top))
         logprobs = logits.log_softmax(-1)
         chosen = logprobs.gather(1, token_ids[:, None]).squeeze(1)
-        top: list[list[tuple[int, float]]] = [[] for _ in uniform]
         if n_top:
-            best = logprobs.topk(min(n_top, logits.size(1)), dim=-1)
-            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            top = [list(zip(ids, values, strict=True)) for ids, values in pairs]
+            values, indices = top_tokens(logprobs, n_top)
+            pairs = zip(indices.tolist(), values.tolist(), strict=True)
+            top = [list(zip(ids, each, strict=True)) for ids, each in pairs]
         return list(map(Drawn, token_ids.tolist(), chosen.tolist(), top))
 
 
@@ -166,40 +239,57 @@ class TranslateRunner(DecodeRunner):
     def __init__(self, checkpoint: Checkpoint, n_slots: int, max_len: int) -> None:
         super().__init__(checkpoint, n_slots, max_len)
         self.memory = make_cache(checkpoint.config, n_slots, max_len, self.device, self.dtype)
-        self.memory_lengths = torch.zeros(n_slots, dtype=torch.long, device=self.device)
+        self.memory_lengths = [0] * n_slots
 
-    def encode(self, first: int, sources: Sequence[Sequence[int]], n_rows: Sequence[int]) -> None:
-        """Encode sources (B of them) and give source i's memory to its n_rows[i] rows, from `first` on."""
+    def encode(self, rows: Sequence[Sequence[int]], sources: Sequence[Sequence[int]]) -> None:
+        """Encode sources (B of them) and give source i's memory to its neighbouring rows, rows[i]."""
         src = _padded(sources, self.model.config.pad_id, self.device)
         memory, _ = self.model.encode(src)
-        repeats = torch.tensor(n_rows, device=self.device)
         pairs = self.model.decoder.project_memory(memory)
-        self.memory.write(
-            first, [(k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0)) for k, v in pairs]
-        )
-        lengths = torch.tensor([len(source) for source in sources], device=self.device)
-        self.memory_lengths[first : first + sum(n_rows)] = lengths.repeat_interleave(repeats)
+        for i, (own, source) in enumerate(zip(rows, sources, strict=True)):
+            shape = (len(own), -1, -1, -1)
+            self.memory.write(own[0], [(k[i].expand(shape), v[i].expand(shape)) for k, v in pairs])
+            for row in own:
+                self.memory_lengths[row] = len(source)
 
-    def _decode(self, first: int, ids: Tensor, positions: Tensor, length: int) -> Tensor:
+    def _decode(
+        self, first: int, ids: Tensor, positions: Tensor, length: int, mask: Tensor | MaskParts | None
+    ) -> Tensor:
         lengths = self.memory_lengths[first : first + ids.size(0)]
-        size = min(self.max_len, -(-int(lengths.max()) // _BUCKET) * _BUCKET)
         hidden: Tensor = self.model.decoder(
             ids,
             positions,
-            position_mask(positions, length),
+            mask,
             self.cache.view(first, positions, length),
-            self.memory.read(first, ids.size(0), size),
-            length_mask(lengths, size),
+            self.memory.read(first, ids.size(0), max(lengths)),
+            self._length_mask(lengths),
         )
         return hidden
+
+    def _compute(self, token_ids: Tensor, positions: Tensor, memory_lengths: Tensor, length: int) -> Tensor:
+        places = positions[:, None]
+        hidden: Tensor = self.model.decoder(
+            token_ids[:, None],
+            places,
+            position_mask(places, length),
+            self.cache.view(0, places, length),
+            self.memory.read(0, len(token_ids), length),
+            # Free rows read something: of nothing the softmax is NaN, which would stay in their cache.
+            length_mask(memory_lengths.clamp(min=1), length),
+        )
+        return self._project(hidden)
+
+    def _memory_lengths(self, n_rows: int) -> list[int]:
+        return self.memory_lengths[:n_rows]
 
     def move(self, moves: Sequence[tuple[int, int]], length: int) -> None:
         """Copy rows with their memories."""
         super().move(moves, length)
-        sources, targets = [source for source, _ in moves], [target for _, target in moves]
         if moves:
-            self.memory.copy_rows(sources, targets, int(self.memory_lengths[sources].max()))
-            self.memory_lengths[targets] = self.memory_lengths[sources]
+            sources, targets = [source for source, _ in moves], [target for _, target in moves]
+            self.memory.copy_rows(sources, targets, max(self.memory_lengths[source] for source in sources))
+            for source, target in moves:
+                self.memory_lengths[target] = self.memory_lengths[source]
 
     def copy_beams(self, copies: Sequence[tuple[int, int]], length: int) -> None:
         """Copy rows within their groups, where the memory is the same anyway."""
@@ -216,10 +306,10 @@ class TranslateRunner(DecodeRunner):
 
         Those of a row where everything is banned have -inf, those of one that holds no numbers NaN.
         """
-        best = logits.topk(min(n_best, logits.size(1)), dim=-1)
-        logprobs = best.values - logits.logsumexp(-1, keepdim=True)
-        logprobs.masked_fill_(best.values == -torch.inf, -torch.inf)
-        pairs = zip(best.indices.tolist(), logprobs.tolist(), strict=True)
+        values, indices = top_tokens(logits, n_best)
+        # Twice as fast on a CPU as logsumexp, which passes over the row more often.
+        logprobs = logits.log_softmax(-1).gather(1, indices).masked_fill_(values == -torch.inf, -torch.inf)
+        pairs = zip(indices.tolist(), logprobs.tolist(), strict=True)
         return [list(zip(ids, values, strict=True)) for ids, values in pairs]
 
     def score(
@@ -328,11 +418,9 @@ def _padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> 
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], device=device)
 
 
-def _suppressed(tokenizer: Tokenizer, config: TransformerConfig) -> Tensor:
-    """(V,) True for what must never be generated: every special token but the ends."""
-    mask = torch.zeros(tokenizer.vocab_size, dtype=torch.bool)
-    mask[sorted(tokenizer.special_ids - set(config.eos_ids))] = True
-    return mask
+def _suppressed(tokenizer: Tokenizer, config: TransformerConfig) -> frozenset[int]:
+    """What must never be generated: every special token but the ends."""
+    return tokenizer.special_ids - set(config.eos_ids)
 
 
 def _fillable(tokenizer: Tokenizer, spaced: bool | None) -> Tensor:

@@ -64,14 +64,18 @@ class Scheduler:
             self.waiting_tokens -= sum(sequence.n_prompt_tokens for sequence in gone)
         return gone
 
-    def admit(self) -> list[Sequence]:
-        """Move from waiting to running what the free rows and the prefill budget allow, and give it rows."""
+    def admit(self, budget: int | None = None) -> list[Sequence]:
+        """Move from waiting to running what the free rows and the budget allow, and give it rows.
+
+        The budget is in padded prompt tokens; without one, that of the scheduler.
+        """
+        budget = self.prefill_tokens if budget is None else budget
         admitted: list[Sequence] = []
         longest = 0
-        while self.waiting:
+        while self.waiting and budget > 0:
             head = self.waiting[0]
             longest = max(longest, head.n_prompt_tokens)
-            over_budget = longest * (len(admitted) + 1) > self.prefill_tokens
+            over_budget = longest * (len(admitted) + 1) > budget
             if head.n_rows > self.n_slots - self.n_active or (admitted and over_budget):
                 break
             self.waiting.popleft()

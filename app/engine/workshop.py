@@ -19,6 +19,8 @@ from app.engine.registry import AnyTask, Task
 from app.engine.sequence import Sequence
 from model.checkpoint import Checkpoint, CheckpointError, load, load_config
 from model.config import TransformerConfig
+from model.inference import Quantization, optimise
+from model.quantize import share_int8
 from model.sampling import BeamParams, SamplingParams
 from model.tokenizer import Tokenizer
 
@@ -51,8 +53,12 @@ class ModelWorkshop:
         max_wait_seconds: float,
         max_bytes: int = 0,
         max_context: int = 0,
+        quantization: Quantization = "none",
+        chunk_tokens: int | None = None,
+        n_prefix_tokens: int = 0,
     ) -> None:
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self._quantization = device, dtype, quantization
+        self._chunk_tokens, self._n_prefix_tokens = chunk_tokens, n_prefix_tokens
         self._n_slots, self._max_bytes, self._max_context = n_slots, max_bytes, max_context
         self._prefill_tokens, self._max_batch_tokens = prefill_tokens, max_batch_tokens
         self._max_wait_seconds = max_wait_seconds
@@ -66,11 +72,12 @@ class ModelWorkshop:
         """
         config = self._check_folder(endpoint, folder)
         n_slots = self._n_slots.get(endpoint, 0)
-        caches = cache_bytes(config, self.dtype, n_slots, self._max_context)
+        caches = cache_bytes(config, self.dtype, n_slots, self._max_context, self._n_prefix_tokens)
         needed = weight_bytes(config, self.dtype) + caches
         self._check_room(needed, loaded)
         try:
             checkpoint = load(folder, device=self.device, dtype=self.dtype)
+            optimise(checkpoint.model, self._quantization)
             share_weights(checkpoint.model, [task.model for task in loaded if task.model is not None])
             return self._task(endpoint, dataclasses.replace(checkpoint, name=name), folder, caches)
         except (MemoryError, RuntimeError) as error:
@@ -110,13 +117,14 @@ class ModelWorkshop:
             batches = BatchLane(endpoint, checkpoint, max_batch_tokens=self._max_batch_tokens, **self._queue)
             batches.door.max_wait_seconds = self._max_wait_seconds
             return Task(batches, *known, **more)
-        n_slots, prefill_tokens = self._n_slots[endpoint], self._prefill_tokens
         steps = make_decode_lane(
             endpoint,
             checkpoint,
-            n_slots=n_slots,
-            prefill_tokens=prefill_tokens,
+            n_slots=self._n_slots[endpoint],
+            prefill_tokens=self._prefill_tokens,
             max_context=self._max_context,
+            chunk_tokens=self._chunk_tokens,
+            n_prefix_tokens=self._n_prefix_tokens,
             **self._queue,
         )
         steps.door.max_wait_seconds = self._max_wait_seconds
@@ -129,6 +137,7 @@ def share_weights(model: nn.Module, others: Iterable[nn.Module]) -> None:
     A classifier that adds a little to a masked model then costs that little.
     """
     for other in others:
+        share_int8(model, other)
         theirs = dict(other.named_parameters())
         twins = {
             parameter: theirs[name]

@@ -38,12 +38,18 @@ def load_bold(folder: Path, device: str = "cpu") -> Checkpoint:
 
 
 def generate_lane(checkpoint: Checkpoint, n_slots: int = 4, **limits: int) -> GenerateLane:
-    runner = FailingGenerateRunner(checkpoint, n_slots, checkpoint.config.max_len)
-    return GenerateLane("generate", runner, _limits(checkpoint, n_slots, limits), _budget(limits))
+    runner = FailingGenerateRunner(checkpoint, n_slots, checkpoint.config.max_len, limits.get("n_blocks", 8))
+    lane = GenerateLane("generate", runner, _limits(checkpoint, n_slots, limits), _budget(limits))
+    lane.chunk_tokens = limits.get("chunk_tokens", lane.chunk_tokens)
+    if limits.get("static"):
+        runner.make_static()
+    return lane
 
 
 def translate_lane(checkpoint: Checkpoint, n_slots: int = 10, **limits: int) -> TranslateLane:
     runner = FailingTranslateRunner(checkpoint, n_slots, checkpoint.config.max_len)
+    if limits.get("static"):
+        runner.make_static()
     return TranslateLane("translate", runner, _limits(checkpoint, n_slots, limits), _budget(limits))
 
 
@@ -63,9 +69,13 @@ class FailingGenerateRunner(GenerateRunner):
     fault: Fault = staticmethod(lambda what, ids: None)
     nan_token = -1
 
-    def prefill(self, first: int, prompts: Items[Items[int]]) -> None:
+    def prefill(self, first: int, prompts: Items[Items[int]], start: int = 0) -> None:
         self.fault("prefill", [token for prompt in prompts for token in prompt])
-        super().prefill(first, prompts)
+        super().prefill(first, prompts, start)
+
+    def keep(self, row: int, blocks: Items[tuple[int, int]]) -> None:
+        self.fault("keep", [])
+        super().keep(row, blocks)
 
     def prompt_logprobs(self, prompt: Items[int]) -> list[float | None]:
         self.fault("prompt_logprobs", list(prompt))
@@ -94,9 +104,9 @@ class FailingTranslateRunner(TranslateRunner):
     fault: Fault = staticmethod(lambda what, ids: None)
     nan_token = -1
 
-    def encode(self, first: int, sources: Items[Items[int]], n_rows: Items[int]) -> None:
+    def encode(self, rows: Items[Items[int]], sources: Items[Items[int]]) -> None:
         self.fault("encode", [token for source in sources for token in source])
-        super().encode(first, sources, n_rows)
+        super().encode(rows, sources)
 
     def step(self, first: int, token_ids: list[int], positions: list[int]) -> Tensor:
         self.fault("step", token_ids)

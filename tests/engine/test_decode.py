@@ -6,6 +6,7 @@ from functools import reduce
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 
 from app.engine.decode import make_decode_lane
 from app.engine.errors import Aborted, Draining, Overloaded, PromptTooLong, RequestTooLarge
@@ -37,12 +38,13 @@ def greedy(n_prompt: int = 3, n_new: int = 10, first: int = 300) -> Sequence:
     return Sequence(ids, SamplingParams(max_new_tokens=n_new, min_new_tokens=n_new))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("seed", "static"), [(0, False), (1, False), (2, False), (3, False), (4, True)])
 async def test_generations_equal_the_oracle_in_any_mix(
-    causal: Checkpoint, causal_oracle: Checkpoint, seed: int
+    causal: Checkpoint, causal_oracle: Checkpoint, seed: int, static: bool
 ) -> None:
     rng = random.Random(seed)
-    lane = generate_lane(causal, n_slots=rng.choice([1, 3, 8]), prefill_tokens=rng.choice([1, 40, 1000]))
+    n_slots, budget, chunk = rng.choice([1, 3, 8]), rng.choice([1, 40, 1000]), rng.choice([1, 5, 1000])
+    lane = generate_lane(causal, n_slots=n_slots, prefill_tokens=budget, chunk_tokens=chunk, static=static)
     sequences = [random_generation(causal, rng) for _ in range(24)]
     aborted = [sequence for sequence in sequences if rng.random() < 0.2]
     for sequence in sequences:
@@ -58,14 +60,13 @@ async def test_generations_equal_the_oracle_in_any_mix(
         assert not isinstance(await outcome(sequence), list) or sequence.n_generated_tokens > 0
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("seed", "static"), [(0, False), (1, False), (2, False), (3, False), (4, True)])
 async def test_translations_equal_the_oracle_in_any_mix(
-    translator: Checkpoint, translator_oracle: Checkpoint, seed: int
+    translator: Checkpoint, translator_oracle: Checkpoint, seed: int, static: bool
 ) -> None:
     rng = random.Random(seed)
-    lane = translate_lane(
-        translator, n_slots=rng.choice([5, 9, 16]), prefill_tokens=rng.choice([1, 40, 1000])
-    )
+    n_slots, budget = rng.choice([5, 9, 16]), rng.choice([1, 40, 1000])
+    lane = translate_lane(translator, n_slots=n_slots, prefill_tokens=budget, static=static)
     sequences = [random_translation(translator, rng) for _ in range(16)]
     aborted = [sequence for sequence in sequences if rng.random() < 0.2]
     for sequence in sequences:
@@ -378,12 +379,14 @@ def test_the_lane_that_suits_a_checkpoint(causal: Checkpoint, translator: Checkp
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("static", [False, True])
 async def test_the_mix_on_a_gpu(
-    tiny_folders: TinyFolders, causal_oracle: Checkpoint, translator_oracle: Checkpoint
+    tiny_folders: TinyFolders, causal_oracle: Checkpoint, translator_oracle: Checkpoint, static: bool
 ) -> None:
-    """float32 on the GPU says what the oracles say on the CPU."""
+    """float32 on the GPU, step by step and as CUDA graphs, says what the oracles say on the CPU."""
     causal, translator = load_bold(tiny_folders.generate, "cuda"), load_bold(tiny_folders.translate, "cuda")
-    generating, translating, rng = generate_lane(causal), translate_lane(translator), random.Random(0)
+    generating, translating = generate_lane(causal, static=static), translate_lane(translator, static=static)
+    rng = random.Random(0)
     generations = [random_generation(causal, rng) for _ in range(16)]
     translations = [random_translation(translator, rng) for _ in range(12)]
     for generation, translation in zip(generations, translations, strict=False):
@@ -396,3 +399,67 @@ async def test_the_mix_on_a_gpu(
     drive(translating)
     await check_generations(causal_oracle, generations)
     await check_translations(translator_oracle, translations)
+
+
+# Long prompts in chunks, and beginnings that are kept
+
+
+async def test_a_long_prompt_is_read_in_chunks_between_the_steps_of_others(
+    causal: Checkpoint, causal_oracle: Checkpoint
+) -> None:
+    lane = generate_lane(causal, n_slots=4, prefill_tokens=1000, chunk_tokens=6, n_blocks=0)
+    running, long, short = greedy(n_new=30), greedy(n_prompt=45, n_new=5), greedy(n_prompt=4, n_new=3)
+    lane.submit([running])
+    turn(lane)
+    lane.submit([long])
+    for n_turns in range(2, 8):  # 44 tokens at six in a chunk and one in the step
+        turn(lane)
+        assert running.n_generated_tokens == n_turns
+        assert long.n_generated_tokens == 0
+    lane.submit([short])
+    turn(lane)
+    assert long.n_generated_tokens == 1
+    drive(lane)
+    await check_generations(causal_oracle, [running, long, short])
+
+
+async def test_nobody_to_wait_for_means_whole_prompts(causal: Checkpoint, causal_oracle: Checkpoint) -> None:
+    lane = generate_lane(causal, n_slots=4, prefill_tokens=1000, chunk_tokens=6)
+    prompts = [greedy(n_prompt=40, n_new=5), greedy(n_prompt=30, n_new=5)]
+    lane.submit(prompts)
+    turn(lane)
+    assert [sequence.n_generated_tokens for sequence in prompts] == [1, 1]
+    drive(lane)
+    await check_generations(causal_oracle, prompts)
+
+
+def reused() -> float:
+    samples = [m for m in REGISTRY.collect() if m.name == "transformer_reused_tokens"]
+    return sum(s.value for m in samples for s in m.samples if s.name.endswith("_total"))
+
+
+async def test_a_known_beginning_is_not_read_again(causal: Checkpoint, causal_oracle: Checkpoint) -> None:
+    lane = generate_lane(causal, n_slots=3, n_blocks=2)
+    first, same = greedy(n_prompt=40, n_new=6), greedy(n_prompt=50, n_new=6)
+    other = Sequence([*range(300, 331), 320, 321, 322], SamplingParams(max_new_tokens=6))
+    for sequence, expected in ((first, 0), (same, 32), (other, 0), (greedy(n_prompt=33, n_new=2), 32)):
+        before = reused()
+        lane.submit([sequence])
+        drive(lane)
+        assert reused() - before == expected
+        await check_generations(causal_oracle, [sequence])
+
+
+async def test_what_cannot_be_kept_is_read_again(causal: Checkpoint, causal_oracle: Checkpoint) -> None:
+    lane = generate_lane(causal)
+
+    def fault(what: str, ids: list[int]) -> None:
+        if what == "keep":
+            raise RuntimeError("no room")
+
+    lane.runner.fault = fault  # type: ignore[attr-defined]
+    sequences = [greedy(n_prompt=40, n_new=6), greedy(n_prompt=40, n_new=6)]
+    for sequence in sequences:
+        lane.submit([sequence])
+        drive(lane)
+    await check_generations(causal_oracle, sequences)

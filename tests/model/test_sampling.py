@@ -9,10 +9,12 @@ from torch import Tensor
 from model.sampling import (
     SamplingParams,
     SamplingRows,
+    likeliest,
     penalise,
     sample,
     top_k_mask,
     top_p_mask,
+    top_tokens,
     typical_mask,
 )
 
@@ -149,3 +151,20 @@ def test_the_edges_of_the_uniform_number_draw_possible_tokens(edge: float) -> No
     rows = SamplingRows.stack([SamplingParams(temperature=1.0)])
     token = sample(logits, rows, torch.tensor([edge])).item()
     assert token == (3 if edge == 0.0 else 9)
+
+
+@pytest.mark.parametrize("size", [40, 128, 256, 300, 512, 1280])
+def test_the_likeliest_by_chunks_are_the_likeliest(size: int) -> None:
+    torch.manual_seed(size)
+    logits = torch.randn(5, size)
+    logits[1] = -torch.inf
+    logits[2, size // 2] = torch.nan
+    logits[3, [size - 1, size // 3]] = 9.0  # of equals the first
+    assert torch.equal(likeliest(logits), logits.argmax(-1))
+    for n_best in (1, 3, 8, size, size + 1):
+        values, indices = top_tokens(logits, n_best)
+        wanted = logits.topk(min(n_best, size), dim=-1)
+        assert torch.equal(values[[0, 1, 3, 4]], wanted.values[[0, 1, 3, 4]])
+        assert torch.equal(indices[[0, 4]], wanted.indices[[0, 4]])
+        assert torch.equal(logits.gather(1, indices)[3], values[3])
+        assert values[2, 0].isnan()

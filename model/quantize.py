@@ -1,0 +1,89 @@
+"""Int8 weights with dynamic activations for the CPU; all that touches torch's quantised operators is here."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+
+def is_supported() -> bool:
+    """Does this build of torch have an int8 matrix product for this processor?"""
+    return torch.backends.quantized.engine != "none"
+
+
+class Int8Linear(nn.Module):
+    """y = x Wᵀ + b with W in int8, a scale per output, and each row of x in 8 bits with its own scale.
+
+    torch's dynamic product has one scale for the whole of x, by which a row's answer would depend on its
+    neighbours. So each row is divided by its largest absolute value, and a row that reaches from -1 to 1
+    stands before them: the common scale is then the same whatever the batch holds. A row without numbers
+    stays so, and is alone with it.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """weight (N, K), K at least 2; bias (N,) or None."""
+        super().__init__()
+        n_out, n_in = weight.shape
+        if n_in < 2:
+            raise ValueError("an int8 product needs rows of at least 2 numbers")
+        self.in_features, self.out_features = n_in, n_out
+        self.digest = hashlib.sha256(weight.detach().float().contiguous().numpy().tobytes()).digest()
+        self._packed = _pack(weight.detach().float())
+        # Without VNNI pairs of 8-bit products are added in 16 bits; one bit less keeps them from overflow.
+        self._reduce_range = not _has_vnni()
+        bias = torch.zeros(n_out) if bias is None else bias.detach().float()
+        self.register_buffer("bias", bias, persistent=False)
+        span = torch.zeros(1, n_in)
+        span[0, 0], span[0, 1] = -1.0, 1.0
+        self.register_buffer("span", span, persistent=False)
+
+    bias: Tensor
+    span: Tensor
+
+    @property
+    def n_bytes(self) -> int:
+        """What the packed weights take."""
+        return self.in_features * self.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N), float32."""
+        rows = x.reshape(-1, self.in_features)
+        scale = torch.linalg.vector_norm(rows, math.inf, dim=-1, keepdim=True)
+        unit = (rows / scale).nan_to_num_(0.0)  # 0 / 0 is a row of zeros; NaN comes back with the scale
+        spanned = torch.cat((self.span, unit))
+        product = torch.ops.quantized.linear_dynamic(spanned, self._packed, self._reduce_range)
+        out = torch.addcmul(self.bias, product[1:], scale)
+        return out.view(*x.shape[:-1], self.out_features)
+
+
+def share_int8(model: nn.Module, other: nn.Module) -> None:
+    """Let a model have another's packed weights where, under the same names, they are the same."""
+    theirs = dict(other.named_modules())
+    for name, own in list(model.named_modules()):
+        twin = theirs.get(name)
+        if isinstance(own, Int8Linear) and isinstance(twin, Int8Linear) and _is_same(own, twin):
+            parent, _, key = name.rpartition(".")
+            setattr(model.get_submodule(parent), key, twin)
+
+
+def _is_same(own: Int8Linear, twin: Int8Linear) -> bool:
+    return own.digest == twin.digest and torch.equal(own.bias, twin.bias)
+
+
+def _pack(weight: Tensor) -> object:
+    scale = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    with warnings.catch_warnings():
+        # torch marks these as deprecated in favour of a package that is built on them.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        zeros = torch.zeros(len(scale), dtype=torch.long)
+        quantised = torch.quantize_per_channel(weight, scale.double(), zeros, 0, torch.qint8)
+        return torch.ops.quantized.linear_prepack(quantised, None)
+
+
+def _has_vnni() -> bool:
+    return bool(torch.cpu._is_vnni_supported())  # noqa: SLF001  # there is no public one in every version
