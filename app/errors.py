@@ -128,7 +128,11 @@ TABLE: tuple[tuple[type[Exception], int, str], ...] = (
     (Exception, 500, "generation"),
 )
 _HTTP_TYPES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
-_REASONS: dict[type[Exception], str] = {RateLimited: "rate_limited", Crowded: "crowded"}
+_REASONS: dict[type[Exception], str] = {
+    RateLimited: "rate_limited",
+    Crowded: "crowded",
+    BodyTooSlow: "slow_body",
+}
 # pydantic names the branch of a union in its path ("str", "list[str]", "Pair"); clients know no branches.
 _BRANCH = re.compile(r"str|[A-Z]\w*|\w+\[.*\]")
 _KINDS = {
@@ -169,7 +173,7 @@ def classify(exc: Exception) -> tuple[int, str]:
 
 
 def reason_of(exc: Exception) -> str:
-    """The error_type, but for what only the metrics tell apart: a key's own limits from a full queue."""
+    """The error_type, but for what only logs and metrics tell apart: a key's own limits from a full queue."""
     return _REASONS.get(type(exc)) or classify(exc)[1]
 
 

@@ -17,7 +17,7 @@ PHASES = ("prefill", "decode", "encode", "batch")
 OUTCOMES = ("success", "refused", "failed", "timeout", "disconnected")
 REASONS = (
     *("validation", "overloaded", "draining", "too_large"),
-    *("unauthorized", "forbidden", "rate_limited", "crowded", "timeout"),
+    *("unauthorized", "forbidden", "rate_limited", "crowded", "slow_body", "not_ready"),
 )
 MEMORY_KINDS = ("allocated", "reserved")
 

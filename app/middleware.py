@@ -54,7 +54,7 @@ class RequestRecord:
             return "disconnected"
         if self.error_type in _OUTCOMES:
             return _OUTCOMES[self.error_type]
-        if self.status is None or (self.status >= 500 and self.error_type != "draining"):
+        if self.status is None or (self.status >= 500 and self.error_type not in metrics.REASONS):
             return "failed"
         if self.status < 400:
             return "failed" if self.error_type else "success"

@@ -111,6 +111,15 @@ def test_routes_do_not_know_the_application(imports: Imports) -> None:
     assert forbidden(imports, "app.api", "app.main") == []
 
 
+def test_nothing_that_is_loaded_can_run_code(imports: Imports) -> None:
+    """Weights are safetensors, all else is JSON, TOML or text."""
+    runs_code = ("pickle", "dill", "marshal", "shelve", "joblib", "cloudpickle", "torch.load")
+    assert forbidden(imports, "app", *runs_code) == forbidden(imports, "model", *runs_code) == []
+    for path in (path for room in ("app", "model") for path in (ROOT / room).rglob("*.py")):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        assert not {ast.unparse(call) for call in calls} & {"torch.load", "eval", "exec"}
+
+
 @pytest.mark.parametrize("leaf", sorted(LEAVES))
 def test_leaves_import_only_leaves(imports: Imports, leaf: str) -> None:
     ours = {module for module in imports if any(within(target, module) for target in imports[leaf])}

@@ -1,13 +1,15 @@
 """Every answer that is not a success: JSON with `error` and `error_type`, whatever was sent."""
 
+import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
 from app.engine.errors import EngineError, Overloaded
-from app.errors import TABLE, Json, classify, describe
+from app.errors import TABLE, ClientGone, Json, classify, describe
 from tests.app.fakes import FakeDecodeLane
 
 Client = httpx.AsyncClient
@@ -149,6 +151,16 @@ def test_the_table_decides_by_the_first_class_that_fits() -> None:
     assert describe(KeyError("a secret")) == "internal error"
     for i, (cls, _, _) in enumerate(TABLE):
         assert not any(issubclass(later, cls) for later, _, _ in TABLE[i + 1 :])
+
+
+def test_every_error_is_in_the_operators_book() -> None:
+    book = (Path(__file__).parents[2] / "docs/operations.md").read_text(encoding="utf-8")
+    rows = set(re.findall(r"^\| (\d{3}) \| `(\w+)` \|", book, re.MULTILINE))
+    told = {(str(status), kind) for cls, status, kind in TABLE if cls is not ClientGone}
+    assert told <= rows
+    assert rows - told <= {
+        *(("404", "not_found"), ("405", "method_not_allowed"), ("413", "too_large"), ("503", "broken"))
+    }
 
 
 def test_json_of_a_lone_surrogate() -> None:
