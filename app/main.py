@@ -30,6 +30,7 @@ from app.api.dispatch import ENDPOINTS
 from app.bodies import BodyLimits
 from app.cors import Cors
 from app.dialects import add_handlers
+from app.engine.errors import NoRoom
 from app.engine.registry import Registry
 from app.engine.worker import DeviceWorker
 from app.engine.workshop import ModelWorkshop
@@ -197,7 +198,8 @@ async def open_or_fail(app: FastAPI) -> None:
         await open_services(app)
     except Exception as error:
         # A broken checkpoint explains itself in one line; anything else wants its traceback.
-        log.critical("cannot start: %s", error, exc_info=not isinstance(error, (CheckpointError, StartError)))
+        explained = isinstance(error, CheckpointError | StartError | NoRoom)
+        log.critical("cannot start: %s", error, exc_info=not explained)
         app.state.failure = error
 
 

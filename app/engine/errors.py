@@ -78,8 +78,8 @@ class ModelConflict(EngineError):
 class NoRoom(EngineError):
     """A model that does not fit into the memory that is left."""
 
-    def __init__(self, n_bytes: int, n_free: int, what: str) -> None:
-        super().__init__(f"the model needs {n_bytes} bytes with its caches, {what} {n_free}")
+    def __init__(self, model: str, n_bytes: int, n_free: int, what: str) -> None:
+        super().__init__(f"{model} needs {n_bytes} bytes with its caches, {what} {n_free}")
 
 
 class UnfitModel(EngineError):

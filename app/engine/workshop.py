@@ -74,7 +74,7 @@ class ModelWorkshop:
         n_slots = self._n_slots.get(endpoint, 0)
         caches = cache_bytes(config, self.dtype, n_slots, self._max_context, self._n_prefix_tokens)
         needed = weight_bytes(config, self.dtype) + caches
-        self._check_room(needed, loaded)
+        self._check_room(str(folder), needed, loaded)
         try:
             checkpoint = load(folder, device=self.device, dtype=self.dtype)
             optimise(checkpoint.model, self._quantization)
@@ -83,7 +83,7 @@ class ModelWorkshop:
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            raise NoRoom(needed, free_bytes(self.device) or 0, "the device has") from None
+            raise NoRoom(str(folder), needed, free_bytes(self.device) or 0, "the device has") from None
 
     async def warm_up(self, endpoint: str, task: AnyTask) -> None:
         """Send a small job through a lane, so that the first client finds it warm. Raises EngineError."""
@@ -102,13 +102,13 @@ class ModelWorkshop:
             raise CheckpointError(f"{folder}: holds a {config.architecture}, {endpoint} takes a {wanted}")
         return config
 
-    def _check_room(self, needed: int, loaded: list[AnyTask]) -> None:
+    def _check_room(self, model: str, needed: int, loaded: list[AnyTask]) -> None:
         taken = held_bytes(task.model for task in loaded) + sum(task.n_cache_bytes for task in loaded)
         left, free = self._max_bytes - taken, free_bytes(self.device)
         if self._max_bytes and needed > left:
-            raise NoRoom(needed, max(left, 0), f"of max_model_bytes {self._max_bytes} there are left")
+            raise NoRoom(model, needed, max(left, 0), f"of max_model_bytes {self._max_bytes} there are left")
         if free is not None and needed > free:
-            raise NoRoom(needed, free, "the device has")
+            raise NoRoom(model, needed, free, "the device has")
 
     def _task(self, endpoint: str, checkpoint: Checkpoint, folder: Path, n_cache_bytes: int) -> AnyTask:
         known = checkpoint.tokenizer, checkpoint.config, checkpoint.name, checkpoint.sha256

@@ -120,7 +120,7 @@ async def test_a_bad_checkpoint_leaves_the_running_one(
     failures = {
         "truncated": (CheckpointError("model.safetensors: not whole"), 422, "folder: model.safetensors: not"),
         "large": (
-            NoRoom(900, 100, "the device has"),
+            NoRoom("next", 900, 100, "the device has"),
             507,
             "needs 900 bytes with its caches, the device has 100",
         ),

@@ -12,8 +12,10 @@ import pytest
 import torch
 from fastapi import FastAPI
 
+from app.engine.errors import NoRoom
 from app.keys import key_line, make_key
-from app.main import create_app
+from app.lifecycle import Lifecycle
+from app.main import StartError, create_app, load_services
 from model import checkpoint
 from model.models import build_model
 from model.tokenizer import Tokenizer
@@ -186,3 +188,25 @@ async def test_other_endpoints_too(client: Client) -> None:
         422,
         True,
     )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"generate_model": "a={0}/old,b={0}/new", "max_models": 1},
+            "generate_model names 2 models, max_models is 1",
+        ),
+        (
+            {"generate_model": "a={0}/old", "max_model_bytes": 1000},
+            r"old needs \d+ bytes .* max_model_bytes 1000",
+        ),
+    ],
+)
+def test_what_cannot_start(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = {name: v.format(root) if isinstance(v, str) else v for name, v in values.items()}
+    with pytest.raises((StartError, NoRoom), match=message):
+        load_services(make_settings(**folders, device="cpu", n_threads=1), Lifecycle())

@@ -1,5 +1,7 @@
 """Several models of one endpoint: the body or the path names one, else the default serves."""
 
+import asyncio
+
 import httpx
 import pytest
 from fastapi import FastAPI
@@ -213,3 +215,27 @@ async def test_unmodified_clients_whose_url_names_the_model(url: str) -> None:
         assert (await client.completions.create(model="sleepy", prompt="a")).choices[0].text == "z"
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
         assert (await client.completions.create(model="sleepy", prompt="a")).choices[0].text == "z"
+
+
+async def test_a_model_is_let_go_however_its_request_ends(url: str, registry: Registry) -> None:
+    task = registry.generate.get("sleepy")
+    assert task is not None
+    lane = task.lane
+    assert isinstance(lane, FakeDecodeLane)
+    async with httpx.AsyncClient(base_url=f"{url}/models/sleepy") as client:
+        assert (await client.post("/generate", json=BODY)).status_code == 200
+        assert (await client.post("/generate", json={"inputs": "a" * 99})).status_code == 422
+        assert (await client.post("/v1/completions", json={"prompt": "a", "n": 99})).status_code == 400
+        lane.fail_at = 1
+        assert (await client.post("/generate", json=BODY)).status_code == 500
+        lane.fail_at = None
+        assert task.n_users == 0
+        lane.pause_seconds = 0.05
+        endless = {"inputs": "b", "stream": True, "parameters": {"max_new_tokens": 20}}
+        async with client.stream("POST", "/generate", json=endless) as answer:
+            async for _ in answer.aiter_lines():
+                assert task.n_users == 1
+                break  # the client leaves
+    async with asyncio.timeout(10):
+        while task.n_users:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from app.__main__ import main, warn_of_unknown_variables
-from app.settings import PREFIX, Settings, is_given, settings_table, unknown_variables
+from app.settings import PREFIX, Settings, is_given, named_folders, settings_table, unknown_variables
 from tests.app.fakes import make_settings
 
 ROOT = Path(__file__).parents[2]
@@ -111,3 +111,24 @@ def test_the_table_command() -> None:
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert printed.stdout == settings_table()
     assert "| `TRANSFORMER_PORT` | `--port` | `8000` |" in printed.stdout
+
+
+def test_named_folders() -> None:
+    assert named_folders("weights/generate") == [(None, Path("weights/generate"))]
+    assert named_folders("a=x, b-2.c = y/z=1") == [("a", Path("x")), ("b-2.c", Path("y/z=1"))]
+    assert make_settings(generate_model=Path("x")).generate_model == "x"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("a=x,y", "'y' is not name=folder"),
+        ("a=", "'a=' is not name=folder"),
+        ("a=x,a=y", "the name 'a' stands twice"),
+        ("=x", "the name '' must be 1 to 64 letters"),
+        ("a/b=x", "the name 'a/b' must be"),
+    ],
+)
+def test_folders_that_are_refused(value: str, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        make_settings(generate_model=value)
