@@ -19,7 +19,9 @@ from app.quotas import Quotas
 
 PROBES = frozenset({"/health", "/ready"})
 METRICS = frozenset({"/metrics"})
-DOCS = frozenset({"/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
+DOCS = frozenset({"/docs", "/docs/swagger-ui-bundle.js", "/docs/swagger-ui.css", "/openapi.json"})
+# To look at it needs no key; what it then asks of the service does.
+_PAGE = "/"
 # Where LibreTranslate's clients put their key: into the body, or the query.
 _BODY_KEY_PATHS = frozenset({"/", "/translate", "/detect", "/languages"})
 # Answered even when there are too many connections: whoever watches must see that there are.
@@ -84,7 +86,7 @@ class _Visit:
         """The body, once everything is in order; sets the request's key. Raises what is not."""
         if self._scope["state"].get("crowded") and self._path not in _WATCHED:
             raise Crowded(_CROWDED_RETRY_SECONDS)
-        needs_key = bool(self._rules.keys) and self._path not in self._rules.open_paths
+        needs_key = bool(self._rules.keys) and not self._is_open()
         key = self._header_key() if needs_key else None
         self._body = await read_body(self._scope, receive, self._rules.body)
         n_characters = count_characters(
@@ -105,6 +107,11 @@ class _Visit:
         dialect = self._rules.dialect_of(self._path, fields)
         if dialect is not None:
             speak(self._scope, dialect)
+
+    def _is_open(self) -> bool:
+        if self._path == _PAGE and self._scope["method"] in ("GET", "HEAD"):
+            return True
+        return self._path in self._rules.open_paths
 
     def _header_key(self) -> Key | None:
         """The key of the headers; none where it may still stand in the body. Raises Unauthorized."""

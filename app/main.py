@@ -21,6 +21,7 @@ from app.api import (
     libretranslate,
     next_sentence,
     openai,
+    pages,
     system,
     tokenize,
     translate,
@@ -254,6 +255,8 @@ def create_app(
         version=__version__,
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,  # app/api/pages.py has them, without resources from elsewhere
+        redoc_url=None,
     )
     app.state.settings, app.state.load, app.state.lifecycle = settings, load, Lifecycle()
     app.state.services, app.state.failure, app.state.listen_early = None, None, listen_early
@@ -262,6 +265,7 @@ def create_app(
     app.include_router(openai.router)
     app.include_router(libretranslate.router)
     app.include_router(system.router, responses=_DOOR_ERRORS)
+    app.include_router(pages.router)
     app.include_router(admin.router, responses=_DOOR_ERRORS)
     add_handlers(app)
     app.add_middleware(GuardMiddleware, rules=make_rules(settings))

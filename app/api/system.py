@@ -1,4 +1,4 @@
-"""GET /health, /ready, /info, /metrics, and /: what machines and people ask of the service itself."""
+"""GET /health, /ready, /info and /metrics: what machines ask of the service itself."""
 
 from typing import Any, Literal
 
@@ -89,14 +89,6 @@ async def scrape(request: Request) -> Response:
     """Prometheus' text format."""
     metrics.ready.set(is_ready(request.app.state.lifecycle, request.app.state.services))
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
-
-
-@router.get("/")
-async def index(services: ServicesDep) -> Json:
-    """Where to go from here."""
-    return Json(
-        {"service": "transformer", "version": __version__, "tasks": list(services.tasks), "docs": "/docs"}
-    )
 
 
 def is_ready(lifecycle: Lifecycle, services: Services | None) -> bool:

@@ -99,7 +99,7 @@ class TestDoor:
         ("method", "path"),
         [
             *[("POST", path) for path in ("/translate", "/generate", "/v1/completions", "/tokenize", "/")],
-            *[("GET", path) for path in ("/metrics", "/info", "/v1/models", "/languages", "/nothing", "/")],
+            *[("GET", path) for path in ("/metrics", "/info", "/v1/models", "/languages", "/nothing")],
             *[("PUT", path) for path in ("/health/", "/docs/x", "/generate")],
         ],
     )
