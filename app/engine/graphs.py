@@ -77,7 +77,8 @@ class StaticStep:
             for length in reversed(self.lengths):
                 self._warm_up(rows, length)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
+                # In its own thread's name alone: a model may be loaded while the device thread runs others.
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                     self._compute_into(rows, length)
                 pool = pool or graph.pool()
                 self._graphs[rows, length] = graph
