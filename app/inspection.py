@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from app.engine.memory import cache_bytes, context_len, weight_bytes
+from app.engine.memory import cache_bytes, context_len, int8_bytes, weight_bytes
 from app.engine.workshop import ARCHITECTURES
 from app.settings import Settings
 from model.checkpoint import CheckpointError, Folder
@@ -46,7 +46,8 @@ def _describe(folder: Folder, settings: Settings) -> Iterator[str]:
     n_parameters = folder.check()
     yield f"parameters: {n_parameters:,}"
     for dtype in _DTYPES:
-        yield _memory(config, dtype, settings)
+        yield f"memory in {str(dtype).removeprefix('torch.')}: {_memory(config, dtype, settings)}"
+    yield f"weights in int8, on the CPU: {_size(int8_bytes(config))}"
     tokenizer = folder.tokenizer()
     yield f"tokenizer: {tokenizer.vocab_size:,} ids{_languages(tokenizer.sources, tokenizer.targets)}"
 
@@ -72,13 +73,13 @@ def _sizes(config: TransformerConfig) -> str:
 
 
 def _memory(config: TransformerConfig, dtype: torch.dtype, settings: Settings) -> str:
-    name, weights = str(dtype).removeprefix("torch."), weight_bytes(config, dtype)
+    weights = _size(weight_bytes(config, dtype))
     if not config.n_decoder_layers:
-        return f"memory in {name}: {_size(weights)}"
+        return weights
     slots = settings.translate_slots if config.n_encoder_layers else settings.generate_slots
     caches = cache_bytes(config, dtype, slots, settings.max_context)
     length = context_len(config, settings.max_context)
-    return f"memory in {name}: {_size(weights)}, and {_size(caches)} for {slots} rows of {length:,} tokens"
+    return f"{weights}, and {_size(caches)} for {slots} rows of {length:,} tokens"
 
 
 def _languages(sources: list[str], targets: list[str]) -> str:

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from model.block import Block
 from model.config import TransformerConfig
+from model.heads import LMHead
 from model.models import build_model, make_cache
 from model.quantize import Int8Linear
 
@@ -42,6 +44,18 @@ def weight_bytes(config: TransformerConfig, dtype: torch.dtype) -> int:
     with torch.device("meta"):
         model = build_model(config)
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+
+
+def int8_bytes(config: TransformerConfig) -> int:
+    """The same with 8-bit products (`model.inference`): maps of blocks and heads in a byte a weight."""
+    with torch.device("meta"):
+        model = build_model(config)
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    maps = sum(m.weight.numel() for block in blocks for m in block.modules() if isinstance(m, nn.Linear))
+    heads = sum(m.tokens.weight.numel() for m in model.modules() if isinstance(m, LMHead))
+    floats = sum(parameter.numel() for parameter in model.parameters()) - maps
+    floats -= 0 if config.tied else heads  # a tied head's weights stay as embeddings, too
+    return floats * torch.float32.itemsize + maps + heads
 
 
 def context_len(config: TransformerConfig, max_context: int) -> int:

@@ -93,6 +93,7 @@ class Text:
 
     `older` makes a backend where there is no tokenizer.json. `tokens` are the special ones by their roles.
     `language` matches the tokens of languages, with the code as its group; see `model.adopted.Manner`.
+    `refused` are classes of tokenizers that put other things around a text.
     """
 
     older: Maker
@@ -100,6 +101,7 @@ class Text:
     language: str = ""
     language_place: LanguagePlace = "none"
     forces_language: bool = False
+    refused: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,9 @@ def read_tokenizer(folder: Path, config: TransformerConfig, text: Text) -> Adopt
     settings = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
     if settings.get("legacy_behaviour"):
         raise ValueError(f"{folder / 'tokenizer_config.json'}: legacy_behaviour: true is not supported")
+    named = settings.get("tokenizer_class")
+    if named in text.refused:
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: tokenizer_class: {named!r} is not supported")
     path = folder / TOKENIZER_FILE
     try:
         made = Made(Backend.from_file(str(path))) if path.is_file() else _make(folder, settings, text)
@@ -48,7 +51,18 @@ def read_tokenizer(folder: Path, config: TransformerConfig, text: Text) -> Adopt
         tokenizer = AdoptedTokenizer(made.backend, manner)
     except Exception as error:  # the backend raises bare Exception
         raise ValueError(f"{path}: not a tokenizer this project can use: {error}") from None
+    _check_encoder(tokenizer, config, path)
     return _with_prefix(tokenizer) if config.architecture == "causal_lm" else tokenizer
+
+
+def _check_encoder(tokenizer: AdoptedTokenizer, config: TransformerConfig, path: Path) -> None:
+    """An encoder's text stands between tokens, and a mask must be there to be filled."""
+    if config.architecture not in ("masked_lm", "classifier"):
+        return
+    if len(tokenizer.text_ids("")) < 2:
+        raise ValueError(f"{path}: it puts no tokens around a text (post_processor)")
+    if config.architecture == "masked_lm" and config.mlm_head and not tokenizer.mask_token:
+        raise ValueError(f"{path}: there is no mask token")
 
 
 def _make(folder: Path, settings: Mapping[str, Any], text: Text) -> Made:

@@ -140,6 +140,7 @@ TRANSLATORS = {
             "([a-z]{2}_[A-Z]{2})",
             "source",
             forces_language=True,
+            refused=frozenset({"MBartTokenizer", "MBartTokenizerFast"}),  # of the first: languages come last
         ),
     ),
 }

@@ -16,6 +16,7 @@ from app.engine.decode import DecodeLane, make_decode_lane
 from app.engine.sequence import Hypothesis, Sequence
 from model.adopted import AdoptedTokenizer, Manner
 from model.checkpoint import Checkpoint, Folder
+from model.inference import optimise
 from model.sampling import BeamParams, SamplingParams
 from tests.engine.rig import drive, turn
 from tests.families.conftest import VOCAB, Pair
@@ -33,6 +34,7 @@ def checkpoint(pair: Pair) -> Checkpoint:
     manner = Manner("bytes", VOCAB, SPECIAL, eos_id=2, mask_id=4)
     tokenizer = AdoptedTokenizer(backend, manner)
     model = folder.model("cpu", torch.float32)
+    optimise(model)  # as the service does
     return Checkpoint(model, tokenizer, folder.config, "tiny", "0" * 64)
 
 

@@ -12,11 +12,13 @@ import httpx
 import pytest
 import torch
 
+from app.engine.memory import held_bytes, int8_bytes
 from app.inspection import inspect_folder
 from app.main import create_app
 from app.settings import Settings
 from model.checkpoint import CheckpointError, load
 from model.convert import convert, main
+from model.inference import optimise
 from model.languages import find_language, iso_code, language_name
 from tests.tiny import TinyFolders
 
@@ -72,6 +74,7 @@ def test_a_folder_loads_is_inspected_and_converts(whole: Folders, tmp_path: Path
     lines, fits = inspect_folder(whole(name), Settings())
     assert fits
     assert f"parameters: {sum(p.numel() for p in loaded.model.parameters()):,}" in lines
+    estimate = int8_bytes(loaded.config)
     convert(whole(name), tmp_path / "own")
     again = load(tmp_path / "own")
     assert again.config == loaded.config
@@ -82,6 +85,8 @@ def test_a_folder_loads_is_inspected_and_converts(whole: Folders, tmp_path: Path
         assert ours == theirs
         assert torch.equal(a, b)
     assert inspect_folder(tmp_path / "own", Settings())[1]
+    optimise(again.model, "int8")
+    assert 0.8 * estimate < held_bytes([again.model]) <= estimate  # without biases, which it does not count
 
 
 @pytest.mark.parametrize("name", ["bert-classes", "roberta-classes"])

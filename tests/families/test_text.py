@@ -219,6 +219,14 @@ def test_a_language_in_the_source(text_pair: Make, tmp_path: Path) -> None:
     assert ours.encode(">>kor<< a") != [n_ids, *ours.encode("a")]
 
 
+def test_a_tokenizer_of_another_manner(text_pair: Make, tmp_path: Path) -> None:
+    """The first mBART tells the language behind the text, in the same files."""
+    folder = Path(shutil.copytree(text_pair("mbart50").newer, tmp_path / "m"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "MBartTokenizer"}')
+    with pytest.raises(ValueError, match="tokenizer_class: 'MBartTokenizer' is not supported"):
+        read("mbart50", folder)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_what_is_saved_reads_the_same(text_pair: Make, tmp_path: Path, name: str) -> None:
     ours = read(name, text_pair(name).newer)
@@ -237,6 +245,7 @@ def test_what_is_saved_reads_the_same(text_pair: Make, tmp_path: Path, name: str
         ({"tokenizer_config.json": "[]"}, r"tokenizer_config\.json: not a JSON object"),
         ({"tokenizer_config.json": '{"legacy_behaviour": true}'}, "legacy_behaviour: true is not supported"),
         ({"tokenizer.json": None}, r"tokenizer\.json: .*nor the older"),
+        ({"tokenizer_config.json": '{"mask_token": "<none>"}'}, r"tokenizer\.json: there is no mask token"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_used(
