@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes of one number
@@ -228,9 +229,20 @@ def _owners(model: nn.Module) -> Owners:
     return owners
 
 
+class _NoNumbers(TorchFunctionMode):
+    """Draws no first weights: where there is no memory they go nowhere, and asking costs a second."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def empty_model(build: Callable[[], Any]) -> Any:
     """What `build` makes, with parameters that have shapes and no memory."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NoNumbers():
         return build()
 
 
