@@ -94,8 +94,7 @@ class _Visit:
         )
         if needs_key:
             key = key or self._body_key()
-            self._scope["state"]["record"].key_name = key.name
-            self._rules.quotas.charge(key, n_characters)
+            self._rules.quotas.charge(key, "characters", n_characters)
         self._scope["state"]["key"] = key
         return self._body
 
@@ -134,4 +133,7 @@ class _Visit:
         key = self._rules.keys.find(given)
         if key is None:
             raise Unauthorized(WRONG_KEY)
+        self._scope["state"]["record"].key_name = key.name
+        # At once: what is refused for its body has been a request, too.
+        self._rules.quotas.charge(key, "requests", 1)
         return key

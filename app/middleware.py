@@ -156,6 +156,7 @@ def _conclude(record: RequestRecord, scope: Scope) -> None:
         "id": record.request_id,
         "key": record.key_name,
         "method": scope["method"],
+        "endpoint": record.endpoint,
         # The template, or nothing: a path that no route knows may hold anything.
         "route": getattr(scope.get("route"), "path", None),
         "model": record.model or None,

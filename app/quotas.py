@@ -1,7 +1,9 @@
 """How much each key may ask for in a minute. One bucket a key and kind, so memory is bounded by the keys."""
 
+import math
 import time
 from collections.abc import Callable, Iterable
+from typing import Literal
 
 from app.errors import InvalidRequest, RateLimited
 from app.keys import Key
@@ -9,6 +11,7 @@ from app.keys import Key
 _MINUTE = 60.0
 
 Clock = Callable[[], float]
+Kind = Literal["requests", "characters"]
 
 
 class TokenBucket:
@@ -21,7 +24,7 @@ class TokenBucket:
     def wait_seconds(self, amount: int) -> float:
         """How long until so much can be taken; 0 when it can be now, infinite when never."""
         if amount > self.per_minute:
-            return float("inf")
+            return math.inf
         return max(0.0, (amount - self._fill()) * _MINUTE / self.per_minute)
 
     def take(self, amount: int) -> None:
@@ -41,29 +44,27 @@ class Quotas:
     def __init__(
         self, keys: Iterable[Key], requests: int, characters: int, clock: Clock = time.monotonic
     ) -> None:
-        self._buckets: dict[str, dict[str, TokenBucket]] = {}
+        self._buckets: dict[str, dict[Kind, TokenBucket]] = {}
         for key in keys:
-            asked = {"requests": (key.requests, requests), "characters": (key.characters, characters)}
+            asked: dict[Kind, tuple[int | None, int]] = {
+                "requests": (key.requests, requests),
+                "characters": (key.characters, characters),
+            }
             limits = {kind: usual if own is None else own for kind, (own, usual) in asked.items()}
             self._buckets[key.name] = {
                 kind: TokenBucket(limit, clock) for kind, limit in limits.items() if limit
             }
 
-    def charge(self, key: Key, n_characters: int) -> None:
-        """Take one request and its characters, both or none.
-
-        Raises RateLimited, and InvalidRequest for what would be too much at any time.
-        """
-        amounts = {"requests": 1, "characters": n_characters}
-        buckets = self._buckets[key.name]
-        for kind, bucket in buckets.items():
-            seconds = bucket.wait_seconds(amounts[kind])
-            if seconds == float("inf"):
-                raise InvalidRequest(
-                    f"the request has {amounts[kind]} {kind}, the limit of this key is "
-                    f"{bucket.per_minute} a minute"
-                )
-            if seconds:
-                raise RateLimited(seconds, f"the limit of this key is {bucket.per_minute} {kind} a minute")
-        for kind, bucket in buckets.items():
-            bucket.take(amounts[kind])
+    def charge(self, key: Key, kind: Kind, amount: int) -> None:
+        """Take so much of a key's minute. Raises RateLimited, and InvalidRequest for what is never there."""
+        bucket = self._buckets[key.name].get(kind)
+        if bucket is None:
+            return
+        seconds = bucket.wait_seconds(amount)
+        if seconds == math.inf:
+            raise InvalidRequest(
+                f"the request has {amount} {kind}, the limit of this key is {bucket.per_minute} a minute"
+            )
+        if seconds:
+            raise RateLimited(seconds, f"the limit of this key is {bucket.per_minute} {kind} a minute")
+        bucket.take(amount)

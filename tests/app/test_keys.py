@@ -233,25 +233,27 @@ class TestQuotas:
         assert bucket.wait_seconds(60) == 0
         assert bucket.wait_seconds(61) == float("inf")
 
-    def test_requests_and_characters_are_taken_together_or_not_at_all(self) -> None:
+    def test_requests_and_characters_have_their_own_limits(self) -> None:
         clock = Clock()
         key = Key("a", b"", requests=2)
         quotas = Quotas([key], 0, 10, clock)
-        quotas.charge(key, 8)
+        quotas.charge(key, "characters", 8)
         with pytest.raises(RateLimited, match="the limit of this key is 10 characters a minute"):
-            quotas.charge(key, 5)
-        quotas.charge(key, 2)
+            quotas.charge(key, "characters", 5)
+        quotas.charge(key, "characters", 2)  # what was refused was not taken
+        quotas.charge(key, "requests", 2)
         with pytest.raises(RateLimited, match=r"2 requests a minute; try again in 30\.0 seconds") as raised:
-            quotas.charge(key, 0)
+            quotas.charge(key, "requests", 1)
         assert raised.value.retry_after_seconds == pytest.approx(30.0)
         with pytest.raises(InvalidRequest, match="has 11 characters, the limit of this key is 10"):
-            Quotas([key], 0, 10, clock).charge(key, 11)
+            quotas.charge(key, "characters", 11)
 
     def test_a_key_of_its_own_kind(self) -> None:
         free = Key("free", b"", requests=0)
         quotas = Quotas([free], 1, 0)
         for _ in range(100):
-            quotas.charge(free, 10**9)
+            quotas.charge(free, "requests", 1)
+            quotas.charge(free, "characters", 10**9)
 
     class TestOverHttp:
         @pytest.fixture
@@ -269,6 +271,19 @@ class TestQuotas:
             assert int(refused.headers["retry-after"]) >= 1
             other = await client.post("/generate", json={"inputs": "a"}, headers={"x-api-key": ADMIN})
             assert other.status_code == 200
+
+        async def test_what_is_refused_for_its_body_counts(
+            self, client: Client, caplog: pytest.LogCaptureFixture
+        ) -> None:
+            caplog.set_level("INFO", "app.request")
+            headers = BEARER | {"content-type": "application/json"}
+            statuses = [
+                (await client.post("/generate", content=content, headers=headers)).status_code
+                for content in (b"[" * 1000, b"{", b" " * 5_000_000, b"{}")
+            ]
+            assert statuses == [422, 422, 413, 429]
+            assert [vars(record)["fields"]["key"] for record in caplog.records] == ["shop"] * 4
+            assert vars(caplog.records[-1])["fields"]["error_type"] == "rate_limited"
 
         async def test_characters(self, client: Client) -> None:
             body = {"inputs": "[MASK]" + "가" * 300}

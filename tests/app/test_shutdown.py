@@ -39,6 +39,8 @@ async def serving(
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
             await until_ready(client)
+            # The first request of a route takes longer, and would not be in by the time of the signal.
+            assert (await client.post("/generate", json=body(0))).status_code == 422
             yield process, client
     finally:
         if process.returncode is None:
