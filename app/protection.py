@@ -194,10 +194,10 @@ class Shield:
         return lacking + [number for number in self.numbers if not _has_number(number, translated)]
 
     def _words(self) -> re.Pattern[str]:
-        """Whole words, but one may follow another at once, and a noun may have become several."""
+        """Whole words; but one may follow another, or small letters, at once, and a noun may be several."""
         words = "|".join(self.hidden)
         before = "|".join(rf"(?<={word})" for word in self.hidden)
-        return re.compile(rf"(?:(?<![A-Za-z0-9])|{before})(?:{words})(?=(?:{words}|s?(?![A-Za-z0-9])))")
+        return re.compile(rf"(?:(?<![A-Z0-9])|{before})(?:{words})(?=(?:{words}|s?(?![A-Za-z0-9])))")
 
 
 def shield(text: str, mark: str, spans: list[Span], tokenizer: Tokenizer) -> tuple[Shield, Edited]:

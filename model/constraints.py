@@ -54,8 +54,11 @@ class Progress:
 
     @property
     def n_missing(self) -> int:
-        """The fewest tokens that would complete it, should all go well."""
-        return sum(min(map(len, phrase.spellings)) for _, phrase in self._unmet()) - len(self.begun)
+        """So many tokens complete it at most, when every one of them furthers it.
+
+        The longest spellings count: beside what must stay apart only the one with a space may be possible.
+        """
+        return sum(max(map(len, phrase.spellings)) for _, phrase in self._unmet()) - len(self.begun)
 
     def take(self, token: int) -> Progress:
         """After one more token."""

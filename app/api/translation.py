@@ -131,12 +131,13 @@ class Plan:
         ]
 
     def _variants(self, sentence: Sentence, hypotheses: list[Hypothesis]) -> list["Rendered"]:
-        """One for each text; those that keep what they must come first."""
+        """One for each text; where some keep all that they must, no others."""
         variants: dict[str, Rendered] = {}
         for hypothesis in hypotheses:
             rendered = self._render(sentence, hypothesis)
             variants.setdefault(rendered.text, rendered)
-        return sorted(variants.values(), key=lambda each: len(each.unmet))
+        fewest = min(len(each.unmet) for each in variants.values())
+        return [each for each in variants.values() if len(each.unmet) == fewest]
 
     def _render(self, sentence: Sentence, hypothesis: Hypothesis) -> "Rendered":
         translated = self.tokenizer.decode(hypothesis.token_ids).strip()

@@ -71,7 +71,7 @@ def test_hidden_and_restored() -> None:
     assert [phrase.once for phrase in hidden.phrases] == [True, True, False]
     assert hidden.restore("CPU는 IBM을 1,250") == "www.a.org는 가게를 1,250"
     assert hidden.unmet("CPU는 IBM을 1,250") == []
-    assert hidden.restore("IBMCPU CPUs") == "가게www.a.org www.a.orgs"
+    assert hidden.restore("xIBMCPU CPUs") == "x가게www.a.org www.a.orgs"
     assert hidden.unmet("XCPU는 IBMS 11,250 Firefox") == ["www.a.org", "shop", "1,250"]
 
 

@@ -74,12 +74,12 @@ async def test_a_model_that_knows_nothing_keeps_what_it_must(client: Client) -> 
     )
     parameters = {"format": "html", "glossary": {"pens": "연필"}, "num_return_sequences": 2, "src_lang": "en"}
     answer = await client.post("/translate", json={"inputs": text, "parameters": parameters})
-    first, second = answer.json()
-    for each in (first, second):
+    found = answer.json()
+    for each in found:
         assert "unmet" not in each, each
         for kept in ("http://a.b/c", "27", "연필", "<code>me()</code>", "<a href='x'>", "</b>", "<br>"):
             assert each["translation_text"].count(kept) == 1, (kept, each)
-    assert first["translation_text"] != second["translation_text"]
+    assert 1 <= len({each["translation_text"] for each in found}) == len(found) <= 2
 
 
 async def check_generation(client: Client) -> None:
