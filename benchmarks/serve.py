@@ -25,6 +25,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.arguments import add_settings, command_line, make_parser
+from benchmarks.concurrency import sentence
 from benchmarks.contestants import Loop, Remote
 from benchmarks.load import Answer, Call, Results
 from benchmarks.machine import head, n_cores
@@ -37,7 +38,6 @@ from benchmarks.workload import (
     make_endless,
     make_folder,
     random_prompts,
-    sentence,
 )
 from model.tokenizer import Tokenizer
 

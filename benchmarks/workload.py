@@ -36,18 +36,6 @@ _SENTENCES = (
 )
 
 
-_SUBJECTS = ("I", "My friend", "The teacher", "Our neighbour", "She", "The doctor", "He", "My sister")
-_ACTIONS = ("opened the window", "went home early", "bought two apples", "read a long letter")
-_TIMES = ("yesterday", "in the morning", "before lunch", "after the meeting")
-
-
-def sentence(number: int) -> str:
-    """One of 128 plain sentences."""
-    subject = _SUBJECTS[number % len(_SUBJECTS)]
-    action = _ACTIONS[number // len(_SUBJECTS) % len(_ACTIONS)]
-    return f"{subject} {action} {_TIMES[number // 32 % len(_TIMES)]}."
-
-
 @dataclass(frozen=True)
 class Case:
     """One measurement: prompts of equal length, and how many tokens follow each of them, no fewer."""
