@@ -71,6 +71,7 @@ def entries(task: str, arguments: argparse.Namespace) -> Iterator[Entry]:
     device, n_threads = arguments.device, arguments.threads
     rows = max(arguments.sequences)
     slots = {"generate_slots": rows, "translate_slots": 4 * rows if task == "translate" else 32}
+    slots["prefix_tokens"] = 0  # the rounds repeat their prompts
     for name, own in arguments.engines:
         settings = {"device": device, "n_threads": n_threads, **slots, **own}
         yield Entry(name, "engine", {"task": task, "settings": settings})

@@ -25,10 +25,11 @@ QUEUE: dict[str, Any] = {"max_queue_items": 100_000, "max_queue_tokens": 10_000_
 
 def load_lane(task: str, folder: Path, settings: dict[str, Any]) -> Any:
     """The lane that the service makes of a folder; no thread runs it."""
-    model: dict[str, Any] = {f"{task.replace('-', '_')}_model": str(folder.resolve())}
+    # No beginnings of prompts are kept: the rounds of a benchmark repeat theirs.
+    own: dict[str, Any] = {f"{task.replace('-', '_')}_model": str(folder.resolve()), "prefix_tokens": 0}
     logging.getLogger("app").setLevel(logging.ERROR)  # it warns of every model that is not there
     with contextlib.chdir(folder):  # no `.env` there, nor other models
-        services = load_services(Settings(**model, **QUEUE, **settings), Lifecycle())
+        services = load_services(Settings(**(own | QUEUE | settings)), Lifecycle())
     return services.tasks[task].lane
 
 
