@@ -290,6 +290,23 @@ KINDS: dict[str, Callable[..., Contestant | Bare]] = {
 }
 
 
+# What `python -m app` sets before torch is loaded.
+_AS_THE_SERVICE = {"OMP_WAIT_POLICY": "PASSIVE"}
+_VARIABLES = {"engine": _AS_THE_SERVICE, "bare": _AS_THE_SERVICE}
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """With variables that are not set otherwise, for the processes that are started meanwhile."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
 class ContestantFailed(Exception):
     """A contestant's process could not do what it was asked; the message is its traceback."""
 
@@ -304,7 +321,8 @@ class Remote:
         self._process = context.Process(
             target=_serve, args=(theirs, kind, folder, options), name=name, daemon=True
         )
-        self._process.start()
+        with _environment(_VARIABLES.get(kind, {})):
+            self._process.start()
         theirs.close()
         self._answer()
 
