@@ -109,7 +109,7 @@ class TransformerConfig:
         for key, choices in _CHOICES.items():
             if getattr(self, key) not in choices:
                 raise ConfigError(f"{key}: {getattr(self, key)!r} is not one of {', '.join(choices)}")
-        for key in ("vocab_size", "d_model", "n_heads", "kv_heads", "head_dim", "d_ff", "max_len"):
+        for key in ("vocab_size", "d_model", "n_heads", "kv_heads", "d_ff", "max_len"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key}: {getattr(self, key)} is less than 1")
         for key in ("n_segments", "n_encoder_layers", "n_decoder_layers", "position_offset", "n_full_layers"):
@@ -133,8 +133,9 @@ class TransformerConfig:
         self._check_labels()
         self._check_rotary()
         self._check_ids()
-        if self.window is not None and self.window < 1:
-            raise ConfigError(f"window: {self.window} is less than 1")
+        for key in ("window", "d_head"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise ConfigError(f"{key}: {getattr(self, key)} is less than 1")
 
     def _check_rotary(self) -> None:
         wanted, found = ROTARY_FACTORS[self.rotary_scaling], self.rotary_factors.keys()

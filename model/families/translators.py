@@ -72,6 +72,8 @@ def _translator(given: Given, **changes: Any) -> TransformerConfig:
     start = given.id("decoder_start_token_id")
     if start is None:
         raise ConfigError("missing key: decoder_start_token_id")
+    if len(given.ids("eos_token_id")) > 1:
+        raise ConfigError("eos_token_id: a translator with several ends is not supported")
     n_heads, d_ff = given.whole("encoder_attention_heads"), given.whole("encoder_ffn_dim")
     vocab_size = given.whole("vocab_size")
     given.demand(

@@ -181,6 +181,7 @@ def test_norms_of_old_checkpoints(pair: Make, tmp_path: Path) -> None:
         ("bert", {"is_decoder": True}, "is_decoder: True is not supported"),
         ("marian", {"share_encoder_decoder_embeddings": False}, "share_encoder_decoder_embeddings: False"),
         ("marian", {"decoder_ffn_dim": 8}, "decoder_ffn_dim: 8 is not supported, only 48"),
+        ("marian", {"eos_token_id": [2, 3]}, "eos_token_id: a translator with several ends"),
         ("m2m100", {"d_model": 30}, "d_model: 30 is not a multiple of n_heads 4"),
     ],
 )
@@ -188,6 +189,7 @@ def test_what_is_not_supported_is_named(
     pair: Make, tmp_path: Path, name: str, changes: dict[str, Any], message: str
 ) -> None:
     folder = Path(shutil.copytree(pair(name).folder, tmp_path / name))
+    (folder / "generation_config.json").unlink(missing_ok=True)  # which would have the last word on ids
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | changes))
     with pytest.raises(CheckpointError, match=message):

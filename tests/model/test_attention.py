@@ -8,7 +8,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.attention import Attention, Rotation, rotate, scaled_dot_product_attention
-from model.masks import causal_mask, document_mask, length_mask, padding_mask, position_mask
+from model.masks import (
+    causal_mask,
+    document_mask,
+    length_mask,
+    padding_mask,
+    position_mask,
+    window_mask,
+)
 from model.transformer import Rotary
 from tests.tiny import tiny_config
 
@@ -114,5 +121,7 @@ def test_masks() -> None:
     assert torch.equal(length_mask(torch.tensor([2, 1]), 3), padding_mask(ids, 0))
     assert causal_mask(3)[0, 0].int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     assert position_mask(torch.tensor([[2], [0]]), 3).int().tolist() == [[[[1, 1, 1]]], [[[1, 0, 0]]]]
+    # Of what stands up to a query a window leaves the last two; what comes after is another mask's affair.
+    assert window_mask(torch.tensor([[2, 0]]), 4, 2).int().tolist() == [[[[0, 1, 1, 1], [1, 1, 1, 1]]]]
     documents = torch.tensor([[1, 1, 2]])
     assert document_mask(documents)[0, 0].int().tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]

@@ -47,6 +47,17 @@ def test_it_is_frozen() -> None:
         ("eos_id", 40),
         ("pad_id", -1),
         ("languages.ko", 40),
+        ("d_head", 0),
+        ("window", 0),
+        ("n_full_layers", -1),
+        ("position_offset", -1),
+        ("qkv_bias", "no"),
+        ("tied", None),
+        ("pool_activation", "gelu"),
+        ("rotary_scaling", "dynamic"),
+        ("rotary_factors", {"factor": 2.0}),
+        ("start_id", 40),
+        ("more_eos_ids", 3),
     ],
 )
 def test_a_bad_value_is_named(key: str, value: object) -> None:
@@ -62,6 +73,20 @@ def test_heads_that_do_not_divide() -> None:
         tiny_config("causal_lm", n_kv_heads=3)
     with pytest.raises(ConfigError, match="positions: rotary needs an even width"):
         tiny_config("causal_lm", d_model=12, positions="rotary")
+
+
+def test_the_factors_of_a_scaling() -> None:
+    with pytest.raises(ConfigError, match=r"rotary_factors: not those of scaling 'linear': beta_fast"):
+        tiny_config("causal_lm", rotary_scaling="linear", rotary_factors={"factor": 2.0, "beta_fast": 1.0})
+    for bad in (0.0, "2", float("inf")):
+        with pytest.raises(ConfigError, match=r"rotary_factors\.factor: .* is not a positive number"):
+            tiny_config("causal_lm", rotary_scaling="linear", rotary_factors={"factor": bad})
+
+
+def test_parts_that_are_as_their_neighbours() -> None:
+    config = tiny_config("causal_lm", d_head=6, more_eos_ids=[9], bos_id=None)
+    assert (config.head_dim, config.eos_ids, config.bos_id) == (6, (2, 9), None)
+    assert tiny_config("causal_lm").head_dim == 8
 
 
 def test_layers_that_do_not_suit() -> None:
