@@ -146,9 +146,12 @@ async def admit(
     parameters = body.parameters or GenerateParameters()
     texts = check_texts(body.inputs, services.settings)
     stops = _check(parameters, services.settings, task)
-    if is_streamed(body, request):
+    streamed = is_streamed(body, request)
+    if streamed:
         _check_stream(parameters, texts)
-    sampling = _sampling(parameters)
+    # A stream's events carry them, details too, and the best of several are found by them.
+    scored = streamed or bool(parameters.details) or (parameters.best_of or 1) > 1
+    sampling = replace(_sampling(parameters), logprobs=scored)
     prompts = await prepare(sum(map(len, texts)), _encode_all, texts, parameters, task.tokenizer)
     generations = [
         _generations(name, prompt, sampling, parameters, stops, task, services.settings)

@@ -109,9 +109,12 @@ class BeamGroup:
                 if logprob > float("-inf")
             ]
         ranked.sort(reverse=True)
+        if not self.params.required:  # as a rule: there is no progress to be made
+            beams = ((self.live[-i], token, logprob) for _, i, token, logprob in ranked[:width])
+            return [_Option(beam, token, logprob, beam.progress) for beam, token, logprob in beams]
         return [
             _Option(self.live[-i], token, logprob, self.live[-i].progress.take(token))
-            for _, i, token, logprob in (ranked if self.params.required else ranked[:width])
+            for _, i, token, logprob in ranked
         ]
 
     def _forced(self, beam: Beam, own: list[Candidate], wanted: Iterable[Candidate]) -> dict[int, float]:
@@ -127,11 +130,14 @@ class BeamGroup:
         """Note the hypotheses that end here; returns the options that live on, best first."""
         width = self.params.num_beams
         cut = self._cuts_at(self.n_steps + 1)
-        complete = [option for option in options if option.progress.complete]
+        free = not self.params.required  # as a rule: every hypothesis is complete, and all have one rank
+        complete = options if free else [option for option in options if option.progress.complete]
         for option in complete[:width]:
             if option.token == self.eos_id or cut:
                 self._finish(option)
         going_on = [option for option in options if option.token != self.eos_id]
+        if free:
+            return going_on[:width]
         return share_out(((option.progress.rank, option) for option in going_on), width)
 
     def results(self) -> list[Ended]:

@@ -12,7 +12,7 @@ from torch import nn
 from model.block import Block
 from model.config import TransformerConfig
 from model.heads import LMHead
-from model.models import build_model, make_cache
+from model.models import Model, build_model, make_cache
 from model.quantize import Int8Linear
 from model.weights import empty_model
 
@@ -42,7 +42,7 @@ _CGROUPS = (
 
 def weight_bytes(config: TransformerConfig, dtype: torch.dtype) -> int:
     """What a model's weights take: built on the meta device, which holds no numbers."""
-    model = empty_model(lambda: build_model(config))
+    model: Model = empty_model(lambda: build_model(config))
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
