@@ -7,7 +7,7 @@ from torch import nn
 from model.attention import Attention
 from model.inference import optimise
 from model.models import CausalLM, MaskedLM, Translator, build_model
-from model.quantize import Int8Linear
+from model.quantize import Int8Linear, share_int8
 from tests.tiny import tiny_config
 
 VARIANTS = [
@@ -113,3 +113,20 @@ def test_a_causal_model_still_projects_its_vocabulary() -> None:
     optimise(model, "int8")
     assert torch.equal(model.embeddings.tokens.weight, embedded)  # looked up in full precision
     assert type(model.head).__name__ == "Int8Linear"
+
+
+def test_equal_int8_weights_are_held_once() -> None:
+    torch.manual_seed(4)
+    one, other = build_model(tiny_config("masked_lm")), build_model(tiny_config("masked_lm"))
+    twin = build_model(tiny_config("masked_lm"))
+    twin.load_state_dict(one.state_dict())
+    for model in (one, other, twin):
+        optimise(model, "int8")
+    said = outputs(twin)
+    for model, shared in ((twin, True), (other, False)):
+        share_int8(model, one)
+        pairs = zip(model.modules(), one.modules(), strict=True)
+        packed = [a is b for a, b in pairs if isinstance(b, Int8Linear)]
+        assert len(packed) > 8
+        assert set(packed) == {shared}
+    assert torch.equal(outputs(twin), said)
