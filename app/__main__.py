@@ -25,6 +25,9 @@ log = logging.getLogger("app")
 
 # The end of the grace period belongs to closing: answers of aborted work, the device thread's last step.
 _CLOSING_SHARE, _CLOSING_SECONDS = 0.25, 3.0
+# Longer than clients keep an idle connection (5 seconds in httpx, which is in most of them): who closes first
+# must not be the server, or now and then a request meets a connection that is just going.
+_KEEP_ALIVE_SECONDS = 15
 _OTHER_FILES = 200  # than connections: weights, libraries, pipes
 # A signal to a process group comes twice when make, in the same group, passes it on: one wish, not two.
 _ECHO_SECONDS = 0.2
@@ -85,6 +88,7 @@ def make_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=1,
     )
 

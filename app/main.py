@@ -4,6 +4,7 @@ import asyncio
 import logging
 import platform
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ from model.inference import Quantization
 from model.quantize import is_supported
 
 log = logging.getLogger("app")
+
+_MAX_THREADS = 8
 
 _ABOUT = """Translation, masked words, generation and classification.
 
@@ -207,6 +210,8 @@ async def open_or_fail(app: FastAPI) -> None:
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Load -> warm up -> serve -> drain -> stop; with `listen_early` the port is open while loading."""
+    # Text work and model loads; asyncio's own pool may have 32 threads, each with memory of its own.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_MAX_THREADS, "work"))
     opening = asyncio.create_task(open_or_fail(app))
     try:
         if not app.state.listen_early:

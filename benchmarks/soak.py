@@ -301,7 +301,7 @@ async def run(arguments: argparse.Namespace) -> Diary:
     diary, port = Diary(), free_port()
     until = 0.0
     async with serving(port, arguments.server, diary) as process:
-        limits = httpx.Limits(max_connections=None)
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=2.0)
         async with (
             httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=180, limits=limits) as http,
             httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as probe,
