@@ -107,8 +107,12 @@ class _Reader(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.events: list[_Event] = []
         self._lines = [0, *(match.end() for match in re.finditer("\n", source))]
-        self.feed(source)
+        # Behind the last ">" no tag ends: text, and the parser would look for an end from each of its "<".
+        end = source.rfind(">") + 1
+        self.feed(source[:end])
         self.close()
+        if end < len(source):
+            self.events.append(_Event("text", end, text=html.unescape(source[end:])))
         for event, following in zip(self.events, self.events[1:], strict=False):
             event.stop = following.start
         if self.events:
@@ -247,7 +251,7 @@ def _read_segment(source: str, events: list[_Event], first: int, mark: str) -> l
         event = events[at]
         raw = source[event.start : event.stop]
         if event.kind == "text":
-            _append(segment, event.text)
+            _append(segment, event.text, after_void=at > 0 and events[at - 1].kind == "void")
         elif event.kind == "open" and event.kept and event.partner is not None:
             at = event.partner - first
             raw = source[event.start : events[at].stop]
@@ -266,10 +270,11 @@ def _read_segment(source: str, events: list[_Event], first: int, mark: str) -> l
     return _strip(segment)
 
 
-def _append(segment: Segment, text: str) -> None:
-    """Runs of white space are one space in HTML."""
+def _append(segment: Segment, text: str, *, after_void: bool) -> None:
+    """Runs of white space are one space in HTML, but where something stands in them."""
     text = _SPACE.sub(" ", text)
-    segment.text += text[1:] if text.startswith(" ") and segment.text.endswith(" ") else text
+    doubled = text.startswith(" ") and segment.text.endswith(" ") and not after_void
+    segment.text += text[1:] if doubled else text
 
 
 def _close(segment: Segment, source: str, start: int, opening: _Event, closing: _Event) -> None:

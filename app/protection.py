@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, count
 
 from model.constraints import Phrase
 from model.tokenizer import Tokenizer
@@ -29,7 +30,7 @@ _KEPT = re.compile(
     # A path may go on in other letters, unless that is but a particle after the address.
     rf"(?P<address>(?:https?|ftp)://(?:{_ADDRESS_CHARS}|(?<=[/=_\-%.])(?!{_PARTICLES})[^\W\d_a-zA-Z]+)+"
     rf"|www\.[A-Za-z0-9\-]+\.{_ADDRESS_CHARS}+"
-    r"|(?<![\w.+\-])[A-Za-z0-9._%+\-]+@[A-Za-z0-9\-]+(?:\.[A-Za-z0-9\-]+)+)"
+    r"|(?<![\w.+%\-])[A-Za-z0-9._%+\-]+@[A-Za-z0-9\-]+(?:\.[A-Za-z0-9\-]+)+)"
     r"|(?P<code>`[^`\n]+`)"
     # Dates, times, telephone numbers, versions.
     r"|(?P<figure>(?<![\w.])\+?\d+(?:(?:[\-/:]\d+)+|(?:\.\d+){2,})(?![\d]))"
@@ -105,13 +106,19 @@ def find_spans(text: str, glossary: Glossary | None) -> list[Span]:
 def _trim(match: re.Match[str]) -> Span:
     text = match.group()
     if match.lastgroup == "address":
-        while text and (text[-1] in _AFTER_ADDRESS or _closes_nothing(text)):
-            text = text[:-1]
+        text = _without_end(text)
     return Span(match.start(), match.start() + len(text), text, text)
 
 
-def _closes_nothing(text: str) -> bool:
-    return text[-1] in ")]" and text.count(text[-1]) > text.count("(["[text[-1] == "]"])
+def _without_end(address: str) -> str:
+    """Without the signs at its end that are not its own, brackets that it did not open among them."""
+    surplus = {close: address.count(close) - address.count(open_) for open_, close in ("()", "[]")}
+    stop = len(address)
+    while stop and (address[stop - 1] in _AFTER_ADDRESS or surplus.get(address[stop - 1], 0) > 0):
+        stop -= 1
+        if address[stop] in surplus:
+            surplus[address[stop]] -= 1
+    return address[:stop]
 
 
 @dataclass(frozen=True)
@@ -145,12 +152,18 @@ def replace_runs(text: str, runs: Iterable[tuple[int, int, str]]) -> Edited:
 
 def unused_mark(text: str) -> str:
     """A character of the private planes that the text does not have."""
-    return next(chr(code) for code in range(0xF0000, 0x10FFFE) if chr(code) not in text)
+    used = set(text)
+    return next(chr(code) for code in range(0xF0000, 0x10FFFE) if chr(code) not in used)
 
 
 def is_translatable(text: str) -> bool:
     """Has it a letter? What has none says the same in every language."""
     return _LETTER.search(text) is not None
+
+
+# A term that brings its article along replaces the one before it.
+_ARTICLE = re.compile(r"(?:the|an?)\s", re.IGNORECASE)
+_LAST_ARTICLE = re.compile(r"(?<!\w)(?:the|an?)\s$", re.IGNORECASE)
 
 
 def _output(span: Span) -> str:
@@ -167,8 +180,14 @@ class Shield:
     phrases: tuple[Phrase, ...]
 
     def restore(self, translated: str) -> str:
-        """The translation with what was hidden in its place, and the particles after it in agreement."""
-        return "".join(self.show(run, translated, _output) for run in self.runs(translated))
+        """The translation with what was hidden in its place, in agreement with what stands beside it."""
+        restored = ""
+        for run in self.runs(translated):
+            shown = self.show(run, translated, _output)
+            if translated[run[0] : run[1]] in self.hidden and _ARTICLE.match(shown):
+                restored = _LAST_ARTICLE.sub("", restored)
+            restored += shown
+        return restored
 
     def runs(self, translated: str) -> list[tuple[int, int]]:
         """The translation's parts (start, stop): words that stand for something, and what is between them."""
@@ -202,12 +221,13 @@ class Shield:
 
 def shield(text: str, mark: str, spans: list[Span], tokenizer: Tokenizer) -> tuple[Shield, Edited]:
     """Hide spans, which stand in the text as marks, in this order; `MAX_HIDDEN` of them at most."""
-    free = [word for word in _NAMES if not re.search(rf"(?<!\w){word}(?!\w)", text, re.IGNORECASE)]
     hidden: dict[str, Span] = {}
+    lower = text.lower()
     runs: list[tuple[int, int, str]] = []
     at = -1
     for span in spans:
-        word = next(w for w in (_NOUNS if span.is_noun else _NAMES) if w in free and w not in hidden)
+        words = chain(_NOUNS if span.is_noun else _NAMES, (f"QX{i}" for i in count(1)))
+        word = next(word for word in words if word not in hidden and word.lower() not in lower)
         at = text.index(mark, at + 1)
         hidden[word] = span
         runs.append((at, at + 1, word))

@@ -1,5 +1,6 @@
 """What the two dialects of translation share: sentences in, the best translations joined again."""
 
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -44,6 +45,8 @@ from model.tokenizer import Tokenizer, text_pieces
 # The source and target language of a text, which has a name for messages.
 Direction = Callable[[str, str], tuple[str, str]]
 Found = dict[Sequence, list[Hypothesis]]
+# As in Markdown and in what people type: bullets, headings, quotes.
+_LIST_SIGNS = re.compile(r"(?:(?:[-*+•·–—>]|#+)\s+)+(?=\S)")
 
 
 @dataclass(frozen=True)
@@ -320,7 +323,15 @@ def _moved(elements: list[Element], edited: Edited) -> list[Element]:
 
 
 def _cut(part: Part, mark: str) -> list[Part]:
-    """A sentence in parts with as many marks as can be hidden at once."""
+    """A sentence without the signs of a list before it, in parts with as many marks as can be hidden."""
+    signs = _LIST_SIGNS.match(part.text)
+    if signs is not None:
+        rest = Part(part.text[signs.end() :], part.is_sentence)
+        return [Part(signs.group(), False), *_cut_at_marks(rest, mark)]
+    return _cut_at_marks(part, mark)
+
+
+def _cut_at_marks(part: Part, mark: str) -> list[Part]:
     if part.text.count(mark) <= MAX_HIDDEN:
         return [part]
     pieces = part.text.split(mark)

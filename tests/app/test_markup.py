@@ -23,9 +23,11 @@ def texts(source: str) -> list[str]:
         ("<p translate='no'>x</p><div class='notranslate'>y</div>z", ["z"]),
         ("<span>one <p>two</p></span><b>three", ["one", "two", "three"]),
         ("</i>x</b>", ["x"]),
+        ("x <b> y</b> <img> <i>z</i>", ["x y  z"]),
         ("12 <b>34</b>", []),
         ("", []),
         ("a < b > c & d &#x110000; &nosuch;", ["a < b > c & d \ufffd &nosuch;"]),
+        ("<p>a</p>b < c <i", ["a", "b < c <i"]),
     ],
 )
 def test_segments(source: str, segments: list[str]) -> None:

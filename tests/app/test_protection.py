@@ -76,11 +76,20 @@ def test_hidden_and_restored() -> None:
 
 
 def test_so_many_can_be_hidden_whatever_the_text_says() -> None:
-    text = " ".join(("CPU IBM UN DNA", *["\U000f0000"] * MAX_HIDDEN))
+    words = "cpu IBM un DNA Firefox NASA gps PHP QX2"
+    text = " ".join((words, *["\U000f0000"] * MAX_HIDDEN))
     spans = find_spans(" ".join(["a@b.cd"] * MAX_HIDDEN), None)
     hidden, _ = shield(text, "\U000f0000", spans, byte_tokenizer())
-    assert len(hidden.hidden) == MAX_HIDDEN
+    assert list(hidden.hidden) == ["QX1", "QX3", "QX4", "QX5"]
     assert unused_mark("\U000f0000\U000f0001") == "\U000f0002"
+
+
+def test_a_term_with_its_article_replaces_the_article() -> None:
+    text = "한강에서"
+    spans = find_spans(text, Glossary.of({"한강": "the Han River"}))
+    hidden, _ = shield("\U000f0000에서", "\U000f0000", spans, byte_tokenizer())
+    assert hidden.restore("at the CPU") == "at the Han River"
+    assert hidden.restore("The CPU and bathe CPU") == "the Han River and bathe the Han River"
 
 
 @pytest.mark.parametrize(

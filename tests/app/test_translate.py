@@ -179,6 +179,13 @@ async def test_what_has_no_letters_needs_no_model(client: Client, translate_lane
     assert not translate_lane.submitted
 
 
+async def test_signs_of_lists_stay(client: Client, translate_lane: FakeDecodeLane) -> None:
+    text = "# a\n\n- b\n* - c\n> d - e\n-f"
+    assert (await translate(client, text))[0]["translation_text"] == text.upper()
+    sources = [translate_lane.tokenizer.decode(s.prompt_ids) for s in translate_lane.submitted]
+    assert sources == ["a", "b", "c", "d - e", "-f"]
+
+
 async def test_several_translations_differ(client: Client, translate_lane: FakeDecodeLane) -> None:
     answer = await translate(client, ["a", " ", "a\nb"], num_return_sequences=3)
     assert [[each["translation_text"] for each in text] for text in answer] == [
