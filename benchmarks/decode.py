@@ -117,17 +117,24 @@ def measure(case: Case, contestants: list[Remote], rounds: int) -> dict[str, Sco
     return scores
 
 
-def report(table: Table, labels: tuple[str, str], case: Case, scores: dict[str, Score], own: str) -> None:
-    """A row a contestant; the ratio and the agreement are those of the engine's first setting to it."""
+def report(
+    table: Table, labels: tuple[str, str], case: Case, scores: dict[str, Score], own: list[str]
+) -> None:
+    """A row a contestant; the ratio is that of the engine's first setting to it, the agreement with each."""
     for name, score in scores.items():
         speeds = [case.n_tokens / seconds for seconds in score.seconds]
-        ratio, agrees = "", ""
-        if name != own:
-            pairs = zip(score.seconds, scores[own].seconds, strict=True)
+        ratio = ""
+        if name != own[0]:
+            pairs = zip(score.seconds, scores[own[0]].seconds, strict=True)
             ratio = spread([theirs / ours for theirs, ours in pairs])
-            same, share = agreement(score.outputs, scores[own].outputs)
-            agrees = f"{same} of {len(case.prompts)}, {100 * share:.1f}%"
-        table.row(*labels, len(case.prompts), name, spread(speeds, 0), ratio, agrees, score.note)
+        agrees = [alike(score, scores[other]) if other != name else "" for other in own]
+        table.row(*labels, len(case.prompts), name, spread(speeds, 0), ratio, *agrees, score.note)
+
+
+def alike(score: Score, other: Score) -> str:
+    """How far two contestants said the same."""
+    same, share = agreement(score.outputs, other.outputs)
+    return f"{same} of {len(other.outputs)}, {100 * share:.1f}%"
 
 
 def compare(task: str, weights: str, folder: Path, table: Table, arguments: argparse.Namespace) -> None:
@@ -137,7 +144,7 @@ def compare(task: str, weights: str, folder: Path, table: Table, arguments: argp
             new = arguments.new or NEW[task]
             case = make_case(task, folder, n, PROMPT[task], new, text=weights == "shipped")
             scores = measure(case, contestants, arguments.rounds)
-            report(table, (task, weights), case, scores, arguments.engines[0][0])
+            report(table, (task, weights), case, scores, [name for name, _ in arguments.engines])
 
 
 def engine_argument(text: str) -> tuple[str, dict[str, str]]:
@@ -208,10 +215,9 @@ def main(words: list[str] | None = None) -> None:
         notes.append(f"memory read bandwidth: {bandwidth / 1e9:.1f} GB/s")
     notes += [f"{name}: {own or 'default settings'}" for name, own in arguments.engines]
     print(head(command_line("decode", words), "transformers", "ctranslate2", notes=tuple(notes)))
-    own = arguments.engines[0][0]
-    table = Table(
-        "task", "weights", "sequences", "who", "tokens/s", f"{own} over it", f"same as {own}", "note"
-    )
+    own = [name for name, _ in arguments.engines]
+    same = [f"same as {name}" for name in own]
+    table = Table("task", "weights", "sequences", "who", "tokens/s", f"{own[0]} over it", *same, "note")
     with tempfile.TemporaryDirectory() as scratch:
         for task, weights, folder in make_folders(arguments, Path(scratch)):
             compare(task, weights, folder, table, arguments)
