@@ -15,5 +15,6 @@ try:
 except ImportError:
     print(os.environ["OMP_WAIT_POLICY"])
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True)
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
     assert run.stdout.strip() == "PASSIVE"
