@@ -146,3 +146,11 @@ def test_labels_belong_to_a_classifier(folders: tuple[Path, Path]) -> None:
     config = checkpoint.load_config(folders[0])
     with pytest.raises(ConfigError, match="labels: a masked_lm has none"):
         type(config).from_dict(config.to_dict() | {"labels": ["a", "b"]})
+
+
+def test_what_ships_fits_its_base() -> None:
+    """New weights of the masked model want `python -m model.training classify` again."""
+    folder = Path(__file__).resolve().parents[2] / "weights/classify"
+    adapter = checkpoint.load_adapter(folder)
+    assert adapter
+    assert checkpoint.file_sha256(folder / adapter.base / checkpoint.WEIGHTS) == adapter.base_sha256
