@@ -144,6 +144,7 @@ _KINDS = {
 }
 _BRANCH_KINDS = {"str": ("a string", "strings"), "int": ("an integer", "integers")}
 _MAX_FAULTS, _MAX_FAULT_CHARS, _MAX_ECHO_CHARS = 10, 300, 80
+_MAX_READ_FAULTS = 200  # each is compared with all others
 NO_OBJECT = "the body must be a JSON object, sent with Content-Type: application/json"
 _UNPARSABLE = "the body is not valid JSON"
 
@@ -180,7 +181,7 @@ def reason_of(exc: Exception) -> str:
 def describe(exc: Exception) -> str:
     """The message a client may read; never that of an exception nobody planned."""
     if isinstance(exc, RequestValidationError):
-        found = exc.errors()
+        found = exc.errors()[:_MAX_READ_FAULTS]
         kinds = _expected_kinds(found)
         faults = dict.fromkeys(_describe_fault(fault, kinds) for fault in found if _is_meant(fault, kinds))
         return "; ".join(fault[:_MAX_FAULT_CHARS] for fault in islice(faults, _MAX_FAULTS))

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.datastructures import Headers, QueryParams
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.bodies import BodyLimits, count_characters, read_body, read_fields, replay
+from app.bodies import BodyLimits, count_characters, glimpse_fields, read_body, read_fields, replay
 from app.dialects import Dialect, error_response, speak
 from app.errors import Crowded, Unauthorized, reason_of
 from app.keys import Key, KeyRing
@@ -81,6 +81,7 @@ class _Visit:
         self._headers = Headers(scope=scope)
         self._content_type = self._headers.get("content-type", "")
         self._body = b""
+        self._may_parse = False  # until its structure is known to be within the limits
 
     async def admit(self, receive: Receive) -> bytes:
         """The body, once everything is in order; sets the request's key. Raises what is not."""
@@ -92,6 +93,7 @@ class _Visit:
         n_characters = count_characters(
             self._body, self._content_type, self._scope["query_string"], self._rules.body
         )
+        self._may_parse = True
         if needs_key:
             key = key or self._body_key()
             self._rules.quotas.charge(key, "characters", n_characters)
@@ -102,7 +104,8 @@ class _Visit:
         """Errors in the form that the body tells, where the path does not."""
         if self._path not in ("/", "/translate"):
             return
-        fields = read_fields(self._body, self._content_type) or QueryParams(self._scope["query_string"])
+        read = read_fields if self._may_parse else glimpse_fields
+        fields = read(self._body, self._content_type) or QueryParams(self._scope["query_string"])
         dialect = self._rules.dialect_of(self._path, fields)
         if dialect is not None:
             speak(self._scope, dialect)

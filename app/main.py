@@ -35,7 +35,7 @@ from app.dialects import add_handlers
 from app.engine.errors import NoRoom
 from app.engine.registry import Registry
 from app.engine.worker import DeviceWorker
-from app.engine.workshop import ModelWorkshop
+from app.engine.workshop import ModelWorkshop, QuantizationChoice
 from app.errors import ErrorBody
 from app.guard import DOCS, METRICS, PROBES, GuardMiddleware, Rules
 from app.keys import load_keys
@@ -45,7 +45,6 @@ from app.middleware import ModelPathMiddleware, RecordMiddleware
 from app.quotas import Quotas
 from app.settings import Settings, is_given, named_folders
 from model.checkpoint import CheckpointError
-from model.inference import Quantization
 from model.quantize import is_supported
 
 log = logging.getLogger("app")
@@ -149,12 +148,12 @@ def resolve_device(settings: Settings) -> tuple[torch.device, torch.dtype]:
     return torch.device("cuda" if cuda else "cpu"), dtypes[settings.dtype]
 
 
-def resolve_quantization(settings: Settings, device: torch.device, dtype: torch.dtype) -> Quantization:
-    """What "auto" means for this device and number format. Raises StartError where int8 cannot be had."""
+def resolve_quantization(settings: Settings, device: torch.device, dtype: torch.dtype) -> QuantizationChoice:
+    """As asked for, if this device and number format have it. Raises StartError where int8 cannot be had."""
     possible = device.type == "cpu" and dtype == torch.float32 and is_supported()
     if settings.quantization == "int8" and not possible:
         raise StartError("quantization is int8, which needs device cpu, dtype float32 and a torch with int8")
-    return "int8" if possible and settings.quantization != "none" else "none"
+    return settings.quantization if possible else "none"
 
 
 async def warm_up(services: Services) -> None:

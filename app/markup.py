@@ -259,9 +259,10 @@ def _read_segment(source: str, events: list[_Event], first: int, mark: str) -> l
             segment.spans.append(Span(here, here + 1, raw, raw, is_markup=True))
             segment.text += mark
         elif event.kind == "open":
-            opened[at + first] = len(segment.text)
+            opened[at + first] = len(segment.text), len(segment.elements)
         elif event.kind == "close" and event.partner is not None:
-            _close(segment, source, opened.pop(event.partner), events[event.partner - first], event)
+            began, n_before = opened.pop(event.partner)
+            _close(segment, source, began, n_before, events[event.partner - first], event)
         else:
             segment.elements.append(Element(raw, "", len(segment.text), len(segment.text)))
         at += 1
@@ -277,7 +278,10 @@ def _append(segment: Segment, text: str, *, after_void: bool) -> None:
     segment.text += text[1:] if doubled else text
 
 
-def _close(segment: Segment, source: str, start: int, opening: _Event, closing: _Event) -> None:
+def _close(
+    segment: Segment, source: str, start: int, n_before: int, opening: _Event, closing: _Event
+) -> None:
+    """An element ends that began at `start`, when the segment had `n_before` others."""
     inner = segment.text[start:]
     if inner.strip():
         tags = source[opening.start : opening.stop], source[closing.start : closing.stop]
@@ -285,7 +289,7 @@ def _close(segment: Segment, source: str, start: int, opening: _Event, closing: 
         return
     # Without words there is nothing to align: the whole of it is a point.
     raw = source[opening.start : closing.stop]
-    segment.elements = [e for e in segment.elements if e.open not in raw or e.start < start]
+    del segment.elements[n_before:]
     segment.text = segment.text[:start]
     segment.elements.append(Element(raw, "", start, start))
 

@@ -6,10 +6,10 @@ search is made to say it.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain, count
+from os.path import commonprefix
 
 from model.constraints import Phrase
 from model.tokenizer import Tokenizer
@@ -20,6 +20,7 @@ _NAMES = ("Firefox", "CPU", "IBM", "UN", "DNA", "NASA", "GPS", "PHP")
 _NOUNS = ("CPU", "IBM", "UN", "DNA", "Firefox", "NASA", "GPS", "PHP")
 MAX_HIDDEN = 4  # in one sentence: with more of them a beam of usual width loses the sentence
 _MAX_NUMBERS = 6
+_MAX_NESTING = 100  # of groups in a pattern; much more and it cannot be compiled
 
 _PARTICLES = (
     "들?(?:이라고|라고|입니다|이에요|예요|이었다|였다|이다|에게서|에게|에서|에는|에도|에|으로|로|까지|부터|처럼|보다|이나|"
@@ -70,10 +71,15 @@ class Glossary:
         The case of letters does not matter; the longest term that fits wins.
         """
         outputs = {term.casefold(): output for term, output in terms.items()}
-        longest_first = sorted({*terms, *kept}, key=len, reverse=True)
-        if not longest_first:
+        every = {_in_small_letters(term) for term in (*terms, *kept)}
+        if not every:
             return None
-        return cls(outputs, re.compile("|".join(map(_bounded, longest_first)), re.IGNORECASE))
+        words = [(term, _after(term)) for term in sorted(every) if term[0].isalnum()]
+        others = [(term, _after(term)) for term in sorted(every) if not term[0].isalnum()]
+        parts = [rf"(?<![^\W_])(?:{_branches(words)})"] if words else []
+        return cls(
+            outputs, re.compile("|".join([*parts, *([_branches(others)] if others else [])]), re.IGNORECASE)
+        )
 
     def spans(self, text: str) -> Iterable[Span]:
         for match in self.pattern.finditer(text):
@@ -81,13 +87,38 @@ class Glossary:
             yield Span(*match.span(), term, self.outputs.get(term.casefold(), term), is_noun=True)
 
 
-def _bounded(term: str) -> str:
-    """A term as a pattern: whole words, but a Korean noun with its particles."""
-    before = r"(?<![^\W_])" if term[0].isalnum() else ""
+def _in_small_letters(term: str) -> str:
+    lower = term.lower()
+    return lower if len(lower) == len(term) else term
+
+
+def _after(term: str) -> str:
+    """What must follow a term, as a pattern: whole words, but a Korean noun with its particles."""
     if not term[-1].isalnum():
-        return before + re.escape(term)
-    after = rf"(?={_PARTICLES})" if "가" <= term[-1] <= "힣" else r"(?![a-zA-Z0-9_])"
-    return before + re.escape(term) + after
+        return ""
+    return rf"(?={_PARTICLES})" if "가" <= term[-1] <= "힣" else r"(?![a-zA-Z0-9_])"
+
+
+def _branches(rests: Sequence[tuple[str, str]], depth: int = 0) -> str:
+    """What is left of terms, with what must follow them, as a pattern that finds the longest first.
+
+    What terms begin with in common stands in it once: tried one after the other, a hundred long terms would
+    hold up everything else, because a search does not let other threads run.
+    """
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for rest, after in rests:
+        groups.setdefault(rest[:1], []).append((rest, after))
+    ends = [after for _, after in groups.pop("", [])]
+    branches = []
+    for group in groups.values():
+        if len(group) == 1 or depth == _MAX_NESTING:
+            longest_first = sorted(group, key=lambda pair: -len(pair[0]))
+            branches += [re.escape(rest) + after for rest, after in longest_first]
+            continue
+        shared = commonprefix([rest for rest, _ in group])  # noqa: RUF071 (of letters, not of paths)
+        inner = _branches([(rest[len(shared) :], after) for rest, after in group], depth + 1)
+        branches.append(f"{re.escape(shared)}(?:{inner})")
+    return "|".join([*branches, *ends])
 
 
 def find_spans(text: str, glossary: Glossary | None) -> list[Span]:
@@ -238,12 +269,10 @@ def shield(text: str, mark: str, spans: list[Span], tokenizer: Tokenizer) -> tup
     return Shield(edited.text, hidden, numbers, tuple(phrases)), edited
 
 
-@lru_cache(maxsize=1024)
 def _phrase(tokenizer: Tokenizer, text: str, *, is_number: bool) -> Phrase:
     spellings = dict.fromkeys((tuple(tokenizer.encode(f" {text}")), tuple(tokenizer.encode(text))))
     # Another digit makes another number; and a model may stutter, "NASAASA".
-    neighbours = (tokenizer.encode(str(digit)) for digit in range(10)) if is_number else spellings
-    apart = frozenset(token for ids in neighbours for token in ids)
+    apart = tokenizer.digit_ids if is_number else frozenset(token for ids in spellings for token in ids)
     return Phrase(tuple(spellings), once=not is_number, apart=apart)
 
 

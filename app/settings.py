@@ -136,7 +136,8 @@ class Settings(BaseSettings):
     )
     quantization: Literal["auto", "none", "int8"] = Field(
         "auto",
-        description="weights in 8 bits, on the CPU alone; auto: int8 on cpu in float32, none elsewhere",
+        description="weights in 8 bits, on the CPU alone; auto: int8 on cpu in float32 for models trained "
+        "here, none for those that others made",
     )
     n_threads: int = Field(
         0, ge=0, le=1024, description="threads of one model step on the CPU; 0: all cores but one"

@@ -234,6 +234,11 @@ class Tokenizer:
         return self._bytes[token_id]
 
     @cached_property
+    def digit_ids(self) -> frozenset[int]:
+        """The tokens that digits are made of."""
+        return frozenset(token_id for digit in range(10) for token_id in self.encode(str(digit)))
+
+    @cached_property
     def _bytes(self) -> list[bytes]:
         alphabet = byte_alphabet()
         table = [b""] * self.vocab_size

@@ -1,18 +1,43 @@
 """Bounds: every value over a limit is refused with its name, its size and the limit; none is clamped."""
 
-from collections.abc import Sized
+import sys
+from collections.abc import Callable, Sized
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, FailFast, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, model_validator
 from typing_extensions import TypeAliasType
 
 from app.errors import InvalidRequest, brief
 from app.settings import Settings
 
 # A million elements of the wrong kind, or unknown names, would be a million faults, and the event loop would
-# stand still while they are written down. Of a list the first fault is enough.
+# stand still while they are written down. Of a list or a mapping the first fault is enough.
 _MAX_NAMES = 100
 Texts = TypeAliasType("Texts", Annotated[list[str], FailFast()])
+
+
+def _first_fault(parameter: str, is_right: Callable[[Any], bool], wanted: str) -> BeforeValidator:
+    """FailFast for a mapping, which pydantic has not got."""
+
+    def check(values: Any) -> Any:
+        names = values if isinstance(values, dict) else ()
+        wrong = next((name for name in names if not is_right(values[name])), None)
+        if wrong is not None:
+            raise ValueError(f"{parameter}: the value of {brief(wrong)!r} must be {wanted}")
+        return values
+
+    return BeforeValidator(check)
+
+
+def _is_number(value: Any) -> bool:
+    is_one = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_one and abs(value) <= sys.float_info.max  # neither NaN nor infinite
+
+
+GlossaryTerms = Annotated[
+    dict[str, str], _first_fault("glossary", lambda value: isinstance(value, str), "a string")
+]
+LogitBias = Annotated[dict[str, float], _first_fault("logit_bias", _is_number, "a number")]
 
 
 class Strict(BaseModel):

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from app.api import classify, fill_mask, generate, next_sentence, openai, translate
 from app.api.deps import Models, ModelsDep, RecordDep, Services, ServicesDep
 from app.api.libretranslate import is_libretranslate
+from app.bodies import is_json
 from app.dialects import Dialect, speak
 from app.errors import NO_OBJECT, InvalidRequest, UnclearTask
 
@@ -73,8 +74,7 @@ async def _read(request: Request) -> Any:
     body = await request.body()
     if not body and "q" in request.query_params:
         return {"q": request.query_params["q"]}
-    subtype = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if subtype != "application/json" and not subtype.endswith("+json"):
+    if not is_json(request.headers.get("content-type", "")):
         return body
     try:
         return await request.json()

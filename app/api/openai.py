@@ -15,6 +15,7 @@ from starlette.responses import Response
 from typing_extensions import TypeAliasType, TypedDict
 
 from app.api.bounds import (
+    LogitBias,
     Strict,
     Texts,
     check_count,
@@ -101,7 +102,7 @@ class CompletionRequest(Strict):
     stream_options: StreamOptions | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = Field(
+    logit_bias: LogitBias | None = Field(
         None,
         description="what is added to the logits of tokens, -100 to 100, by their ids; /tokenize tells them",
     )

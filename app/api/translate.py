@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from typing_extensions import TypedDict
 
 from app.api.bounds import (
+    GlossaryTerms,
     Strict,
     Texts,
     check_count,
@@ -84,7 +85,7 @@ class TranslateParameters(BeamParameters):
     format: Literal["text", "html"] | None = Field(
         None, description="text by default; html: tags stay around their words, and no markup is translated"
     )
-    glossary: dict[str, str] | None = Field(
+    glossary: GlossaryTerms | None = Field(
         None,
         description="terms of the source with their translations; the case of letters does not matter",
         examples=[{"station": "정거장"}],

@@ -48,8 +48,7 @@ def weight_bytes(config: TransformerConfig, dtype: torch.dtype) -> int:
 
 def int8_bytes(config: TransformerConfig) -> int:
     """The same with 8-bit products (`model.inference`): maps of blocks and heads in a byte a weight."""
-    with torch.device("meta"):
-        model = build_model(config)
+    model: Model = empty_model(lambda: build_model(config))
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     maps = sum(m.weight.numel() for block in blocks for m in block.modules() if isinstance(m, nn.Linear))
     heads = sum(m.tokens.weight.numel() for m in model.modules() if isinstance(m, LMHead))

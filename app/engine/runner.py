@@ -320,7 +320,7 @@ class TranslateRunner(DecodeRunner):
         if not pairs:
             return {}
         rows, ids = (torch.tensor(each, device=self.device) for each in zip(*pairs, strict=True))
-        logprobs = (logits[rows, ids] - logits[rows].logsumexp(-1)).tolist()
+        logprobs = (logits[rows, ids] - logits.logsumexp(-1)[rows]).tolist()
         found: dict[int, list[tuple[int, float]]] = {row: [] for row in tokens}
         for (row, token), logprob in zip(pairs, logprobs, strict=True):
             found[row].append((token, logprob))

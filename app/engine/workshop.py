@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,15 @@ from app.engine.errors import NoRoom
 from app.engine.memory import cache_bytes, free_bytes, held_bytes, weight_bytes
 from app.engine.registry import AnyTask, Task
 from app.engine.sequence import Sequence
+from model.adopted import AdoptedTokenizer
 from model.checkpoint import Checkpoint, CheckpointError, load, load_config
 from model.config import TransformerConfig
 from model.inference import Quantization, optimise
 from model.quantize import share_int8
 from model.sampling import BeamParams, SamplingParams
 from model.tokenizer import Tokenizer
+
+QuantizationChoice = Quantization | Literal["auto"]
 
 _WARM_UP_SECONDS = 600.0  # a device that does not answer ends the start, not the patience of whoever waits
 ARCHITECTURES = {
@@ -37,7 +40,8 @@ class ModelWorkshop:
     """Builds models for one device and number format; `n_slots` are the rows of each decoding endpoint.
 
     `max_bytes` bounds all models together, 0 stands for what the device has. `max_context` bounds the tokens
-    that a row of a decoding model holds, 0 stands for what the model can.
+    that a row of a decoding model holds, 0 stands for what the model can. `quantization` "auto" is int8 for
+    models trained here, of which it is known what that costs, and none for those that others made.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class ModelWorkshop:
         max_wait_seconds: float,
         max_bytes: int = 0,
         max_context: int = 0,
-        quantization: Quantization = "none",
+        quantization: QuantizationChoice = "none",
         chunk_tokens: int | None = None,
         n_prefix_tokens: int = 0,
     ) -> None:
@@ -77,13 +81,18 @@ class ModelWorkshop:
         self._check_room(str(folder), needed, loaded)
         try:
             checkpoint = load(folder, device=self.device, dtype=self.dtype)
-            optimise(checkpoint.model, self._quantization)
+            optimise(checkpoint.model, self._quantization_of(checkpoint))
             share_weights(checkpoint.model, [task.model for task in loaded if task.model is not None])
             return self._task(endpoint, dataclasses.replace(checkpoint, name=name), folder, caches)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
             raise NoRoom(str(folder), needed, free_bytes(self.device) or 0, "the device has") from None
+
+    def _quantization_of(self, checkpoint: Checkpoint) -> Quantization:
+        if self._quantization != "auto":
+            return self._quantization
+        return "none" if isinstance(checkpoint.tokenizer, AdoptedTokenizer) else "int8"
 
     async def warm_up(self, endpoint: str, task: AnyTask) -> None:
         """Send a small job through a lane, so that the first client finds it warm. Raises EngineError."""

@@ -26,6 +26,7 @@ def count(body: bytes, content_type: str = JSON, query: bytes = b"") -> int:
         ("가나다", 3),
         ({"a": "bc", "d": ["ef", 1, None]}, 6),
         ('[{"', 4),  # three characters, and the backslash of one escape
+        ("\\ua\\u가", 8),  # backslashes of its own, before letters: as much as they are written with
         (12345, 0),
     ],
 )
@@ -105,6 +106,20 @@ class TestOverHttp:
         assert (openai.status_code, openai.json()["error"]["type"]) == (400, "invalid_request_error")
         libre = await client.post("/translate", json={"q": ["a"] * 200, "target": "ko"})
         assert (libre.status_code, list(libre.json())) == (400, ["error"])
+
+    async def test_what_is_over_the_limits_is_not_parsed(
+        self, client: Client, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(_: object) -> None:
+            raise AssertionError("parsed")
+
+        monkeypatch.setattr(json, "loads", refuse)
+        for path in ("/", "/translate", "/generate", "/v1/completions"):
+            answer = await client.post(
+                path, content=b'{"q": ' + b"[" * 9, headers={"content-type": "application/json"}
+            )
+            assert answer.status_code in (400, 422)
+            assert b"the body nests 10 deep" in answer.content
 
     async def test_fitting(self, client: Client) -> None:
         answer = await client.post("/generate", json={"inputs": ["[" * 300] * 2})

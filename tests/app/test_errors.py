@@ -7,6 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 
 from app.engine.errors import EngineError, Overloaded
 from app.errors import TABLE, ClientGone, Json, classify, describe
@@ -161,6 +162,12 @@ def test_every_error_is_in_the_operators_book() -> None:
     assert rows - told <= {
         *(("404", "not_found"), ("405", "method_not_allowed"), ("413", "too_large"), ("503", "broken"))
     }
+
+
+def test_however_many_faults_there_are_a_few_are_told() -> None:
+    fault = {"type": "string_type", "msg": "no string", "input": 1}
+    faults = [{**fault, "loc": ("body", "a", f"k{i}")} for i in range(300_000)]
+    assert describe(RequestValidationError(faults)).count("no string") == 10
 
 
 def test_json_of_a_lone_surrogate() -> None:

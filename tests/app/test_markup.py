@@ -50,6 +50,12 @@ def test_elements_of_a_segment() -> None:
     ]
 
 
+def test_no_tag_without_words_is_lost() -> None:
+    *_, segment = read_html("<i></i><b></b><b></b><b><i></i></b>a")
+    assert isinstance(segment, Segment)
+    assert [e.open for e in segment.elements] == ["<i></i>", "<b></b>", "<b></b>", "<b><i></i></b>"]
+
+
 def test_elements_go_around_the_words_that_looked_at_theirs() -> None:
     """The translation says the source's words backwards: unit i looked at word 3 - i alone."""
     units = find_units("w3 w2 w1 w0")

@@ -278,6 +278,8 @@ def test_names_of_tokens() -> None:
         ({"logit_bias": {"-1": 1}}, "logit_bias", "logit_bias: '-1' is no token id"),
         ({"logit_bias": {"267": 1}}, "logit_bias", "logit_bias is 267, the limit is 0 to 266"),
         ({"logit_bias": {"5": 101}}, "logit_bias", "logit_bias[5] is 101, the limit is -100 to 100"),
+        ({"logit_bias": {"5": True}}, "logit_bias", "logit_bias: the value of '5' must be a number"),
+        ({"logit_bias": {"5": 10**400}}, "logit_bias", "logit_bias: the value of '5' must be a number"),
         (
             {"logit_bias": {str(i): 0 for i in range(301)}},
             "logit_bias",

@@ -1,11 +1,15 @@
 """What a translation keeps: finding it, hiding it, putting it back."""
 
+import random
+import re
+
 import pytest
 
 from app.protection import (
     MAX_HIDDEN,
     Edited,
     Glossary,
+    _after,
     agree,
     find_spans,
     replace_runs,
@@ -51,6 +55,32 @@ def test_terms_are_whole_words_and_korean_nouns_with_their_particles() -> None:
     assert found("API는 c++ 아니라 xAPI") == [("API", "에이피아이"), ("c++", "c++")]
     assert found("https://station.org") == [("https://station.org", "https://station.org")]
     assert Glossary.of({}) is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_terms_are_found_as_if_tried_one_after_the_other_the_longest_first(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(50):
+        drawn = ("".join(rng.choices("aAb가 -는", k=rng.randint(1, 4))) for _ in range(8))
+        terms = {term for term in drawn if re.search("[abA가는]", term)}
+        text = "".join(rng.choices("aAb가 -는", k=40))
+        patterns = (
+            (r"(?<![^\W_])" if term[0].isalnum() else "") + re.escape(term) + _after(term)
+            for term in sorted(terms, key=len, reverse=True)
+        )
+        glossary = Glossary.of({}, terms)
+        assert glossary is not None
+        found = re.finditer("|".join(patterns), text, re.IGNORECASE)
+        assert [span.source for span in glossary.spans(text)] == [match.group() for match in found]
+
+
+def test_terms_that_begin_alike_however_many() -> None:
+    glossary = Glossary.of({}, ["a" * n for n in range(1, 300)])
+    assert glossary is not None
+    assert [span.source for span in glossary.spans(f"{'a' * 299} {'a' * 300} {'a' * 7}")] == [
+        "a" * 299,
+        "a" * 7,
+    ]
 
 
 def test_places_after_an_edit() -> None:

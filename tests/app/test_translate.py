@@ -232,6 +232,8 @@ async def test_markup_stays_around_its_words(client: Client, translate_lane: Fak
             "glossary: 'ab' is among do_not_translate, too",
         ),
         ({"format": "xml"}, "parameters.format: Input should be 'text' or 'html'"),
+        ({"glossary": {"a": "b", "c": 1}}, "glossary: the value of 'c' must be a string"),
+        ({"glossary": dict.fromkeys(map(str, range(90_000)))}, "glossary: the value of '0' must be a string"),
     ],
 )
 async def test_refusals_of_terms(client: Client, parameters: dict[str, object], message: str) -> None:

@@ -30,8 +30,10 @@ from app.engine.worker import DeviceWorker
 from app.engine.workshop import ModelWorkshop, share_weights
 from model import checkpoint
 from model.adapter import Adapter
+from model.adopted import AdoptedTokenizer, Manner
 from model.checkpoint import CheckpointError
 from model.models import build_model
+from model.quantize import Int8Linear
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
 from tests.engine.test_worker import Ball, Juggler
@@ -143,6 +145,23 @@ def test_what_a_model_needs(tiny_folders: TinyFolders) -> None:
     assert translator.n_bytes == held
     assert built.lane.name == "generate"  # type: ignore[union-attr]
     assert (built.name, lane.runner.model_name) == ("some", "some")
+
+
+def test_8_bits_are_for_models_trained_here_unless_asked_for(
+    tiny_folders: TinyFolders, tmp_path: Path
+) -> None:
+    own = checkpoint.load(tiny_folders.generate)
+    manner = Manner("bytes", own.tokenizer.vocab_size, sorted(own.tokenizer.special_ids), eos_id=2, bos_id=1)
+    checkpoint.save(tmp_path, own.model, AdoptedTokenizer(own.tokenizer.backend, manner))
+
+    def is_int8(folder: Path, **choice: str) -> bool:
+        model = make_workshop(**choice).build("generate", "some", folder, []).model
+        assert model is not None
+        return any(isinstance(module, Int8Linear) for module in model.modules())
+
+    choices = [{}, {"quantization": "none"}, {"quantization": "auto"}, {"quantization": "int8"}]
+    assert [is_int8(tiny_folders.generate, **choice) for choice in choices] == [False, False, True, True]
+    assert [is_int8(tmp_path, **choice) for choice in choices] == [False, False, False, True]
 
 
 def test_what_does_not_fit_is_refused(tiny_folders: TinyFolders, monkeypatch: pytest.MonkeyPatch) -> None:
