@@ -77,9 +77,11 @@ def _memory(config: TransformerConfig, dtype: torch.dtype, settings: Settings) -
     if not config.n_decoder_layers:
         return weights
     slots = settings.translate_slots if config.n_encoder_layers else settings.generate_slots
-    caches = cache_bytes(config, dtype, slots, settings.max_context)
+    kept = 0 if config.n_encoder_layers else settings.prefix_tokens
+    caches = cache_bytes(config, dtype, slots, settings.max_context, kept)
     length = context_len(config, settings.max_context)
-    return f"{weights}, and {_size(caches)} for {slots} rows of {length:,} tokens"
+    more = f" and {kept:,} tokens that are kept of prompts" if kept else ""
+    return f"{weights}, and {_size(caches)} for {slots} rows of {length:,} tokens{more}"
 
 
 def _languages(sources: list[str], targets: list[str]) -> str:
