@@ -20,7 +20,7 @@ _GLIMPSED_BYTES = 1024
 _BRACKET = re.compile(r"[\[\]{}]")
 _ITEM_CHARACTERS = ",[]{}"
 _FORM = "application/x-www-form-urlencoded"
-_MAX_FORM_FIELDS = 1000
+MAX_FORM_FIELDS = 1000
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def read_fields(body: bytes, content_type: str) -> Mapping[str, Any] | None:
     """The names and values of a JSON object or a form; None for what is neither."""
     if is_form(content_type):
         try:
-            return dict(parse_qsl(body.decode(), max_num_fields=_MAX_FORM_FIELDS))
+            return dict(parse_qsl(body.decode(), max_num_fields=MAX_FORM_FIELDS))
         except ValueError:
             return None
     try:

@@ -21,6 +21,7 @@ from app.api.translation import (
     named_language,
     plan_texts,
 )
+from app.bodies import MAX_FORM_FIELDS
 from app.engine.registry import GeneratingLane, Task
 from app.errors import InvalidRequest, Json
 from app.languages import detect_language
@@ -31,7 +32,6 @@ from model.sampling import BeamParams
 router = APIRouter()
 
 _AUTO = "auto"
-_MAX_FORM_FIELDS = 1000
 _MULTIPART = b"--"  # what begins its boundary; the content type itself does not get here
 _CONTENT_TYPES = "application/json or application/x-www-form-urlencoded"
 
@@ -115,11 +115,11 @@ def read_form(body: Any) -> Any:
         raise ValueError(f"a multipart form is not understood; send {_CONTENT_TYPES}")
     try:
         text = body.decode()
-        pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=_MAX_FORM_FIELDS)
+        pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=MAX_FORM_FIELDS)
     except UnicodeDecodeError:
         raise ValueError("the form is not valid UTF-8") from None
     except ValueError:
-        raise ValueError(f"the form has more than {_MAX_FORM_FIELDS} fields") from None
+        raise ValueError(f"the form has more than {MAX_FORM_FIELDS} fields") from None
     return _from_pairs(pairs)
 
 

@@ -19,7 +19,6 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     EOS = "eos_token"
     STOP = "stop_sequence"
-    ABORTED = "aborted"
 
 
 class SequenceStatus(Enum):
