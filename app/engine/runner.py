@@ -219,8 +219,8 @@ class GenerateRunner(DecodeRunner):
         token_ids = sample(logits, rows, torch.tensor(uniform, dtype=torch.float64, device=self.device))
         top: list[list[tuple[int, float]]] = [[] for _ in uniform]
         if not rows.any_logprobs:
-            chosen = logits.gather(1, token_ids[:, None]).squeeze(1)
-            chosen = torch.where(chosen.isfinite(), 0.0, torch.nan)
+            # One number that is none spoils the row, as it would the log-probabilities.
+            chosen = torch.where(logits.amax(-1).isfinite(), 0.0, torch.nan)
             return list(map(Drawn, token_ids.tolist(), chosen.tolist(), top))
         logprobs = logits.log_softmax(-1)
         chosen = logprobs.gather(1, token_ids[:, None]).squeeze(1)

@@ -31,6 +31,10 @@ def test_draws_of_rows_without_choice_or_numbers(causal: Checkpoint) -> None:
     assert math.isclose(first.logprob, logits[0].log_softmax(-1)[1].item(), rel_tol=1e-5)
     assert math.isnan(second.logprob)
     assert math.isnan(third.logprob)
+    # Also where nobody reads them, and what is drawn is beside the one number that is none.
+    silent = [SamplingParams(temperature=1.0, logprobs=False)] * 3
+    drawn = runner.draw(logits, SamplingRows.stack(silent), [0.5, 0.5, 0.5], 0)
+    assert [math.isnan(each.logprob) for each in drawn] == [False, True, True]
 
 
 def test_wiping_rows_spares_the_others(translator: Checkpoint) -> None:
