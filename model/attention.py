@@ -45,6 +45,13 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return torch.cat((left * cos - right * sin, left * sin + right * cos), dim=-1).to(x.dtype)
 
 
+def _gather(q: Tensor, n_groups: int) -> Tensor:
+    """Neighbouring rows of q (B, H, T, K) as the queries of one: (groups, H, B / groups * T, K)."""
+    batch, n_heads, length, head_dim = q.shape
+    groups = q.reshape(n_groups, batch // n_groups, n_heads, length, head_dim)
+    return groups.transpose(1, 2).reshape(n_groups, n_heads, -1, head_dim)
+
+
 class Attention(nn.Module):
     """Multi-head attention, section 3.2.2, for self- and cross-attention alike.
 
@@ -84,8 +91,15 @@ class Attention(nn.Module):
         return self.attend(self.project_q(x, rotation), kv, mask)
 
     def attend(self, q: Tensor, kv: KV, mask: Tensor | MaskParts | None) -> Tensor:
-        """Projected queries (B, H, T, K) over kv, each (B, H_kv, S, K) -> (B, T, D)."""
+        """Projected queries (B, H, T, K) over kv, each (B, H_kv, S, K) -> (B, T, D).
+
+        Where kv has fewer rows, so many neighbouring rows of queries as go into it read one of them, and the
+        mask has a row for each row of kv and none for single queries: the beams of a sentence, which read
+        its memory together.
+        """
         k, v = kv
+        if k.size(0) != q.size(0):
+            return self.attend(_gather(q, k.size(0)), kv, mask).view(q.size(0), q.size(2), -1)
         if not isinstance(mask, MaskParts):
             return self._merge(self._fused_kernel(q, k, v, mask))
         outs = [

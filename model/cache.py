@@ -75,19 +75,28 @@ class KVCache:
             self.k[layer, rows, :, :length] = k.to(self.k.dtype)
             self.v[layer, rows, :, :length] = v.to(self.v.dtype)
 
-    def read(self, first: int, n_rows: int, length: int) -> list[KV]:
-        """The stored pairs of some rows, each (B, H, S, K): views, not copies."""
-        rows = slice(first, first + n_rows)
+    def read(self, first: int, n_rows: int, length: int, every: int = 1) -> list[KV]:
+        """The stored pairs of every so many rows, each (B / every, H, S, K): views, not copies."""
+        rows = slice(first, first + n_rows, every)
         return [(self.k[i, rows, :, :length], self.v[i, rows, :, :length]) for i in range(self.n_layers)]
 
     def copy_rows(self, sources: list[int], targets: list[int], length: int) -> None:
         """targets[i] becomes what sources[i] was before the call, up to `length` positions."""
         if not sources:
             return
+        if self.k.device.type == "cpu" and set(sources).isdisjoint(targets):
+            self._copy_each(sources, targets, length)
+            return
         source = torch.tensor(sources, device=self.k.device)
         target = torch.tensor(targets, device=self.k.device)
         self.k[:, target, :, :length] = self.k[:, source, :, :length]
         self.v[:, target, :, :length] = self.v[:, source, :, :length]
+
+    def _copy_each(self, sources: list[int], targets: list[int], length: int) -> None:
+        """Copies of whole runs of numbers, where a CPU's indexed copy goes number by number."""
+        for source, target in zip(sources, targets, strict=True):
+            self.k[:, target, :, :length] = self.k[:, source, :, :length]
+            self.v[:, target, :, :length] = self.v[:, source, :, :length]
 
     def take_block(self, pool: KVCache, block: int, row: int, start: int) -> None:
         """Copy a block of another cache, a row of it, into a row of this one from position `start` on."""

@@ -5,6 +5,7 @@ A runner works on rows; who owns a row, and when it ends, is the scheduler's and
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -240,6 +241,8 @@ class TranslateRunner(DecodeRunner):
         super().__init__(checkpoint, n_slots, max_len)
         self.memory = make_cache(checkpoint.config, n_slots, max_len, self.device, self.dtype)
         self.memory_lengths = [0] * n_slots
+        self._sentences = [-1] * n_slots  # the number of the one whose memory a row holds
+        self._numbers = itertools.count()
 
     def encode(self, rows: Sequence[Sequence[int]], sources: Sequence[Sequence[int]]) -> None:
         """Encode sources (B of them) and give source i's memory to its neighbouring rows, rows[i]."""
@@ -249,22 +252,35 @@ class TranslateRunner(DecodeRunner):
         for i, (own, source) in enumerate(zip(rows, sources, strict=True)):
             shape = (len(own), -1, -1, -1)
             self.memory.write(own[0], [(k[i].expand(shape), v[i].expand(shape)) for k, v in pairs])
+            number = next(self._numbers)
             for row in own:
-                self.memory_lengths[row] = len(source)
+                self.memory_lengths[row], self._sentences[row] = len(source), number
 
     def _decode(
         self, first: int, ids: Tensor, positions: Tensor, length: int, mask: Tensor | MaskParts | None
     ) -> Tensor:
-        lengths = self.memory_lengths[first : first + ids.size(0)]
+        n_rows = ids.size(0)
+        every = self.rows_per_memory(first, n_rows)
+        lengths = self.memory_lengths[first : first + n_rows : every]
         hidden: Tensor = self.model.decoder(
             ids,
             positions,
             mask,
             self.cache.view(first, positions, length),
-            self.memory.read(first, ids.size(0), max(lengths)),
+            self.memory.read(first, n_rows, max(lengths), every),
             self._length_mask(lengths),
         )
         return hidden
+
+    def rows_per_memory(self, first: int, n_rows: int) -> int:
+        """How many neighbouring rows may read one memory: as many as every sentence has, else 1.
+
+        With sentences of one width rows keep together: moves close the hole of one with all rows of another.
+        """
+        own = self._sentences[first : first + n_rows]
+        width = own.count(own[0])
+        starts = range(0, n_rows, width)
+        return width if all(own[i : i + width] == [own[i]] * width for i in starts) else 1
 
     def _compute(self, token_ids: Tensor, positions: Tensor, memory_lengths: Tensor, length: int) -> Tensor:
         places = positions[:, None]
@@ -290,6 +306,7 @@ class TranslateRunner(DecodeRunner):
             self.memory.copy_rows(sources, targets, max(self.memory_lengths[source] for source in sources))
             for source, target in moves:
                 self.memory_lengths[target] = self.memory_lengths[source]
+                self._sentences[target] = self._sentences[source]
 
     def copy_beams(self, copies: Sequence[tuple[int, int]], length: int) -> None:
         """Copy rows within their groups, where the memory is the same anyway."""

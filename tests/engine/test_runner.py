@@ -50,6 +50,30 @@ def test_wiping_rows_spares_the_others(translator: Checkpoint) -> None:
         assert cache.v[:, [1, 3]].isnan().all()
 
 
+@torch.inference_mode()
+def test_beams_that_read_one_memory_read_it_as_each_alone(translator: Checkpoint) -> None:
+    """Three of one width, the last moved to the place of the first, then one of another width."""
+    runner = TranslateRunner(translator, 8, 64)
+    sources = [[300, 301, 302], [303, 304], [305, 306, 307, 308, 309]]
+    runner.encode([[0, 1], [2, 3], [4, 5]], sources)
+    widths = [_as_each_alone(runner, 6)]
+    runner.move([(5, 0), (4, 1)], 1)
+    widths.append(_as_each_alone(runner, 4))
+    runner.encode([[4, 5, 6]], sources[:1])
+    widths.append(_as_each_alone(runner, 7))
+    assert widths == [2, 2, 1]
+    assert runner.rows_per_memory(1, 2) == 1  # halves of two sentences, as a step tried again may read
+
+
+def _as_each_alone(runner: TranslateRunner, n_rows: int) -> int:
+    """Compare a step with steps of single rows; returns how many rows read one memory."""
+    ids, positions = [310 + row for row in range(n_rows)], [0] * n_rows
+    alone = [runner.step(row, [ids[row]], [0]) for row in range(n_rows)]
+    torch.testing.assert_close(runner.step(0, ids, positions), torch.cat(alone), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(alone[0], alone[2], atol=1e-2)  # other memories would show
+    return runner.rows_per_memory(0, n_rows)
+
+
 def test_a_device_that_is_there_responds() -> None:
     assert responds(torch.device("cpu"))
     assert not responds(torch.device("cuda", 99))

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from model.attention import Attention, Rotation, rotate, scaled_dot_product_attention
 from model.masks import (
+    MaskParts,
     causal_mask,
     document_mask,
     length_mask,
@@ -92,6 +93,22 @@ def test_grouped_heads_equal_repeated_heads() -> None:
     torch.testing.assert_close(
         grouped(x, grouped.project_kv(x), causal_mask(T)), full(x, full.project_kv(x), causal_mask(T))
     )
+
+
+@pytest.mark.parametrize("n_kv_heads", [None, 2])
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_rows_that_share_keys_read_what_each_would_of_its_own(n_kv_heads: int | None, in_parts: bool) -> None:
+    torch.manual_seed(4)
+    attention = Attention(tiny_config("causal_lm", n_kv_heads=n_kv_heads))
+    n_heads = n_kv_heads or 4
+    q, k, v = torch.randn(6, 4, 1, 8), torch.randn(2, n_heads, 5, 8), torch.randn(2, n_heads, 5, 8)
+    added = torch.zeros(2, 1, 1, 5)
+    added[1, ..., 3:] = -torch.inf
+    own = attention.attend(
+        q, (k.repeat_interleave(3, 0), v.repeat_interleave(3, 0)), added.repeat_interleave(3, 0)
+    )
+    mask: Tensor | MaskParts = MaskParts(((0, 1, 5, None), (1, 2, 3, None))) if in_parts else added
+    torch.testing.assert_close(attention.attend(q, (k, v), mask), own)
 
 
 def test_rotation_depends_on_distance_alone() -> None:

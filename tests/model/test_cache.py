@@ -120,6 +120,19 @@ def test_rows_change_places(architecture: str) -> None:
     torch.testing.assert_close(cached.step(moved), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("sources", "targets"), [([3, 3, 1], [0, 2, 4]), ([0, 1], [1, 0])])
+def test_copied_rows_are_those_that_an_indexed_copy_gives(sources: list[int], targets: list[int]) -> None:
+    """Apart, and where a row is both source and target; positions past the length stay."""
+    cache = KVCache(2, 5, 1, 4, 2)
+    cache.k.copy_(torch.arange(80.0).view_as(cache.k))
+    cache.v.copy_(-cache.k)
+    wanted = cache.k.clone()
+    wanted[:, targets, :, :3] = cache.k[:, sources, :, :3]
+    cache.copy_rows(sources, targets, 3)
+    assert torch.equal(cache.k, wanted)
+    assert torch.equal(cache.v, -wanted)
+
+
 @torch.no_grad()
 def test_a_chunked_prompt_equals_a_whole_one() -> None:
     model = make("causal_lm", {"positions": "rotary"})
