@@ -36,7 +36,8 @@ _KEPT = re.compile(
     # Dates, times, telephone numbers, versions.
     r"|(?P<figure>(?<![\w.])\+?\d+(?:(?:[\-/:]\d+)+|(?:\.\d+){2,})(?![\d]))"
 )
-_NUMBER = re.compile(r"(?<![\w.,])(?:\d{1,3}(?:,\d{3})+|\d{2,}|\d(?=\.\d))(?:\.\d+)?(?!\d)")
+# Not the number of a month (12월), which is a name in other languages.
+_NUMBER = re.compile(r"(?<![\w.,])(?:\d{1,3}(?:,\d{3})+|\d{2,}|\d(?=\.\d))(?:\.\d+)?(?![.,]?\d|월)")
 _LETTER = re.compile(r"[^\W\d_]")
 # What ends a sentence or closes a bracket around an address is not part of it.
 _AFTER_ADDRESS = ".,;:!?'\"*_~"
@@ -232,10 +233,13 @@ class Shield:
         """One of the `runs`, or a part of one, as it is to be read."""
         start, stop = run
         text = translated[start:stop]
-        if text in self.hidden:
-            return output(self.hidden[text])
         before = next((word for word in self.hidden if translated.endswith(word, 0, start)), None)
-        return text if before is None else agree(self.hidden[before].output, text)
+        if text not in self.hidden:
+            return text if before is None else agree(self.hidden[before].output, text)
+        shown = output(self.hidden[text])
+        # Two figures in a row would make another one.
+        is_figure = before is not None and self.hidden[before].output[-1].isdigit() and shown[0].isdigit()
+        return f" {shown}" if is_figure else shown
 
     def unmet(self, translated: str) -> list[str]:
         """What the translation lacks, as it stood in the source."""
@@ -277,7 +281,8 @@ def _phrase(tokenizer: Tokenizer, text: str, *, is_number: bool) -> Phrase:
 
 
 def _has_number(number: str, text: str) -> bool:
-    return re.search(rf"(?<!\d){re.escape(number)}(?!\d)", text) is not None
+    """Does it stand in the text, and not as a part of another number (12 in 12,000 or 3.12)?"""
+    return re.search(rf"(?<!\d)(?<!\d[.,]){re.escape(number)}(?![.,]?\d)", text) is not None
 
 
 # After a vowel, after a consonant.

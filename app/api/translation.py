@@ -250,7 +250,18 @@ def _piece(draft: str | _Draft, search: Search) -> Piece:
 def _draft_all(
     texts: dict[str, str], direction: Direction, task: Task[GeneratingLane], form: TextForm
 ) -> list[list[str | _Draft]]:
-    return [_draft(text, *direction(name, text), task, form) for name, text in texts.items()]
+    """The sentences of all texts; no further than to the one with which no queue could take them any more."""
+    drafts: list[list[str | _Draft]] = []
+    n_sentences, limit = 0, task.lane.limits.max_queue_items
+    for name, text in texts.items():
+        drafts.append(_draft(text, *direction(name, text), task, form))
+        n_sentences += sum(isinstance(draft, _Draft) for draft in drafts[-1])
+        if n_sentences > limit and len(drafts) < len(texts):
+            raise InvalidRequest(
+                f"the first {len(drafts)} of {len(texts)} texts hold {n_sentences} sentences, "
+                f"the limit is {limit} in one request"
+            )
+    return drafts
 
 
 def _draft(text: str, src: str, tgt: str, task: Task[GeneratingLane], form: TextForm) -> list[str | _Draft]:

@@ -105,6 +105,22 @@ def test_hidden_and_restored() -> None:
     assert hidden.unmet("XCPU는 IBMS 11,250 Firefox") == ["www.a.org", "shop", "1,250"]
 
 
+def test_numbers_are_none_within_others() -> None:
+    spans = find_spans("2026-11-26 10:30", None)
+    hidden, _ = shield("12 \U000f0000 \U000f0000 3.5", "\U000f0000", spans, byte_tokenizer())
+    assert hidden.numbers == ("12", "3.5")
+    for wrong in ("12,000 3.5", "0.12 3.5", "112 3.5"):
+        assert hidden.unmet(f"Firefox CPU {wrong}") == ["12"], wrong
+    for wrong in ("1,3.5", "3.5.1", "3.55"):
+        assert hidden.unmet(f"Firefox CPU 12 {wrong}") == ["3.5"], wrong
+    assert hidden.unmet("Firefox CPU 12, 3.5.") == []
+    assert hidden.restore("FirefoxCPU") == "2026-11-26 10:30"
+
+
+def test_months_are_no_numbers() -> None:
+    assert shield("12월 25일, 1,250원, 10,20", "\U000f0000", [], byte_tokenizer())[0].numbers == ("25", "1,250")
+
+
 def test_so_many_can_be_hidden_whatever_the_text_says() -> None:
     words = "cpu IBM un DNA Firefox NASA gps PHP QX2"
     text = " ".join((words, *["\U000f0000"] * MAX_HIDDEN))

@@ -248,3 +248,13 @@ async def test_a_long_number_is_not_sent_back(client: Client) -> None:
 async def test_headers(client: Client) -> None:
     answer = await client.post("/translate", json={"inputs": ["ab", " "]})
     assert (answer.headers["x-prompt-tokens"], answer.headers["x-generated-tokens"]) == ("5", "2")
+
+
+async def test_no_more_is_split_than_a_queue_takes(client: Client, translate_lane: FakeDecodeLane) -> None:
+    """The lane takes 16: the texts after the one that goes beyond are not looked at."""
+    sixteen = await translate(client, ["a\n" * 8, "a\n" * 8])
+    assert [each["translation_text"] for each in sixteen] == ["A\n" * 8] * 2
+    submitted = len(translate_lane.submitted)
+    message = await refusal(client, ["a\n" * 10, "a\n" * 10, "a", "a"])
+    assert message == "the first 2 of 4 texts hold 20 sentences, the limit is 16 in one request"
+    assert len(translate_lane.submitted) == submitted
