@@ -130,6 +130,7 @@ def test_series_live_as_long_as_their_model() -> None:
             "requests_total",
             "prompt_tokens_total",
             "generated_tokens_total",
+            "reused_tokens_total",
             "queue_items",
             "queue_tokens",
             "rows_in_use",

@@ -74,6 +74,7 @@ def test_peers_compute_the_same_function(task: str, folder: Path, peer: str) -> 
 
 
 def test_what_a_peer_cannot_express_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("ctranslate2")
     folder = make_folder(tmp_path / "gated", decoder_config(**TINY, n_decoder_layers=1, gated=True))
     with pytest.raises(CannotConvert, match="gated is True"):
         ctranslate2_folder(folder, tmp_path / "out")
