@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model.checkpoint import WEIGHTS, load_config
 from model.config import TransformerConfig
+from model.export import BART_CROSS, BART_LAYER
 from model.transformer import sinusoidal_table
 
 Tensors = dict[str, Tensor]
@@ -134,25 +135,6 @@ def _neox(config: TransformerConfig, tensors: Tensors) -> Any:
     return peer.eval()
 
 
-_BART_NAMES = (
-    ("attention.q_proj", "self_attn.q_proj"),
-    ("attention.k_proj", "self_attn.k_proj"),
-    ("attention.v_proj", "self_attn.v_proj"),
-    ("attention.out_proj", "self_attn.out_proj"),
-    ("add_attention.norm", "self_attn_layer_norm"),
-    ("feed_forward.up", "fc1"),
-    ("feed_forward.down", "fc2"),
-    ("add_feed_forward.norm", "final_layer_norm"),
-)
-_BART_CROSS_NAMES = (
-    ("cross_attention.q_proj", "encoder_attn.q_proj"),
-    ("cross_attention.k_proj", "encoder_attn.k_proj"),
-    ("cross_attention.v_proj", "encoder_attn.v_proj"),
-    ("cross_attention.out_proj", "encoder_attn.out_proj"),
-    ("add_cross.norm", "encoder_attn_layer_norm"),
-)
-
-
 def _marian_or_pegasus(config: TransformerConfig, tensors: Tensors, start: int) -> Any:
     """Marian is the post-norm and Pegasus the pre-norm layout of the same names.
 
@@ -195,7 +177,7 @@ def _marian_or_pegasus(config: TransformerConfig, tensors: Tensors, start: int) 
         if config.norm_first:
             state |= _renamed(tensors, f"{side}.norm", f"model.{side}.layer_norm")
         for i in range(n_layers):
-            for name, peer_name in _BART_NAMES + (_BART_CROSS_NAMES if side == "decoder" else ()):
+            for name, peer_name in BART_LAYER + (BART_CROSS if side == "decoder" else ()):
                 state |= _renamed(
                     tensors, f"{side}.blocks.{i}.{name}", f"model.{side}.layers.{i}.{peer_name}"
                 )

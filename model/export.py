@@ -34,7 +34,8 @@ _FREE = {
     *("max_len", "dropout", "norm_eps", "languages", "labels", "nsp_head", "pool_activation"),
     *("pad_id", "bos_id", "eos_id", "mask_id", "cls_id", "sep_id"),
 }
-_LAYER = (
+# The layers of the Bart family, Marian and Pegasus among them.
+BART_LAYER = (
     ("attention.q_proj", "self_attn.q_proj"),
     ("attention.k_proj", "self_attn.k_proj"),
     ("attention.v_proj", "self_attn.v_proj"),
@@ -44,7 +45,7 @@ _LAYER = (
     ("feed_forward.down", "fc2"),
     ("add_feed_forward.norm", "final_layer_norm"),
 )
-_CROSS = (
+BART_CROSS = (
     ("cross_attention.q_proj", "encoder_attn.q_proj"),
     ("cross_attention.k_proj", "encoder_attn.k_proj"),
     ("cross_attention.v_proj", "encoder_attn.v_proj"),
@@ -230,7 +231,7 @@ def _translator(config: TransformerConfig, tensors: Tensors) -> tuple[dict[str, 
     embedding, table = tensors["embeddings.tokens.weight"], sinusoidal_table(config.max_len, config.d_model)
     renamed = {"model.shared.weight": embedding, "final_logits_bias": torch.zeros(1, config.vocab_size)}
     for side, n in (("encoder", config.n_encoder_layers), ("decoder", config.n_decoder_layers)):
-        names = _LAYER + (_CROSS if side == "decoder" else ())
+        names = BART_LAYER + (BART_CROSS if side == "decoder" else ())
         renamed |= _layers(tensors, names, f"{side}.blocks", f"model.{side}.layers", n)
         renamed[f"model.{side}.embed_positions.weight"] = table.clone()
         if config.norm_first:
