@@ -195,7 +195,8 @@ def _shard(arguments: argparse.Namespace, data: dict[str, Any], tokenizer: Token
         if ARCHITECTURES[arguments.command] == "translator":
             yield from prepare.pair_documents(pairs, held=held)
             return
-        yield from prepare.passages(texts, held=held, share=data.get("share", 1.0))
+        chosen = {key: data[key] for key in ("share", "max_grade", "max_figures") if key in data}
+        yield from prepare.passages(texts, held=held, **chosen)
         sources = tuple(data.get("sentences", []))
         if sources:
             yield from prepare.single_sentences(pairs, held=held, sources=sources)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from model.training.packs import (
     Pair,
     clean_pair,
     clean_paragraph,
+    figures,
     read_documents,
     read_pairs,
+    reading_grade,
     split_sentences,
 )
 from model.training.shards import Document, held_out
@@ -58,19 +61,38 @@ def pair_documents(paths: Iterable[Path], *, held: bool) -> Iterator[Document]:
                 yield pair.source, _units(pair)
 
 
-def passages(paths: Iterable[Path], *, held: bool, share: float = 1.0) -> Iterator[Document]:
-    """Documents as lists of sentences, each with the space before it; `share` keeps a sample by hash."""
+def passages(
+    paths: Iterable[Path],
+    *,
+    held: bool,
+    share: float = 1.0,
+    max_grade: float = math.inf,
+    max_figures: float = 1.0,
+) -> Iterator[Document]:
+    """Documents as lists of sentences, each with the space before it; `share` keeps a sample by hash.
+
+    What is held out is taken as it is. For training, `max_grade` keeps the documents that are easy to read
+    (`packs.reading_grade`), `max_figures` the paragraphs with few dates and brackets (`packs.figures`).
+    """
     for path in paths:
         label = path.name.split(".txt")[0]
         for paragraphs in read_documents(path):
             if held_out(paragraphs[0]) != held or not held_out(paragraphs[0] + "sample", share):
                 continue
+            prose = [paragraph for paragraph in paragraphs if clean_paragraph(paragraph)]
+            if not held:
+                prose = _easy(prose, max_grade, max_figures)
             units: list[str] = []
-            for paragraph in filter(clean_paragraph, paragraphs):
+            for paragraph in prose:
                 first, *rest = split_sentences(paragraph)
                 units += ["\n" + first if units else first, *(" " + sentence for sentence in rest)]
             if units:
                 yield label, units
+
+
+def _easy(paragraphs: list[str], max_grade: float, max_figures: float) -> list[str]:
+    prose = [paragraph for paragraph in paragraphs if figures(paragraph) <= max_figures]
+    return prose if prose and reading_grade(prose) <= max_grade else []
 
 
 def single_sentences(paths: Iterable[Path], *, held: bool, sources: tuple[str, ...]) -> Iterator[Document]:
@@ -88,8 +110,9 @@ def _units(pair: Pair) -> list[str]:
 
 
 def noisy_english(text: str) -> str:
-    """As people type it: small letters, no full stop."""
-    return text.lower().removesuffix(".")
+    """As people type it: no full stop, small letters or, in a fifth of the texts, capitals."""
+    bare = text.removesuffix(".")
+    return bare.upper() if held_out(bare + "capitals", 1 / 5) else bare.lower()
 
 
 def noisy_korean(text: str) -> str:

@@ -13,8 +13,10 @@ from model.training.packs import (
     Pair,
     clean_pair,
     clean_paragraph,
+    figures,
     read_documents,
     read_pairs,
+    reading_grade,
     split_sentences,
 )
 from model.training.prepare import noisy_english, noisy_korean, pair_documents, passages, single_sentences
@@ -128,9 +130,37 @@ def test_single_sentences(pairs_pack: Path) -> None:
 
 
 def test_noise() -> None:
-    assert noisy_english("I go Home.") == "i go home"
+    typed = [noisy_english(f"I go Home with {n} bags.") for n in range(40)]
+    assert all(text == text.lower() or text == text.upper() for text in typed)
+    assert 0 < sum(text == text.upper() for text in typed) < 20
+    assert not any(text.endswith(".") for text in typed)
     assert noisy_korean("나는 집에 간다.") in ("나는 집에 간다", "나는집에간다")
     assert noisy_korean("나는 집에 간다.") == noisy_korean("나는 집에 간다.")
+
+
+def test_easy_text_is_what_schools_call_easy() -> None:
+    easy = ["The dog ran to the old tree. It sat down and it looked up."]
+    hard = ["Constitutional interpretation necessarily presupposes methodological commitments."]
+    # 46 letters in 14 words and 2 sentences: 4.71 * 46 / 14 + 0.5 * 14 / 2 - 21.43
+    letters = sum(c.isalpha() for c in easy[0])
+    assert reading_grade(easy) == pytest.approx(4.71 * letters / 14 + 3.5 - 21.43)
+    assert reading_grade(easy) < 3 < 12 < reading_grade(hard)
+    assert figures("It was so: “no”, he said!") == 0.0
+    assert figures("(1902)") == 1.0
+
+
+def test_training_may_keep_to_easy_documents_and_what_is_held_out_may_not(tmp_path: Path) -> None:
+    easy = "The dog of farm {} ran to the old tree. Then it sat down and it looked up at the cat."
+    hard = "Constitutional interpretation {} necessarily presupposes methodological commitments."
+    dated = "The old man {} came home (1902–1903) and then he sat down at (9:30)."
+    texts = [text.format(word) for text in (easy, hard, dated) for word in map(str, range(300))]
+    path = write_pack(tmp_path / "mono.en.txt", "\n\n".join(texts))
+    kept = list(passages([path], held=False, max_grade=6, max_figures=0.05))
+    assert kept
+    assert all(units[0].startswith("The dog") for _, units in kept)
+    held = [units[0] for _, units in passages([path], held=True, max_grade=6, max_figures=0.05)]
+    assert held == [units[0] for _, units in passages([path], held=True)]
+    assert any(not first.startswith("The dog") for first in held)
 
 
 def test_passages_keep_the_white_space_before_each_sentence(tmp_path: Path) -> None:
