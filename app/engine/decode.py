@@ -212,6 +212,10 @@ class DecodeLane(ABC, Generic[Choice]):
         if rows:
             halving(rows, self.runner.wipe, self.failures.note)
 
+    def _is_part(self, rows: Items[int]) -> bool:
+        """Are these not all rows that are active?"""
+        return len(rows) < self.scheduler.n_active
+
     def _owners(self, rows: Iterable[int]) -> list[Sequence]:
         return list(dict.fromkeys(self.scheduler.owners[row] for row in rows))
 
@@ -410,7 +414,7 @@ class GenerateLane(DecodeLane[Drawn]):
         pairs = list(zip(owners, states, strict=True))
         token_ids = [_next_input(sequence, state) for sequence, state in pairs]
         positions = [state.n_read for state in states]
-        logits = self.runner.step(rows[0], token_ids, positions)
+        logits = self.runner.step(rows[0], token_ids, positions, part=self._is_part(rows))
         guards = Guards()
         for row, (sequence, state) in enumerate(pairs):
             self._guard(guards, row, sequence, state)
@@ -542,7 +546,8 @@ class TranslateLane(DecodeLane[Ranked]):
         running = self._owners(rows)
         inputs = self._inputs(running)
         token_ids, positions = zip(*(inputs[row] for row in rows), strict=True)
-        logits = self.runner.step(rows[0], list(token_ids), list(positions))
+        part = self._is_part(rows)
+        logits = self.runner.step(rows[0], list(token_ids), list(positions), part=part)
         logits = self.runner.guard(logits, self._guards(running, rows))
         width = 2 * max(sequence.n_rows for sequence in running)
         best = self.runner.rank(logits, width)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from app.engine.graphs import StaticStep
+from app.engine.graphs import Launcher, StaticStep, make_launcher
 from model.block import WeightsTap
 from model.checkpoint import Checkpoint
 from model.config import TransformerConfig
@@ -65,20 +65,22 @@ class DecodeRunner:
         self.suppressed = torch.tensor(suppressed, dtype=torch.long, device=self.device)
         self.static: StaticStep | None = None
 
-    def make_static(self) -> None:
+    def make_static(self, launcher: Launcher | None = None) -> None:
         """From now on steps run over static buffers; on a GPU as CUDA graphs, which are captured here."""
+        launcher = launcher or make_launcher(self.device)
         self.static = StaticStep(
-            self._compute, self.n_slots, self.max_len, self.config.vocab_size, self.device
+            self._compute, self.n_slots, self.max_len, self.config.vocab_size, self.device, launcher
         )
-        if self.device.type == "cuda":
+        if launcher.captures:
             self.static.capture()
 
-    def step(self, first: int, token_ids: list[int], positions: list[int]) -> Tensor:
+    def step(self, first: int, token_ids: list[int], positions: list[int], *, part: bool = False) -> Tensor:
         """Rows first .. first + B: each reads its next token at its position -> logits (B, V), float32.
 
-        Repeating a step writes the same cache entries again, so a failed one can be tried again.
+        Repeating a step writes the same cache entries again, so a failed one can be tried again; in parts,
+        which must be called so: else rows behind it count as free, and the static step writes into some.
         """
-        if self.static is not None and first == 0:
+        if self.static is not None and not part:
             return self.static.run(token_ids, positions, self._memory_lengths(len(token_ids)))
         ids, places = torch.tensor([token_ids, positions], device=self.device).unsqueeze(-1)
         lengths = [position + 1 for position in positions]

@@ -81,9 +81,9 @@ class FailingGenerateRunner(GenerateRunner):
         self.fault("prompt_logprobs", list(prompt))
         return super().prompt_logprobs(prompt)
 
-    def step(self, first: int, token_ids: list[int], positions: list[int]) -> Tensor:
+    def step(self, first: int, token_ids: list[int], positions: list[int], *, part: bool = False) -> Tensor:
         self.fault("step", token_ids)
-        logits = super().step(first, token_ids, positions)
+        logits = super().step(first, token_ids, positions, part=part)
         for row in (row for row, token in enumerate(token_ids) if token == self.nan_token):
             logits[row] = torch.nan
             self.cache.v[:, first + row] = torch.nan
@@ -108,9 +108,9 @@ class FailingTranslateRunner(TranslateRunner):
         self.fault("encode", [token for source in sources for token in source])
         super().encode(rows, sources)
 
-    def step(self, first: int, token_ids: list[int], positions: list[int]) -> Tensor:
+    def step(self, first: int, token_ids: list[int], positions: list[int], *, part: bool = False) -> Tensor:
         self.fault("step", token_ids)
-        logits = super().step(first, token_ids, positions)
+        logits = super().step(first, token_ids, positions, part=part)
         for row in (row for row, token in enumerate(token_ids) if token == self.nan_token):
             logits[row] = torch.nan
             self.cache.v[:, first + row] = torch.nan
