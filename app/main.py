@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import platform
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -33,7 +33,8 @@ from app.bodies import BodyLimits
 from app.cors import Cors
 from app.dialects import add_handlers
 from app.engine.errors import NoRoom
-from app.engine.registry import Registry
+from app.engine.memory import RowSizing
+from app.engine.registry import Registry, tell_of
 from app.engine.worker import DeviceWorker
 from app.engine.workshop import ModelWorkshop, QuantizationChoice
 from app.errors import ErrorBody
@@ -78,8 +79,16 @@ _SETTINGS = {
 }
 
 
+# And its rows, where it has some.
+_SLOTS = {"translate": "translate_slots", "generate": "generate_slots"}
+
+
 # Reading so many tokens of a prompt takes about as long as a step of many rows.
 _CHUNK_TOKENS = {"cpu": 64, "cuda": 512}
+
+
+# None: as suits the device.
+_LAUNCH_AHEAD = {"auto": None, "on": True, "off": False}
 
 
 class StartError(Exception):
@@ -93,10 +102,11 @@ def load_services(settings: Settings, lifecycle: Lifecycle) -> Services:
     torch.set_num_threads(settings.n_threads or max(1, torch.get_num_threads() - 1))
     languages.load()
     device, dtype = resolve_device(settings)
+    wanted = list(wanted_models(settings))
     workshop = ModelWorkshop(
         device,
         dtype,
-        n_slots={"translate": settings.translate_slots, "generate": settings.generate_slots},
+        n_slots={endpoint: getattr(settings, setting) for endpoint, setting in _SLOTS.items()},
         prefill_tokens=settings.prefill_tokens,
         max_batch_tokens=settings.max_batch_tokens,
         max_queue_items=settings.max_queue_items,
@@ -107,9 +117,11 @@ def load_services(settings: Settings, lifecycle: Lifecycle) -> Services:
         quantization=resolve_quantization(settings, device, dtype),
         chunk_tokens=settings.chunk_tokens or _CHUNK_TOKENS[device.type],
         n_prefix_tokens=settings.prefix_tokens,
+        launch_ahead=_LAUNCH_AHEAD[settings.launch_ahead],
+        sizing=row_sizing(settings, wanted) if device.type == "cuda" else None,
     )
     tasks: dict[str, list[Any]] = {endpoint: [] for endpoint in LANES}
-    for endpoint, name, folder in wanted_models(settings):
+    for endpoint, name, folder in wanted:
         loaded = [task for each in tasks.values() for task in each]
         tasks[endpoint].append(workshop.build(endpoint, name, folder, loaded))
     lanes = [task.lane for each in tasks.values() for task in each]
@@ -117,6 +129,13 @@ def load_services(settings: Settings, lifecycle: Lifecycle) -> Services:
     registry = Registry(tasks, worker, workshop, max_models=settings.max_models)
     dtype_name = str(dtype).removeprefix("torch.")
     return Services(registry, settings, lifecycle, device=str(device), dtype=dtype_name)
+
+
+def row_sizing(settings: Settings, wanted: Iterable[tuple[str, str, Path]]) -> RowSizing:
+    """Rows as memory allows for endpoints whose number of rows was not given."""
+    free = [endpoint for endpoint, setting in _SLOTS.items() if not is_given(settings, setting)]
+    n_sharing = sum(endpoint in _SLOTS for endpoint, _, _ in wanted)
+    return RowSizing(frozenset(free), settings.gpu_memory_utilization, settings.max_slots, n_sharing)
 
 
 def wanted_models(settings: Settings) -> Iterator[tuple[str, str, Path]]:
@@ -168,7 +187,7 @@ def announce(services: Services) -> None:
         __version__, platform.python_version(), torch.__version__, services.device, services.dtype
     ).set(1)
     for endpoint, task in services.registry:
-        metrics.add_model(endpoint, task.name, task.sha256)
+        tell_of(endpoint, task)
     if services.device == "cuda":
         metrics.device_memory_bytes.labels("allocated").set_function(torch.cuda.memory_allocated)
         metrics.device_memory_bytes.labels("reserved").set_function(torch.cuda.memory_reserved)

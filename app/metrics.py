@@ -115,6 +115,11 @@ rows_in_use = _gauge("rows_in_use", "Rows (slots) that are occupied.", _LANE_MOD
 kv_cache_usage_ratio = _gauge("kv_cache_usage_ratio", "Occupied share of the KV cache.", _LANE_MODEL)
 step_failures_total = _counter("step_failures_total", "Model steps that raised.", _LANE_MODEL)
 
+model_bytes = _gauge(
+    "model_bytes",
+    "Device memory of a model: its weights, shared ones included, and the caches of its rows.",
+    {**_LANE_MODEL, "kind": ("weights", "cache")},
+)
 device_memory_bytes = _gauge("device_memory_bytes", "Accelerator memory.", {"kind": MEMORY_KINDS})
 model_info = Gauge(
     PREFIX + "model_info", "The models that are loaded; always 1.", ("endpoint", "name", "sha256")
@@ -155,6 +160,12 @@ def add_model(endpoint: str, name: str, sha256: str) -> None:
     for metric, labels in _by_model:
         for values in _values_of(endpoint, name, labels):
             metric.labels(*values)
+
+
+def set_model_bytes(endpoint: str, name: str, n_weight_bytes: int, n_cache_bytes: int) -> None:
+    """What a known model takes on the device."""
+    model_bytes.labels(endpoint, name, "weights").set(n_weight_bytes)
+    model_bytes.labels(endpoint, name, "cache").set(n_cache_bytes)
 
 
 def remove_model(endpoint: str, name: str) -> None:

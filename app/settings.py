@@ -143,8 +143,22 @@ class Settings(BaseSettings):
         0, ge=0, le=1024, description="threads of one model step on the CPU; 0: all cores but one"
     )
 
-    translate_slots: int = Field(32, ge=1, le=4096, description="rows (beams) that translate at once")
-    generate_slots: int = Field(16, ge=1, le=4096, description="rows that generate at once")
+    translate_slots: int = Field(
+        32,
+        ge=1,
+        le=4096,
+        description="rows (beams) that translate at once; on cuda, unless given, that many or as many more "
+        "as memory holds",
+    )
+    generate_slots: int = Field(
+        16, ge=1, le=4096, description="rows that generate at once; on cuda as translate_slots"
+    )
+    max_slots: int = Field(
+        256, ge=1, le=4096, description="rows of a model at most, where memory says how many"
+    )
+    gpu_memory_utilization: float = Field(
+        0.9, ge=0.1, le=1.0, description="share of a GPU's memory that rows may fill up, weights included"
+    )
     max_context: int = Field(
         4096,
         ge=0,
@@ -157,6 +171,10 @@ class Settings(BaseSettings):
         ge=0,
         le=1_000_000,
         description="tokens of a prompt taken in by a step while others generate; 0: 64 on cpu, 512 on cuda",
+    )
+    launch_ahead: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="a generation step is launched before the tokens of the last are read; auto: on cuda",
     )
     prefix_tokens: int = Field(
         4096,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from model.attention import KV
+from model.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,7 @@ class KVCache:
         if self.k.device.type == "cpu" and set(sources).isdisjoint(targets):
             self._copy_each(sources, targets, length)
             return
-        source = torch.tensor(sources, device=self.k.device)
-        target = torch.tensor(targets, device=self.k.device)
+        source, target = to_device([sources, targets], self.k.device)
         self.k[:, target, :, :length] = self.k[:, source, :, :length]
         self.v[:, target, :, :length] = self.v[:, source, :, :length]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
@@ -14,7 +16,9 @@ from typing import Generic, NamedTuple, TypeVar
 
 from app import metrics
 from app.engine.beams import BeamGroup, Candidate, Ended
+from app.engine.drawing import UNKNOWN, Drawing, RowRules, has_penalties, level_of
 from app.engine.errors import Aborted, EngineError, Overloaded, PromptTooLong, StepFailed
+from app.engine.graphs import Flight
 from app.engine.lane import Door, Failures, Handover, Handovers, check_fits, halving
 from app.engine.memory import context_len
 from app.engine.prefixes import PrefixIndex
@@ -270,15 +274,24 @@ class _Generation:
 
     params: SamplingParams
     noise: random.Random
-    uniform: float = 0.0  # for the next token; drawn ahead, so that a step tried again draws the same
-    n_read: int = 0  # tokens, of the prompt and then of its own, whose keys and values its row holds
+    # Tokens, of the prompt and then of its own, whose keys and values its row holds, or will hold once the
+    # device has done what it was given.
+    n_read: int = 0
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    numbers: deque[float] = field(default_factory=deque)  # of the noise, for the next tokens
+
+    def uniform(self, n_ahead: int = 0) -> float:
+        """The number that draws the next token but so many: a step tried again draws the same."""
+        while len(self.numbers) <= n_ahead:
+            self.numbers.append(self.noise.random())
+        return self.numbers[n_ahead]
 
     def take(self, drawn: Drawn) -> None:
         self.token_ids.append(drawn.token_id)
         self.logprobs.append(drawn.logprob)
-        self.uniform = self.noise.random()
+        self.uniform()
+        self.numbers.popleft()
 
 
 class _Chunk(NamedTuple):
@@ -307,9 +320,23 @@ def _may_join(group: list[_Chunk], chunk: _Chunk) -> bool:
 
 
 def _next_input(sequence: Sequence, state: _Generation) -> int:
-    """The first token that a row has not read."""
+    """The first token that a row has not read; `UNKNOWN` where a step on its way draws it."""
     n_own = state.n_read - sequence.n_prompt_tokens
-    return sequence.prompt_ids[state.n_read] if n_own < 0 else state.token_ids[n_own]
+    if n_own < 0:
+        return sequence.prompt_ids[state.n_read]
+    return state.token_ids[n_own] if n_own < len(state.token_ids) else UNKNOWN
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """A step that was launched and not read yet: who stood in which row, and what position it reads."""
+
+    flight: Flight
+    positions: dict[Sequence, int]  # in the order of the rows
+
+    def draws(self, sequence: Sequence) -> bool:
+        """Does it draw a token for a sequence that counts: has its prompt ended?"""
+        return self.positions.get(sequence, -1) + 1 >= sequence.n_prompt_tokens
 
 
 class GenerateLane(DecodeLane[Drawn]):
@@ -317,6 +344,11 @@ class GenerateLane(DecodeLane[Drawn]):
 
     While others run, a long prompt is read in chunks of `chunk_tokens` a turn, so that nobody waits for it.
     A step covers all rows; one whose prompt is still being read reads its next prompt token in it.
+
+    Where steps draw on the device (a static runner), one can be launched before the last is read
+    (`launch_ahead`): rows then read what they drew without the host. Who turns out to have ended has wasted
+    the step that is on its way: what it drew there is nobody's. What the host must see to between logits and
+    token (`level_of`) is done step by step.
     """
 
     runner: GenerateRunner
@@ -329,12 +361,22 @@ class GenerateLane(DecodeLane[Drawn]):
         limits: DecodeLimits,
         prefill_tokens: int,
         chunk_tokens: int | None = None,
+        *,
+        launch_ahead: bool = False,
     ) -> None:
         super().__init__(name, runner, limits, prefill_tokens)
+        self.launch_ahead = launch_ahead
         self.chunk_tokens = min(chunk_tokens or prefill_tokens, prefill_tokens)
         self._prefixes = PrefixIndex(runner.pool.n_slots, BLOCK_TOKENS)
         self._generations: dict[Sequence, _Generation] = {}
         self._rows: tuple[list[Sequence], SamplingRows] | None = None
+        self._ahead: _Ahead | None = None
+        self._told: list[Sequence] | None = None  # whose rules the device has, by row
+
+    def fail_all(self, error: Callable[[], EngineError]) -> Handovers:
+        """As its base class; what is on its way is waited for, and forgotten."""
+        self._drop_ahead()
+        return super().fail_all(error)
 
     def _check_length(self, sequence: Sequence) -> None:
         n_tokens = sequence.n_prompt_tokens + sequence.params.max_new_tokens
@@ -343,12 +385,11 @@ class GenerateLane(DecodeLane[Drawn]):
 
     def _open(self, sequence: Sequence) -> None:
         assert isinstance(sequence.params, SamplingParams)
-        noise = random.Random(sequence.seed)
-        self._generations[sequence] = _Generation(sequence.params, noise, noise.random())
+        self._generations[sequence] = _Generation(sequence.params, random.Random(sequence.seed))
 
     def _forget(self, sequence: Sequence) -> None:
         self._generations.pop(sequence, None)
-        self._rows = None
+        self._rows = self._told = None
 
     def _admission_tokens(self) -> int:
         return self._prompt_tokens() - sum(map(self._n_unread, self.scheduler.running))
@@ -382,6 +423,9 @@ class GenerateLane(DecodeLane[Drawn]):
         return not halving([sequence], lambda part: self._start(part[0]), self.failures.note)[1]
 
     def _start(self, sequence: Sequence) -> None:
+        if self.launch_ahead:
+            # Who had it before may have left, or moved, before a step without numbers was read.
+            self.runner.wipe(sequence.rows)
         if sequence.prompt_logprobs:
             sequence.prompt_logprobs_out = self.runner.prompt_logprobs(sequence.prompt_ids)
         blocks = self._prefixes.find(sequence.prompt_ids[:-1])
@@ -408,6 +452,91 @@ class GenerateLane(DecodeLane[Drawn]):
     def _row_length(self, sequence: Sequence) -> int:
         return self._generations[sequence].n_read + 1
 
+    def _step(self) -> None:
+        before, self._ahead = self._ahead, None
+        self._ahead = self._take_off(before)
+        under_way = self._ahead is not None
+        if before is not None:
+            under_way &= self._land(before)
+        if under_way and not self.launch_ahead:
+            ahead, self._ahead = self._ahead, None
+            under_way = ahead is not None and self._land(ahead)
+        if not under_way and self.scheduler.running:
+            super()._step()
+
+    def _take_off(self, before: _Ahead | None) -> _Ahead | None:
+        """Launch a step of all rows behind the one that is on its way.
+
+        None where the host must see to it, where it fails, and where everybody ends with the step before.
+        """
+        states = {sequence: self._generations[sequence] for sequence in self.scheduler.owners}
+        levels = [level_of(state.params) for state in states.values()]
+        level = None if None in levels else max(level for level in levels if level is not None)
+        drawing = self.runner.drawing
+        if drawing is None or level is None:
+            return None
+        n_drawn = {s: int(before is not None and before.draws(s)) for s in states}  # and not seen yet
+        if all(len(st.token_ids) + n_drawn[s] >= st.params.max_new_tokens for s, st in states.items()):
+            return None
+        ids = [_next_input(sequence, state) for sequence, state in states.items()]
+        uniform = [state.uniform(n_drawn[sequence]) for sequence, state in states.items()]
+        positions = {sequence: state.n_read for sequence, state in states.items()}
+        try:
+            self._tell(drawing, states, before)
+            flight = self.runner.launch(ids, list(positions.values()), uniform, level)
+        except Exception as error:
+            self._told = None
+            self.failures.note(error, len(ids))
+            return None
+        metrics.batch_rows.labels(self.name, "decode").observe(len(ids))
+        for state in states.values():
+            state.n_read += 1
+        return _Ahead(flight, positions)
+
+    def _tell(self, drawing: Drawing, states: dict[Sequence, _Generation], before: _Ahead | None) -> None:
+        """Let the device know what rows draw by, and what those have read that it did not see itself."""
+        owners = list(states)
+        if self._told != owners:
+            # The first token comes of reading the last of the prompt.
+            ends = [s.n_prompt_tokens - 1 + state.params.min_new_tokens for s, state in states.items()]
+            drawing.set_rules(
+                [RowRules(st.params, end) for st, end in zip(states.values(), ends, strict=True)]
+            )
+            self._told = owners
+        for row, (sequence, state) in enumerate(states.items()):
+            if has_penalties(state.params) and (before is None or sequence not in before.positions):
+                drawing.set_history(row, [*sequence.prompt_ids, *state.token_ids])
+
+    def _land(self, ahead: _Ahead) -> bool:
+        """Read what a step drew and go on; where that fails, all is as if it had never been launched."""
+        try:
+            token_ids, logprobs = ahead.flight.land()
+        except Exception as error:
+            self.failures.note(error, len(ahead.positions))
+            self._drop_ahead()
+            self._rewind(ahead)
+            return False
+        drawn = {
+            sequence: Drawn(token_id, logprob, [])
+            for sequence, token_id, logprob in zip(ahead.positions, token_ids, logprobs, strict=True)
+            if sequence.status is SequenceStatus.RUNNING  # others have left meanwhile
+        }
+        self._take(drawn, [sequence for sequence in drawn if ahead.draws(sequence)])
+        return True
+
+    def _drop_ahead(self) -> None:
+        ahead, self._ahead, self._told = self._ahead, None, None
+        if ahead is not None:
+            with contextlib.suppress(Exception):
+                ahead.flight.land()
+            self._rewind(ahead)
+
+    def _rewind(self, ahead: _Ahead) -> None:
+        """As if a step had never been launched; the newest first."""
+        for sequence, position in ahead.positions.items():
+            if sequence.status is SequenceStatus.RUNNING:
+                self._generations[sequence].n_read = position
+
     def _choose(self, rows: Items[int]) -> dict[int, Drawn]:
         owners = self.scheduler.owners[rows[0] : rows[-1] + 1]
         states = [self._generations[sequence] for sequence in owners]
@@ -420,7 +549,7 @@ class GenerateLane(DecodeLane[Drawn]):
             self._guard(guards, row, sequence, state)
         logits = self.runner.guard(logits, guards)
         n_top = max(state.params.top_n_tokens for state in states)
-        uniform = [state.uniform for state in states]
+        uniform = [state.uniform() for state in states]
         return dict(
             zip(rows, self.runner.draw(logits, self._sampling_rows(owners), uniform, n_top), strict=True)
         )
@@ -441,16 +570,21 @@ class GenerateLane(DecodeLane[Drawn]):
         return self._rows[1]
 
     def _commit(self, chosen: dict[int, Drawn], running: list[Sequence]) -> None:
-        now = time.monotonic()
-        broken = {s for s in running if math.isnan(chosen[s.rows[0]].logprob)}
         for sequence in running:
             self._generations[sequence].n_read += 1
         # A row in the middle of its prompt has read a token of it, and what was drawn is nobody's.
-        ready = [s for s in running if s not in broken and self._generations[s].n_read >= s.n_prompt_tokens]
+        ready = [s for s in running if self._generations[s].n_read >= s.n_prompt_tokens]
+        self._take({s: chosen[s.rows[0]] for s in running}, ready)
+
+    def _take(self, drawn: dict[Sequence, Drawn], ready: list[Sequence]) -> None:
+        """Hand over what was drawn for those that are ready, end what has ended."""
+        now = time.monotonic()
+        broken = {s for s, each in drawn.items() if math.isnan(each.logprob)}
+        ready = [s for s in ready if s not in broken]
         for sequence in ready:
             if not self._generations[sequence].token_ids:
                 self._keep(sequence)
-        reasons = {s: self._hand_over(s, chosen[s.rows[0]], now) for s in ready}
+        reasons = {s: self._hand_over(s, drawn[s], now) for s in ready}
         metrics.generated_tokens_total.labels(self.name, self.runner.model_name).inc(len(ready))
         self._wipe(list(broken))
         self._end([*broken, *(s for s in ready if reasons[s])], lambda s: self._outcome(s, reasons.get(s)))
@@ -659,23 +793,24 @@ def make_decode_lane(
     max_context: int = 0,
     chunk_tokens: int | None = None,
     n_prefix_tokens: int = 0,
+    launch_ahead: bool | None = None,
 ) -> GenerateLane | TranslateLane:
     """The lane that suits a checkpoint's architecture; 0 for `max_context` is no bound.
 
-    The last two are for generation alone.
+    The last three are for generation alone. Without a word on `launch_ahead`, a GPU does and a CPU does not,
+    which works while nobody else waits.
     """
     max_len = context_len(checkpoint.config, max_context)
     limits = DecodeLimits(max_len, max_len, n_slots, max_queue_items, max_queue_tokens)
+    cuda = next(checkpoint.model.parameters()).is_cuda
     if isinstance(checkpoint.model, Translator):
         translating = TranslateRunner(checkpoint, n_slots, max_len)
-        _prepare(translating)
+        if cuda:
+            translating.make_static()
         return TranslateLane(name, translating, limits, prefill_tokens)
+    ahead = cuda if launch_ahead is None else launch_ahead
     generating = GenerateRunner(checkpoint, n_slots, max_len, n_prefix_tokens // BLOCK_TOKENS)
-    _prepare(generating)
-    return GenerateLane(name, generating, limits, prefill_tokens, chunk_tokens)
-
-
-def _prepare(runner: DecodeRunner) -> None:
-    """A CPU is faster over exactly what there is, a GPU in few shapes that it has seen."""
-    if runner.device.type == "cuda":
-        runner.make_static()
+    # A CPU is faster over exactly what there is, a GPU in few shapes that it has seen.
+    if cuda or ahead:
+        generating.make_static()
+    return GenerateLane(name, generating, limits, prefill_tokens, chunk_tokens, launch_ahead=ahead)

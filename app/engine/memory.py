@@ -12,7 +12,7 @@ from torch import nn
 from model.block import Block
 from model.config import TransformerConfig
 from model.heads import LMHead
-from model.models import Model, build_model, make_cache
+from model.models import CausalLM, Model, Translator, build_model, make_cache
 from model.quantize import Int8Linear
 from model.weights import empty_model
 
@@ -94,6 +94,53 @@ def free_bytes(device: torch.device) -> int | None:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     known = [n_bytes for n_bytes in (_available(), _left_in_container()) if n_bytes is not None]
     return min(known, default=None)
+
+
+def total_bytes(device: torch.device) -> int:
+    """What a GPU has."""
+    _, total = torch.cuda.mem_get_info(device)
+    return total
+
+
+def pass_bytes(model: Model, n_tokens: int) -> int:
+    """What a GPU needs beside the weights while a decoding model takes in so many tokens; 0 on a CPU.
+
+    It is tried out, with rows as long as the model can.
+    """
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return 0
+    length = min(n_tokens, model.config.max_len)
+    ids = torch.ones(n_tokens // length, length, dtype=torch.long, device=device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    with torch.inference_mode():
+        if isinstance(model, CausalLM):
+            model.hidden(ids)
+        elif isinstance(model, Translator):
+            model.encode(ids)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+@dataclass(frozen=True)
+class RowSizing:
+    """How the rows of endpoints follow from a GPU's memory, where nobody said how many there should be.
+
+    `utilization` is the share of the memory that may be in use, by whomever, when all is loaded; the rest is
+    for graphs, and for what comes and goes. No endpoint has more than `max_slots`. At the start `n_sharing`
+    decoding models are loaded, and each gets an equal share of what those before it left.
+    """
+
+    endpoints: frozenset[str]
+    utilization: float
+    max_slots: int
+    n_sharing: int
+
+
+def rows_that_fit(n_bytes: int, row_bytes: int, least: int, most: int) -> int:
+    """Rows for so many bytes; never under the least, for which there is room or the start fails elsewhere."""
+    return max(least, min(most, n_bytes // row_bytes))
 
 
 def _available(path: Path = _MEMINFO) -> int | None:

@@ -85,6 +85,12 @@ class Task(Generic[LaneT]):
 AnyTask = Task[GeneratingLane] | Task[OneShotLane]
 
 
+def tell_of(endpoint: str, task: AnyTask) -> None:
+    """Put a model into the metrics."""
+    metrics.add_model(endpoint, task.name, task.sha256)
+    metrics.set_model_bytes(endpoint, task.name, held_bytes([task.model]), task.n_cache_bytes)
+
+
 class Shelf(Generic[LaneT]):
     """The models of one endpoint in the order they came; the first is the default."""
 
@@ -198,7 +204,7 @@ class Registry:
         finally:
             self.loading = None
         self._forget_series(endpoint, name)  # under a new name, what warmed it up was no client's work
-        metrics.add_model(endpoint, name, task.sha256)
+        tell_of(endpoint, task)
         replaced = shelf.put(task)
         if replaced is not None:
             self._retire(endpoint, replaced)

@@ -6,21 +6,25 @@ A runner works on rows; who owns a row, and when it ends, is the scheduler's and
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from app.engine.graphs import Launcher, StaticStep, make_launcher
+from app.engine.drawing import Drawing, Level
+from app.engine.graphs import Flight, Launcher, StaticStep, make_launcher
 from model.block import WeightsTap
+from model.cache import KVCache
 from model.checkpoint import Checkpoint
 from model.config import TransformerConfig
 from model.masks import MaskParts, length_mask, position_mask, split_by_length
 from model.models import CausalLM, Classifier, MaskedLM, Translator, make_cache
 from model.sampling import SamplingRows, penalise, sample, top_tokens
 from model.tokenizer import Tokenizer
+from model.transfer import to_device
 
 BLOCK_TOKENS = 32  # what is kept of prompts comes in blocks of so many tokens
 # Another call of the attention kernel takes about as long as reading so many more positions.
@@ -68,11 +72,22 @@ class DecodeRunner:
     def make_static(self, launcher: Launcher | None = None) -> None:
         """From now on steps run over static buffers; on a GPU as CUDA graphs, which are captured here."""
         launcher = launcher or make_launcher(self.device)
-        self.static = StaticStep(
-            self._compute, self.n_slots, self.max_len, self.config.vocab_size, self.device, launcher
-        )
+        sizes = self.n_slots, self.max_len, self.config.vocab_size
+        # Weakly, so that no circle keeps a model's memory when the last who held it lets go.
+        own = weakref.WeakMethod(self._compute)
+
+        def compute(*inputs: Any) -> Tensor:
+            method = own()
+            assert method is not None
+            return method(*inputs)
+
+        self.static = StaticStep(compute, *sizes, self.device, launcher, self._make_drawing())
         if launcher.captures:
             self.static.capture()
+
+    def _make_drawing(self) -> Drawing | None:
+        """What a static step does with its logits, if it draws from them."""
+        return None
 
     def step(self, first: int, token_ids: list[int], positions: list[int], *, part: bool = False) -> Tensor:
         """Rows first .. first + B: each reads its next token at its position -> logits (B, V), float32.
@@ -135,8 +150,7 @@ class DecodeRunner:
 
     def wipe(self, rows: Sequence[int]) -> None:
         """Forget what rows hold. NaN in them would reach their next owner: 0 x NaN is NaN, masked or not."""
-        self.cache.k[:, list(rows)] = 0
-        self.cache.v[:, list(rows)] = 0
+        _zero(self.cache, rows)
 
     def responds(self) -> bool:
         """Does the device still answer?"""
@@ -181,6 +195,31 @@ class GenerateRunner(DecodeRunner):
         """`n_blocks` of BLOCK_TOKENS tokens keep the beginnings of prompts."""
         super().__init__(checkpoint, n_slots, max_len)
         self.pool = make_cache(checkpoint.config, n_blocks, BLOCK_TOKENS, self.device, self.dtype)
+
+    def _make_drawing(self) -> Drawing:
+        return Drawing(self.n_slots, self.max_len, self.config.eos_ids, self.device)
+
+    def launch(
+        self, token_ids: list[int], positions: list[int], uniform: list[float], level: Level
+    ) -> Flight:
+        """A static step of the first B rows, which are all that are active, to what it draws for each.
+
+        As `StaticStep.launch`; what rows draw by must have been set in `drawing`.
+        """
+        assert self.static is not None
+        return self.static.launch(token_ids, positions, uniform, level)
+
+    @property
+    def drawing(self) -> Drawing | None:
+        """What static steps draw with; None where steps are not static."""
+        return None if self.static is None else self.static.drawing
+
+    def move(self, moves: Sequence[tuple[int, int]], length: int) -> None:
+        """Copy rows with what is drawn from them."""
+        super().move(moves, length)
+        if self.drawing is not None and moves:
+            sources, targets = to_device([*zip(*moves, strict=True)], self.device)
+            self.drawing.move(sources, targets, length)
 
     def prefill(self, first: int, prompts: Sequence[Sequence[int]], start: int = 0) -> None:
         """Read parts of prompts, which stand at `start`, into rows from `first` on.
@@ -317,8 +356,7 @@ class TranslateRunner(DecodeRunner):
     def wipe(self, rows: Sequence[int]) -> None:
         """Forget what rows hold, with their memories."""
         super().wipe(rows)
-        self.memory.k[:, list(rows)] = 0
-        self.memory.v[:, list(rows)] = 0
+        _zero(self.memory, rows)
 
     def rank(self, logits: Tensor, n_best: int) -> list[list[tuple[int, float]]]:
         """The n best continuations of each row of guarded logits (B, V), with log-probabilities.
@@ -432,9 +470,15 @@ def responds(device: torch.device) -> bool:
         return False
 
 
+def _zero(cache: KVCache, rows: Sequence[int]) -> None:
+    for row in rows:
+        cache.k[:, row] = 0
+        cache.v[:, row] = 0
+
+
 def _padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
     width = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], device=device)
+    return to_device([[*row, *[value] * (width - len(row))] for row in rows], device)
 
 
 def _suppressed(tokenizer: Tokenizer, config: TransformerConfig) -> frozenset[int]:

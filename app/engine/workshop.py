@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -14,16 +15,29 @@ from torch import Tensor, nn
 from app.engine.batch import BatchItem, BatchLane
 from app.engine.decode import make_decode_lane
 from app.engine.errors import NoRoom
-from app.engine.memory import cache_bytes, free_bytes, held_bytes, weight_bytes
+from app.engine.memory import (
+    RowSizing,
+    cache_bytes,
+    context_len,
+    free_bytes,
+    held_bytes,
+    pass_bytes,
+    rows_that_fit,
+    total_bytes,
+    weight_bytes,
+)
 from app.engine.registry import AnyTask, Task
 from app.engine.sequence import Sequence
 from model.adopted import AdoptedTokenizer
 from model.checkpoint import Checkpoint, CheckpointError, load, load_config
 from model.config import TransformerConfig
 from model.inference import Quantization, optimise
+from model.models import Model
 from model.quantize import share_int8
 from model.sampling import BeamParams, SamplingParams
 from model.tokenizer import Tokenizer
+
+log = logging.getLogger("app.engine")
 
 QuantizationChoice = Quantization | Literal["auto"]
 
@@ -41,7 +55,8 @@ class ModelWorkshop:
 
     `max_bytes` bounds all models together, 0 stands for what the device has. `max_context` bounds the tokens
     that a row of a decoding model holds, 0 stands for what the model can. `quantization` "auto" is int8 for
-    models trained here, of which it is known what that costs, and none for those that others made.
+    models trained here, of which it is known what that costs, and none for those that others made. With
+    `sizing`, `n_slots` are the least of the endpoints that it names.
     """
 
     def __init__(
@@ -60,7 +75,11 @@ class ModelWorkshop:
         quantization: QuantizationChoice = "none",
         chunk_tokens: int | None = None,
         n_prefix_tokens: int = 0,
+        launch_ahead: bool | None = None,
+        sizing: RowSizing | None = None,
     ) -> None:
+        self._launch_ahead, self._sizing = launch_ahead, sizing
+        self._n_sized = 0
         self.device, self.dtype, self._quantization = device, dtype, quantization
         self._chunk_tokens, self._n_prefix_tokens = chunk_tokens, n_prefix_tokens
         self._n_slots, self._max_bytes, self._max_context = n_slots, max_bytes, max_context
@@ -76,14 +95,14 @@ class ModelWorkshop:
         """
         config = self._check_folder(endpoint, folder)
         n_slots = self._n_slots.get(endpoint, 0)
-        caches = cache_bytes(config, self.dtype, n_slots, self._max_context, self._n_prefix_tokens)
-        needed = weight_bytes(config, self.dtype) + caches
+        needed = weight_bytes(config, self.dtype) + self._cache_bytes(config, n_slots)
         self._check_room(str(folder), needed, loaded)
         try:
             checkpoint = load(folder, device=self.device, dtype=self.dtype)
             optimise(checkpoint.model, self._quantization_of(checkpoint))
             share_weights(checkpoint.model, [task.model for task in loaded if task.model is not None])
-            return self._task(endpoint, dataclasses.replace(checkpoint, name=name), folder, caches)
+            n_slots = self._count_rows(endpoint, checkpoint.model, loaded)
+            return self._task(endpoint, dataclasses.replace(checkpoint, name=name), folder, n_slots)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -119,7 +138,33 @@ class ModelWorkshop:
         if free is not None and needed > free:
             raise NoRoom(model, needed, free, "the device has")
 
-    def _task(self, endpoint: str, checkpoint: Checkpoint, folder: Path, n_cache_bytes: int) -> AnyTask:
+    def _count_rows(self, endpoint: str, model: Model, loaded: list[AnyTask]) -> int:
+        """The rows of a model whose weights are on the device: as was said, or as many as memory holds."""
+        least, sizing = self._n_slots.get(endpoint, 0), self._sizing
+        if not least or sizing is None:
+            return least
+        n_sharing = max(1, sizing.n_sharing - self._n_sized)
+        self._n_sized += 1
+        if endpoint not in sizing.endpoints:
+            return least
+        total = total_bytes(self.device)
+        left = int(sizing.utilization * total) - (total - (free_bytes(self.device) or 0))
+        if self._max_bytes:
+            taken = held_bytes([model, *(task.model for task in loaded)])
+            left = min(left, self._max_bytes - taken - sum(task.n_cache_bytes for task in loaded))
+        one, two = (self._cache_bytes(model.config, n) for n in (1, 2))
+        n_tokens = min(self._prefill_tokens, least * context_len(model.config, self._max_context))
+        fixed = one - (two - one) + pass_bytes(model, n_tokens)  # and what is kept of prompts
+        row = two - one + model.config.vocab_size * torch.float32.itemsize  # and its logits
+        n_rows = rows_that_fit(left // n_sharing - fixed, row, least, sizing.max_slots)
+        log.info("%d rows", n_rows, extra={"fields": {"endpoint": endpoint, "row_bytes": row, "left": left}})
+        return n_rows
+
+    def _cache_bytes(self, config: TransformerConfig, n_slots: int) -> int:
+        return cache_bytes(config, self.dtype, n_slots, self._max_context, self._n_prefix_tokens)
+
+    def _task(self, endpoint: str, checkpoint: Checkpoint, folder: Path, n_slots: int) -> AnyTask:
+        n_cache_bytes = self._cache_bytes(checkpoint.config, n_slots)
         known = checkpoint.tokenizer, checkpoint.config, checkpoint.name, checkpoint.sha256
         more: dict[str, Any] = {"folder": folder, "model": checkpoint.model, "n_cache_bytes": n_cache_bytes}
         if endpoint not in self._n_slots:
@@ -129,11 +174,12 @@ class ModelWorkshop:
         steps = make_decode_lane(
             endpoint,
             checkpoint,
-            n_slots=self._n_slots[endpoint],
+            n_slots=n_slots,
             prefill_tokens=self._prefill_tokens,
             max_context=self._max_context,
             chunk_tokens=self._chunk_tokens,
             n_prefix_tokens=self._n_prefix_tokens,
+            launch_ahead=self._launch_ahead,
             **self._queue,
         )
         steps.door.max_wait_seconds = self._max_wait_seconds

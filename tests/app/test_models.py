@@ -135,6 +135,7 @@ def test_series_live_as_long_as_their_model() -> None:
             "queue_tokens",
             "rows_in_use",
             "kv_cache_usage_ratio",
+            "model_bytes",
             "step_failures_total",
             "model_info",
         )

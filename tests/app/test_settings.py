@@ -9,6 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from app.__main__ import main, warn_of_unknown_variables
+from app.engine.memory import RowSizing
+from app.main import row_sizing
 from app.settings import PREFIX, Settings, is_given, named_folders, settings_table, unknown_variables
 from tests.app.fakes import make_settings
 
@@ -67,6 +69,12 @@ def test_bounds(values: dict[str, object]) -> None:
 def test_contradictions_are_refused(values: dict[str, object], names: tuple[str, str]) -> None:
     with pytest.raises(ValidationError, match=f"{names[0]}, it must not be above {names[1]}"):
         make_settings(**values)
+
+
+def test_rows_follow_from_memory_where_their_number_was_not_given() -> None:
+    settings = make_settings(generate_slots=4, max_slots=9, gpu_memory_utilization=0.5)
+    wanted = [(endpoint, "some", Path()) for endpoint in ("translate", "fill-mask", "generate", "generate")]
+    assert row_sizing(settings, wanted) == RowSizing(frozenset({"translate"}), 0.5, 9, n_sharing=3)
 
 
 def test_a_contradiction_ends_with_a_message() -> None:

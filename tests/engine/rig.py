@@ -2,8 +2,10 @@
 
 import asyncio
 import random
+from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +13,9 @@ from prometheus_client import REGISTRY
 from torch import Tensor
 
 from app.engine.decode import DecodeLane, DecodeLimits, GenerateLane, TranslateLane
+from app.engine.drawing import Drawing, Level, RowRules
 from app.engine.errors import EngineError
+from app.engine.graphs import Flight, Launcher, Work
 from app.engine.runner import GenerateRunner, TranslateRunner
 from app.engine.sequence import Hypothesis, Sequence
 from model.checkpoint import Checkpoint, load
@@ -37,12 +41,24 @@ def load_bold(folder: Path, device: str = "cpu") -> Checkpoint:
     return checkpoint
 
 
+# How a lane's steps are launched: as they are, in few shapes, each before the last is read, and the same on a
+# device that does nothing before somebody waits for it.
+WAYS: dict[str, dict[str, int]] = {
+    "plain": {},
+    "static": {"static": True},
+    "ahead": {"static": True, "ahead": True},
+    "late": {"static": True, "ahead": True, "late": True},
+}
+
+
 def generate_lane(checkpoint: Checkpoint, n_slots: int = 4, **limits: int) -> GenerateLane:
     runner = FailingGenerateRunner(checkpoint, n_slots, checkpoint.config.max_len, limits.get("n_blocks", 8))
-    lane = GenerateLane("generate", runner, _limits(checkpoint, n_slots, limits), _budget(limits))
+    bounds = _limits(checkpoint, n_slots, limits)
+    ahead = bool(limits.get("ahead"))
+    lane = GenerateLane("generate", runner, bounds, _budget(limits), launch_ahead=ahead)
     lane.chunk_tokens = limits.get("chunk_tokens", lane.chunk_tokens)
     if limits.get("static"):
-        runner.make_static()
+        runner.make_static(runner.late if limits.get("late") else None)
     return lane
 
 
@@ -63,18 +79,94 @@ def _budget(limits: dict[str, int]) -> int:
     return limits.get("prefill_tokens", 64)
 
 
+class LateLauncher(Launcher):
+    """A device that works when it is waited for, in order; what it is given reads its buffers only then."""
+
+    def __init__(self) -> None:
+        self._given: deque[Work] = deque()
+        self.n_given = self.n_done = 0
+
+    def do(self, work: Work) -> None:
+        self._given.append(work)
+        self.n_given += 1
+
+    def mark(self) -> "_LateMark":
+        return _LateMark(self, self.n_given)
+
+    def catch_up(self, n_given: int | None = None) -> None:
+        """Do what was given, the first so many."""
+        while self.n_done < (self.n_given if n_given is None else n_given):
+            self.n_done += 1
+            self._given.popleft()()
+
+
+class _LateMark:
+    def __init__(self, launcher: LateLauncher, n_given: int) -> None:
+        self._launcher, self._n_given = launcher, n_given
+
+    def synchronize(self) -> None:
+        self._launcher.catch_up(self._n_given)
+
+
+class _LateDrawing(Drawing):
+    """What is written between steps comes behind those that were given before."""
+
+    late: LateLauncher
+
+    def set_rules(self, rules: Items[RowRules]) -> None:
+        self.late.catch_up()
+        super().set_rules(rules)
+
+    def set_history(self, row: int, token_ids: Items[int]) -> None:
+        self.late.catch_up()
+        super().set_history(row, token_ids)
+
+
 class FailingGenerateRunner(GenerateRunner):
     """The real one; `fault` may raise before each of its steps, and a token may turn a row into NaN."""
 
     fault: Fault = staticmethod(lambda what, ids: None)
     nan_token = -1
 
+    def __init__(self, checkpoint: Checkpoint, n_slots: int, max_len: int, n_blocks: int = 0) -> None:
+        super().__init__(checkpoint, n_slots, max_len, n_blocks)
+        self.late = LateLauncher()
+
+    def _make_drawing(self) -> Drawing:
+        drawing = _LateDrawing(self.n_slots, self.max_len, self.config.eos_ids, self.device)
+        drawing.late = self.late
+        return drawing
+
+    def launch(
+        self, token_ids: list[int], positions: list[int], uniform: list[float], level: Level
+    ) -> Flight:
+        self.fault("step", token_ids)
+        return super().launch(token_ids, positions, uniform, level)
+
+    def _compute(self, token_ids: Tensor, positions: Tensor, memory_lengths: Tensor, length: int) -> Tensor:
+        logits = super()._compute(token_ids, positions, memory_lengths, length)
+        if self.nan_token >= 0:
+            bad = token_ids == self.nan_token
+            logits[bad] = torch.nan
+            self.cache.v[:, : len(bad)][:, bad] = torch.nan
+        return logits
+
     def prefill(self, first: int, prompts: Items[Items[int]], start: int = 0) -> None:
         self.fault("prefill", [token for prompt in prompts for token in prompt])
+        self.late.catch_up()
         super().prefill(first, prompts, start)
+
+    def reuse(self, row: int, blocks: Items[int]) -> None:
+        self.late.catch_up()
+        super().reuse(row, blocks)
+
+    def wipe(self, rows: Items[int]) -> None:
+        self.late.catch_up()
+        super().wipe(rows)
 
     def keep(self, row: int, blocks: Items[tuple[int, int]]) -> None:
         self.fault("keep", [])
+        self.late.catch_up()
         super().keep(row, blocks)
 
     def prompt_logprobs(self, prompt: Items[int]) -> list[float | None]:
@@ -83,7 +175,9 @@ class FailingGenerateRunner(GenerateRunner):
 
     def step(self, first: int, token_ids: list[int], positions: list[int], *, part: bool = False) -> Tensor:
         self.fault("step", token_ids)
+        self.late.catch_up()
         logits = super().step(first, token_ids, positions, part=part)
+        self.late.catch_up()
         for row in (row for row, token in enumerate(token_ids) if token == self.nan_token):
             logits[row] = torch.nan
             self.cache.v[:, first + row] = torch.nan
@@ -95,6 +189,7 @@ class FailingGenerateRunner(GenerateRunner):
 
     def move(self, moves: Items[tuple[int, int]], length: int) -> None:
         self.fault("move", [])
+        self.late.catch_up()
         super().move(moves, length)
 
 
@@ -253,6 +348,16 @@ def random_generation(checkpoint: Checkpoint, rng: random.Random) -> Sequence:
     )
     ids = ordinary_ids(checkpoint)
     return Sequence([rng.choice(ids) for _ in range(rng.randint(1, 30))], params)
+
+
+def random_launchable(checkpoint: Checkpoint, rng: random.Random) -> Sequence:
+    """Mostly such that steps can be launched ahead: a lane does so while none among its rows stops it."""
+    sequence = random_generation(checkpoint, rng)
+    assert isinstance(sequence.params, SamplingParams)
+    if rng.random() < 0.9:
+        plain = {"logit_bias": (), "top_n_tokens": 0, "typical_p": 1.0}
+        sequence.params = replace(sequence.params, **plain)  # type: ignore[arg-type]
+    return sequence
 
 
 def random_translation(checkpoint: Checkpoint, rng: random.Random, **changes: object) -> Sequence:

@@ -15,6 +15,7 @@ from model.checkpoint import Checkpoint
 from model.constraints import Phrase, Progress
 from model.sampling import BeamParams, SamplingParams
 from tests.engine.rig import (
+    WAYS,
     check_generations,
     check_translations,
     drive,
@@ -24,6 +25,7 @@ from tests.engine.rig import (
     ordinary_ids,
     outcome,
     random_generation,
+    random_launchable,
     random_translation,
     tokens,
     translate_lane,
@@ -38,14 +40,18 @@ def greedy(n_prompt: int = 3, n_new: int = 10, first: int = 300) -> Sequence:
     return Sequence(ids, SamplingParams(max_new_tokens=n_new, min_new_tokens=n_new))
 
 
-@pytest.mark.parametrize(("seed", "static"), [(0, False), (1, False), (2, False), (3, False), (4, True)])
+@pytest.mark.parametrize(
+    ("seed", "way"),
+    [*((seed, "plain") for seed in range(4)), (4, "static"), (4, "ahead"), *((s, "late") for s in range(4))],
+)
 async def test_generations_equal_the_oracle_in_any_mix(
-    causal: Checkpoint, causal_oracle: Checkpoint, seed: int, static: bool
+    causal: Checkpoint, causal_oracle: Checkpoint, seed: int, way: str
 ) -> None:
     rng = random.Random(seed)
     n_slots, budget, chunk = rng.choice([1, 3, 8]), rng.choice([1, 40, 1000]), rng.choice([1, 5, 1000])
-    lane = generate_lane(causal, n_slots=n_slots, prefill_tokens=budget, chunk_tokens=chunk, static=static)
-    sequences = [random_generation(causal, rng) for _ in range(24)]
+    lane = generate_lane(causal, n_slots=n_slots, prefill_tokens=budget, chunk_tokens=chunk, **WAYS[way])
+    make = random_generation if way in ("plain", "static") else random_launchable
+    sequences = [make(causal, rng) for _ in range(24)]
     aborted = [sequence for sequence in sequences if rng.random() < 0.2]
     for sequence in sequences:
         lane.submit([sequence])
@@ -379,15 +385,16 @@ def test_the_lane_that_suits_a_checkpoint(causal: Checkpoint, translator: Checkp
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("way", ["plain", "static", "ahead"])
 async def test_the_mix_on_a_gpu(
-    tiny_folders: TinyFolders, causal_oracle: Checkpoint, translator_oracle: Checkpoint, static: bool
+    tiny_folders: TinyFolders, causal_oracle: Checkpoint, translator_oracle: Checkpoint, way: str
 ) -> None:
     """float32 on the GPU, step by step and as CUDA graphs, says what the oracles say on the CPU."""
     causal, translator = load_bold(tiny_folders.generate, "cuda"), load_bold(tiny_folders.translate, "cuda")
-    generating, translating = generate_lane(causal, static=static), translate_lane(translator, static=static)
+    generating, translating = generate_lane(causal, **WAYS[way]), translate_lane(translator, **WAYS[way])
     rng = random.Random(0)
-    generations = [random_generation(causal, rng) for _ in range(16)]
+    make = random_launchable if way == "ahead" else random_generation
+    generations = [make(causal, rng) for _ in range(16)]
     translations = [random_translation(translator, rng) for _ in range(12)]
     for generation, translation in zip(generations, translations, strict=False):
         generating.submit([generation])

@@ -16,12 +16,14 @@ from app import metrics
 from app.engine.batch import BatchItem, Logits
 from app.engine.errors import Aborted, Draining, ModelConflict, NoRoom, NoSuchModel, UnfitModel
 from app.engine.memory import (
+    RowSizing,
     _available,
     _Cgroup,
     _left_in_container,
     cache_bytes,
     free_bytes,
     held_bytes,
+    total_bytes,
     weight_bytes,
 )
 from app.engine.registry import Registry, Task, in_thread
@@ -179,6 +181,52 @@ def test_what_does_not_fit_is_refused(tiny_folders: TinyFolders, monkeypatch: py
     monkeypatch.setattr("app.engine.workshop.free_bytes", lambda device: first.n_bytes - 1)
     with pytest.raises(NoRoom, match=f"the device has {first.n_bytes - 1}"):
         make_workshop().build("generate", "second", tiny_folders.generate, [])
+
+
+def test_rows_fill_the_share_of_memory_that_they_may(
+    tiny_folders: TinyFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a device of a million bytes, whose allocator says what it has left."""
+    config = checkpoint.load_config(tiny_folders.generate)
+    row = cache_bytes(config, torch.float32, 1) + 4 * config.vocab_size
+    translating = checkpoint.load_config(tiny_folders.translate)
+    wide_row = cache_bytes(translating, torch.float32, 1) + 4 * translating.vocab_size
+    kept = cache_bytes(config, torch.float32, 1, 0, 64) - cache_bytes(config, torch.float32, 1)
+    free, reserved, allocated = 40 * row, 7 * row, 2 * row  # 45 rows are to be had
+    total = 100 * row
+    monkeypatch.setattr("app.engine.workshop.total_bytes", lambda _: total)
+    monkeypatch.setattr("app.engine.workshop.free_bytes", lambda _: free + reserved - allocated)
+    monkeypatch.setattr("app.engine.workshop.pass_bytes", lambda _, n_tokens: 64 * row // n_tokens)
+
+    def n_rows(*endpoints: str, utilization: float = 0.9, most: int = 256, n_sharing: int = 1) -> list[int]:
+        sizing = RowSizing(frozenset(endpoints[:1]), utilization, most, n_sharing)
+        workshop = make_workshop(sizing=sizing, n_prefix_tokens=64)
+        folders = {"generate": tiny_folders.generate, "translate": tiny_folders.translate}
+        tasks = [workshop.build(endpoint, endpoint, folders[endpoint], []) for endpoint in endpoints]
+        for task in tasks:
+            lane: Any = task.lane
+            assert lane.runner.cache.n_slots == lane.scheduler.n_slots == lane.limits.n_slots
+            kept_too = kept if task.name == "generate" else 0
+            assert task.n_cache_bytes >= lane.runner.cache.n_bytes + kept_too
+        return [task.lane.limits.n_slots for task in tasks]  # type: ignore[union-attr]
+
+    # 90 of 100, less the 55 that are taken; a pass takes one, and what is kept of prompts its own.
+    assert n_rows("generate") == [(34 * row - kept) // row]
+    assert n_rows("generate", utilization=0.7) == [(14 * row - kept) // row]
+    assert n_rows("generate", most=5) == [5]
+    assert n_rows("generate", utilization=0.56) == [3]  # the least
+    # The other's rows were given, and its share is left to it.
+    assert n_rows("generate", "translate", n_sharing=2) == [(35 * row // 2 - row - kept) // row, 4]
+    assert n_rows("translate", n_sharing=1) == [(34 * row) // wide_row]
+    assert make_workshop().build("generate", "g", tiny_folders.generate, []).lane.limits.n_slots == 3  # type: ignore[union-attr]
+
+
+def test_what_a_gpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (500, 1000))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: 90)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: 20)
+    assert (free_bytes(cuda), total_bytes(cuda)) == (570, 1000)
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
