@@ -32,7 +32,7 @@ FOR_BENCH := $(VENV)/.installed-bench
 .SUFFIXES:
 MAKEFLAGS += --no-builtin-rules
 
-.PHONY: help serve test check format peers \
+.PHONY: help serve test check format bench-gpu peers \
 	train-tokenizer train-masked train-causal train-translate evaluate clean
 
 help: ## list the targets
@@ -60,6 +60,11 @@ check: $(FOR_DEV) ## lint, format check, strict types
 format: $(FOR_DEV) ## put the code in its one format
 	$(PY) -m ruff check --fix-only $(CODE)
 	$(PY) -m ruff format $(CODE)
+
+bench-gpu: ## what a GPU reaches, beside the peers that are installed: some minutes (PY=python for another interpreter)
+	$(PY) -m benchmarks.roofline --device cuda
+	$(PY) -m benchmarks.decode --device cuda --tasks generate --weights shipped --sequences 1 64 --no-compile
+	$(PY) -m benchmarks.decode --device cuda --tasks translate --weights shipped --sequences 1 32 --no-compile
 
 peers: $(FOR_BENCH) ## install what the benchmarks compare with (docs/performance.md)
 

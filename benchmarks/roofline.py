@@ -41,6 +41,7 @@ from benchmarks.workload import (
 )
 from model.checkpoint import Checkpoint, load_config
 from model.config import TransformerConfig
+from model.inference import optimise
 from model.models import build_model
 
 PROMPT = 128
@@ -152,7 +153,7 @@ def report_steps(setup: Setup, peaks: Peaks, table: Table, arguments: argparse.N
 
 
 def report_prefill(setup: Setup, peaks: Peaks, table: Table, arguments: argparse.Namespace) -> None:
-    """Prompts from submission to their first tokens, less one step."""
+    """Prompts from submission to their first tokens, less the steps."""
     rows, length = arguments.batch, arguments.length
     driver = Driver(setup.make_lane(rows), arguments.device)
     found = []
@@ -160,8 +161,10 @@ def report_prefill(setup: Setup, peaks: Peaks, table: Table, arguments: argparse
         sequences, seconds = driver.fill(random_prompts(setup.config.vocab_size, rows, length, number), 12)
         step = driver.steps(8)
         driver.drop(sequences)
+        # One step gave the first tokens; a lane that looks ahead had launched another behind it.
+        n_steps = 2 if driver.lane.launch_ahead else 1
         if number:
-            found.append(seconds - step)
+            found.append(seconds - n_steps * step)
     report_pass(f"{setup.name}, prefill", setup.config, found, peaks, table, arguments, causal=True)
 
 
@@ -251,6 +254,7 @@ def large_setup(device: str, changes: dict[str, object]) -> Setup:
     finally:
         torch.set_default_dtype(default)
     model.to(device=device, dtype=torch.bfloat16).eval().requires_grad_(False)
+    optimise(model)  # as the service does
     tokenizer = filler_tokenizer(config.vocab_size)
     checkpoint = Checkpoint(model, tokenizer, config, "7b-shape", "")
 
