@@ -84,6 +84,8 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="examples of each text; 0 is all")
     parser.add_argument("--beams", type=int, default=4)
     parser.add_argument("--length-penalty", type=float, default=1.0)
+    parser.add_argument("--no-repeat-ngram-size", type=int, default=0, metavar="N")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--rows", type=int, default=128, help="beams that are decoded at once")
     parser.add_argument("--device", default="cpu")
@@ -156,15 +158,33 @@ def _translator_rows(
     rows += [score_corpus(*together) for together in held.values()]
     note = (
         f"sacrebleu {sacrebleu.__version__}; BLEU with {bleu_tokenizer('en')} for English and "
-        f"{bleu_tokenizer('ko')} for Korean, chrF2; {params.num_beams} beams, length penalty "
-        f"{params.length_penalty:g}, at most {params.max_new_tokens} tokens."
+        f"{bleu_tokenizer('ko')} for Korean, chrF2; {_search(params)}."
     )
     return rows, note
 
 
+def _search(params: BeamParams) -> str:
+    named = [f"{params.num_beams} beams", f"length penalty {params.length_penalty:g}"]
+    if params.no_repeat_ngram_size:
+        named.append(f"no {params.no_repeat_ngram_size}-gram twice")
+    if params.repetition_penalty != 1.0:
+        named.append(f"repetition penalty {params.repetition_penalty:g}")
+    return ", ".join([*named, f"at most {params.max_new_tokens} tokens"])
+
+
 def _beam_params(arguments: argparse.Namespace, checkpoint: Checkpoint) -> BeamParams:
+    if arguments.no_repeat_ngram_size < 0:
+        raise ValueError(f"--no-repeat-ngram-size is {arguments.no_repeat_ngram_size}; 0 is off")
+    if arguments.repetition_penalty <= 0:
+        raise ValueError(f"--repetition-penalty is {arguments.repetition_penalty:g}; it must be above 0")
     longest = min(arguments.max_new_tokens, checkpoint.config.max_len)
-    return BeamParams(arguments.beams, length_penalty=arguments.length_penalty, max_new_tokens=longest)
+    return BeamParams(
+        arguments.beams,
+        length_penalty=arguments.length_penalty,
+        no_repeat_ngram_size=arguments.no_repeat_ngram_size,
+        repetition_penalty=arguments.repetition_penalty,
+        max_new_tokens=longest,
+    )
 
 
 def _failure_tables(

@@ -169,6 +169,19 @@ def test_a_translator_from_end_to_end(
     assert printed.strip() in card
 
 
+def test_the_search_can_be_tuned_and_the_note_says_how(
+    tiny_folders: TinyFolders, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--model", tiny_folders.translate, "--data", data, "--limit", "3", "--max-new-tokens", "24")
+    guards = ("--beams", "2", "--no-repeat-ngram-size", "1", "--repetition-penalty", "1.5")
+    assert evaluate_command(parse(*common, *guards)) == 0
+    said = capsys.readouterr().out
+    assert "2 beams, length penalty 1, no 1-gram twice, repetition penalty 1.5, at most 24 tokens." in said
+    assert evaluate_command(parse(*common)) == 0
+    assert "4 beams, length penalty 1, at most 24 tokens." in capsys.readouterr().out
+    assert evaluate_command(parse(*common, "--no-repeat-ngram-size", "-1")) == 1
+
+
 @pytest.mark.parametrize("task", ["fill_mask", "generate"])
 def test_the_other_models_from_end_to_end(
     task: str, tiny_folders: TinyFolders, data: Path, capsys: pytest.CaptureFixture[str]
