@@ -46,6 +46,7 @@ from app.middleware import ModelPathMiddleware, RecordMiddleware
 from app.quotas import Quotas
 from app.settings import Settings, is_given, named_folders
 from model.checkpoint import CheckpointError
+from model.kernels import Kernels, compiled
 from model.quantize import is_supported
 
 log = logging.getLogger("app")
@@ -100,9 +101,11 @@ def load_services(settings: Settings, lifecycle: Lifecycle) -> Services:
     # Threads of one step wait for each other at every operation: with all cores taken, the event loop's work
     # on one of them holds up every step.
     torch.set_num_threads(settings.n_threads or max(1, torch.get_num_threads() - 1))
-    languages.load()
     device, dtype = resolve_device(settings)
     wanted = list(wanted_models(settings))
+    with ThreadPoolExecutor(1) as pool:  # a second of a compiler's time, beside a second of Python's
+        compiling = pool.submit(wanted_kernels, settings, device)
+        languages.load()
     workshop = ModelWorkshop(
         device,
         dtype,
@@ -115,6 +118,7 @@ def load_services(settings: Settings, lifecycle: Lifecycle) -> Services:
         max_bytes=settings.max_model_bytes,
         max_context=settings.max_context,
         quantization=resolve_quantization(settings, device, dtype),
+        kernels=compiling.result(),
         chunk_tokens=settings.chunk_tokens or _CHUNK_TOKENS[device.type],
         n_prefix_tokens=settings.prefix_tokens,
         launch_ahead=_LAUNCH_AHEAD[settings.launch_ahead],
@@ -165,6 +169,11 @@ def resolve_device(settings: Settings) -> tuple[torch.device, torch.dtype]:
         "bfloat16": torch.bfloat16,
     }
     return torch.device("cuda" if cuda else "cpu"), dtypes[settings.dtype]
+
+
+def wanted_kernels(settings: Settings, device: torch.device) -> Kernels | None:
+    """Those for the CPU, where they are wanted and can be compiled."""
+    return compiled() if device.type == "cpu" and settings.compile_kernels else None
 
 
 def resolve_quantization(settings: Settings, device: torch.device, dtype: torch.dtype) -> QuantizationChoice:

@@ -139,6 +139,9 @@ class Settings(BaseSettings):
         description="weights in 8 bits, on the CPU alone; auto: int8 on cpu in float32 for models trained "
         "here, none for those that others made",
     )
+    compile_kernels: bool = Field(
+        True, description="kernels in C for the CPU, compiled at the start where a compiler is; else torch's"
+    )
     n_threads: int = Field(
         0, ge=0, le=1024, description="threads of one model step on the CPU; 0: all cores but one"
     )

@@ -43,6 +43,7 @@ from model.checkpoint import Checkpoint, load_config
 from model.config import TransformerConfig
 from model.inference import optimise
 from model.models import build_model
+from model.quantize import Int8Linear
 
 PROMPT = 128
 ENCODER = Path("weights/fill-mask")
@@ -229,7 +230,7 @@ def number_bytes(lane: Any) -> tuple[int, int]:
     """What a weight of a matrix takes in the lane's model, and a number in its cache."""
     model = lane.runner.model
     number: int = next(model.parameters()).element_size()
-    int8 = any(type(module).__name__ == "Int8Linear" for module in model.modules())
+    int8 = any(isinstance(module, Int8Linear) for module in model.modules())
     return (1 if int8 else number), number
 
 

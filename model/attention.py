@@ -8,16 +8,29 @@ The shape legend, used everywhere:
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.config import TransformerConfig
-from model.masks import MaskParts
+from model.masks import Mask, MaskParts, RowSpans
 
 KV = tuple[Tensor, Tensor]  # keys and values, each (B, H, S, K)
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (B, 1, T, K / 2)
+
+
+class Cache(Protocol):
+    """What an attention sees of `model.cache.LayerCache`: buffers for kernels, `update` for others."""
+
+    @property
+    def k(self) -> Tensor: ...  # (N, H, S_max, K)
+    @property
+    def v(self) -> Tensor: ...
+    @property
+    def first(self) -> int: ...
+    def update(self, k: Tensor, v: Tensor) -> KV: ...
 
 
 def scaled_dot_product_attention(
@@ -84,13 +97,18 @@ class Attention(nn.Module):
         """All three of one input: queries (B, H, T, K), and keys and values, each (B, H_kv, T, K)."""
         return self.project_q(x, rotation), self.project_kv(x, rotation)
 
-    def forward(
-        self, x: Tensor, kv: KV, mask: Tensor | MaskParts | None, rotation: Rotation | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, kv: KV, mask: Mask | None, rotation: Rotation | None = None) -> Tensor:
         """x (B, T, D), kv each (B, H_kv, S, K), mask broadcastable to (B, 1, T, S) -> (B, T, D)."""
         return self.attend(self.project_q(x, rotation), kv, mask)
 
-    def attend(self, q: Tensor, kv: KV, mask: Tensor | MaskParts | None) -> Tensor:
+    def attend_cached(
+        self, x: Tensor, cache: Cache, mask: Mask | None, rotation: Rotation | None = None
+    ) -> Tensor:
+        """x (B, T, D) over all that a cache holds once it has x's keys and values -> (B, T, D)."""
+        q, kv = self.project_qkv(x, rotation)
+        return self.attend(q, cache.update(*kv), mask)
+
+    def attend(self, q: Tensor, kv: KV, mask: Mask | None) -> Tensor:
         """Projected queries (B, H, T, K) over kv, each (B, H_kv, S, K) -> (B, T, D).
 
         Where kv has fewer rows, so many neighbouring rows of queries as go into it read one of them, and the
@@ -100,6 +118,8 @@ class Attention(nn.Module):
         k, v = kv
         if k.size(0) != q.size(0):
             return self.attend(_gather(q, k.size(0)), kv, mask).view(q.size(0), q.size(2), -1)
+        if isinstance(mask, RowSpans):
+            mask = mask.as_mask(k.size(2))
         if not isinstance(mask, MaskParts):
             return self._merge(self._fused_kernel(q, k, v, mask))
         outs = [

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from model.attention import KV, Attention, Rotation
 from model.cache import LayerCache
 from model.config import TransformerConfig
-from model.masks import MaskParts
+from model.masks import Mask
 
 
 def gelu_sigmoid(x: Tensor) -> Tensor:
@@ -105,17 +105,19 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        mask: Tensor | MaskParts | None,
+        mask: Mask | None,
         cache: LayerCache | None = None,
         memory: KV | None = None,
-        memory_mask: Tensor | MaskParts | None = None,
+        memory_mask: Mask | None = None,
         rotation: Rotation | None = None,
     ) -> Tensor:
         """x (B, T, D) -> (B, T, D); memory is the cross-attention's (k, v), projected once a request."""
 
         def attend(y: Tensor) -> Tensor:
+            if cache:
+                return self.attention.attend_cached(y, cache, mask, rotation)
             q, kv = self.attention.project_qkv(y, rotation)
-            return self.attention.attend(q, cache.update(*kv) if cache else kv, mask)
+            return self.attention.attend(q, kv, mask)
 
         x = self.add_attention(x, attend)
         if memory is not None:

@@ -66,8 +66,8 @@ class KVCache:
                 f"rows {first}..{first + n_rows} of {self.n_slots}, length {length} of {self.max_len}"
             )
         rows = torch.arange(first, first + n_rows, device=self.k.device).unsqueeze(1)
-        layers = range(self.n_layers)
-        return [LayerCache(self.k[i], self.v[i], rows, positions, first, length) for i in layers]
+        layers = zip(self.k.unbind(), self.v.unbind(), strict=True)
+        return [LayerCache(k, v, rows, positions, first, length) for k, v in layers]
 
     def write(self, first: int, layer_kvs: list[KV]) -> None:
         """Store whole (k, v) pairs, each (B, H, S, K), into rows from `first` on: a projected memory."""
@@ -79,7 +79,8 @@ class KVCache:
     def read(self, first: int, n_rows: int, length: int, every: int = 1) -> list[KV]:
         """The stored pairs of every so many rows, each (B / every, H, S, K): views, not copies."""
         rows = slice(first, first + n_rows, every)
-        return [(self.k[i, rows, :, :length], self.v[i, rows, :, :length]) for i in range(self.n_layers)]
+        k, v = self.k[:, rows, :, :length], self.v[:, rows, :, :length]
+        return list(zip(k.unbind(), v.unbind(), strict=True))
 
     def copy_rows(self, sources: list[int], targets: list[int], length: int) -> None:
         """targets[i] becomes what sources[i] was before the call, up to `length` positions."""

@@ -12,29 +12,55 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from model.attention import KV, Attention, Rotation
+from model.attention import KV, Attention, Cache, Rotation
 from model.block import Block, FeedForward, GatedFeedForward
 from model.heads import LMHead
+from model.kernels import Kernels
+from model.masks import Mask, RowSpans
 from model.models import Model
-from model.quantize import Int8Linear
+from model.quantize import Int8Linear, KernelInt8Linear
 
 Quantization = Literal["none", "int8"]
 Part = TypeVar("Part", bound=nn.Module)
 
 
-def optimise(model: Model, quantization: Quantization = "none") -> None:
-    """Rewrite a model in place; with int8, for a CPU, its blocks and its vocabulary go to 8 bits."""
+def optimise(model: Model, quantization: Quantization = "none", kernels: Kernels | None = None) -> None:
+    """Rewrite a model in place; with int8, for a CPU, its blocks and its vocabulary go to 8 bits.
+
+    With kernels, for a CPU, attention of single queries and products of 8 bits run in C; for float32 alone.
+    """
+    if next(model.parameters()).dtype != torch.float32:
+        kernels = None
     for block in [module for module in model.modules() if isinstance(module, Block)]:
-        block.attention = FusedAttention(block.attention)
+        block.attention = _fuse(block.attention, kernels)
         if hasattr(block, "cross_attention"):
-            block.cross_attention = FusedCrossAttention(block.cross_attention)
+            block.cross_attention = _fuse_cross(block.cross_attention, kernels)
         if isinstance(block.feed_forward, GatedFeedForward):
             block.feed_forward = FusedGatedFeedForward(block.feed_forward)
         if quantization == "int8":
-            _replace(block, nn.Linear, lambda linear: Int8Linear(linear.weight, linear.bias))
+            _replace(block, nn.Linear, lambda linear: _eight_bits(linear.weight, linear.bias, kernels))
     _replace(model, nn.Dropout, lambda _: nn.Identity())
     if quantization == "int8":
-        _replace(model, LMHead, lambda head: Int8Linear(head.tokens.weight, head.bias))
+        _replace(model, LMHead, lambda head: _eight_bits(head.tokens.weight, head.bias, kernels))
+
+
+def has_kernels(model: nn.Module) -> bool:
+    """Does a decoder take `RowSpans` for single queries, without making masks of them?"""
+    return any(isinstance(module, KernelAttention) for module in model.modules())
+
+
+def _fuse(attention: Attention, kernels: Kernels | None) -> FusedAttention:
+    return FusedAttention(attention) if kernels is None else KernelAttention(attention, kernels)
+
+
+def _fuse_cross(attention: Attention, kernels: Kernels | None) -> FusedCrossAttention:
+    return FusedCrossAttention(attention) if kernels is None else KernelCrossAttention(attention, kernels)
+
+
+def _eight_bits(weight: Tensor, bias: Tensor | None, kernels: Kernels | None) -> Int8Linear:
+    if kernels is None or not kernels.has_int8:
+        return Int8Linear(weight, bias)
+    return KernelInt8Linear(weight, bias, kernels)
 
 
 def _replace(root: nn.Module, kind: type[Part], make: Callable[[Part], nn.Module]) -> None:
@@ -81,6 +107,30 @@ class FusedAttention(Attention):
         return q, (k, v)
 
 
+class KernelAttention(FusedAttention):
+    """The same, with a kernel from the projected token to what its heads have read."""
+
+    def __init__(self, attention: Attention, kernels: Kernels) -> None:
+        super().__init__(attention)
+        self._kernels = kernels
+
+    def attend_cached(
+        self, x: Tensor, cache: Cache, mask: Mask | None, rotation: Rotation | None = None
+    ) -> Tensor:
+        """x (B, T, D) over all that a cache holds once it has x's keys and values -> (B, T, D)."""
+        if not isinstance(mask, RowSpans):
+            return super().attend_cached(x, cache, mask, rotation)
+        n_rows, last = len(x), cache.first + len(x)
+        qkv = self.qkv_proj(x).view(n_rows, -1, self.head_dim)
+        if self.has_norms:
+            parts = torch.split(qkv, [self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
+            qkv = torch.cat((self.q_norm(parts[0]), self.k_norm(parts[1]), parts[2]), dim=1)
+        k, v = cache.k[cache.first : last], cache.v[cache.first : last]
+        out = self._kernels.self_attention(qkv, k, v, self.n_heads, mask.last, mask.first, rotation)
+        merged: Tensor = self.out_proj(out[:, None])
+        return merged
+
+
 class FusedCrossAttention(Attention):
     """Cross-attention whose keys and values come from one product."""
 
@@ -97,6 +147,25 @@ class FusedCrossAttention(Attention):
         k, v = self._split(self.kv_proj(x), 2 * self.n_kv_heads).chunk(2, dim=1)
         k = self.k_norm(k)
         return (k if rotation is None else _rotate(k, rotation)), v
+
+
+class KernelCrossAttention(FusedCrossAttention):
+    """The same, with a kernel for single queries; those of one memory read it one after another."""
+
+    def __init__(self, attention: Attention, kernels: Kernels) -> None:
+        super().__init__(attention)
+        self._kernels = kernels
+
+    def attend(self, q: Tensor, kv: KV, mask: Mask | None) -> Tensor:
+        """Projected queries (B, H, T, K) over kv, each (B / G, H_kv, S, K) -> (B, T, D)."""
+        k, v = kv
+        from_cache = k.stride() == v.stride() and k.stride(2) == self.head_dim
+        if not isinstance(mask, RowSpans) or not from_cache:
+            return super().attend(q, kv, mask)
+        merged: Tensor = self.out_proj(
+            self._kernels.stored_attention(q.contiguous(), k, v, mask.last)[:, None]
+        )
+        return merged
 
 
 class FusedGatedFeedForward(FeedForward):

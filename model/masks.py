@@ -53,6 +53,29 @@ class MaskParts:
     parts: tuple[tuple[int, int, int, Tensor | None], ...]
 
 
+@dataclass(frozen=True)
+class RowSpans:
+    """What the only query of a row may read: positions first .. last, each (B,); without `first`, from 0 on.
+
+    The form that kernels for such queries take.
+    """
+
+    last: Tensor
+    first: Tensor | None = None
+
+    def window(self, size: int) -> RowSpans:
+        """The last `size` positions of each span that begins at 0."""
+        return RowSpans(self.last, (self.last - (size - 1)).clamp(min=0))
+
+    def as_mask(self, size: int) -> Tensor:
+        """(B, 1, 1, S) over `size` positions."""
+        mask = length_mask(self.last + 1, size)
+        return mask if self.first is None else mask & ~length_mask(self.first, size)
+
+
+Mask = Tensor | MaskParts | RowSpans
+
+
 def split_by_length(lengths: list[int], part_cost: int) -> list[tuple[int, int, int]]:
     """Neighbouring rows in parts (first, last + 1, longest): two classes of length, where that saves reading.
 

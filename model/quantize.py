@@ -8,6 +8,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from model.kernels import PANEL, Kernels
+
 
 def is_supported() -> bool:
     """Does this build of torch have an int8 matrix product for this processor?"""
@@ -30,18 +32,29 @@ class Int8Linear(nn.Module):
         if n_in < 2:
             raise ValueError("an int8 product needs rows of at least 2 numbers")
         self.in_features, self.out_features = n_in, n_out
-        self.digest = hashlib.sha256(weight.detach().float().contiguous().numpy().tobytes()).digest()
-        self._packed = _pack(weight.detach().float())
-        # Without VNNI pairs of 8-bit products are added in 16 bits; one bit less keeps them from overflow.
-        self._reduce_range = not _has_vnni()
+        weight = weight.detach().float().contiguous()
+        self.digest = hashlib.sha256(weight.numpy().tobytes()).digest()
         bias = torch.zeros(n_out) if bias is None else bias.detach().float()
         self.register_buffer("bias", bias, persistent=False)
-        span = torch.zeros(1, n_in)
-        span[0, 0], span[0, 1] = -1.0, 1.0
-        self.register_buffer("span", span, persistent=False)
+        self._pack(weight)
 
     bias: Tensor
     span: Tensor
+
+    def _pack(self, weight: Tensor) -> None:
+        scale = weight_scale(weight)
+        with warnings.catch_warnings():
+            # torch marks these as deprecated in favour of a package that is built on them.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", UserWarning)
+            zeros = torch.zeros(len(scale), dtype=torch.long)
+            quantised = torch.quantize_per_channel(weight, scale.double(), zeros, 0, torch.qint8)
+            self._packed = torch.ops.quantized.linear_prepack(quantised, None)
+        # Without VNNI pairs of 8-bit products are added in 16 bits; one bit less keeps them from overflow.
+        self._reduce_range = not _has_vnni()
+        span = torch.zeros(1, self.in_features)
+        span[0, 0], span[0, 1] = -1.0, 1.0
+        self.register_buffer("span", span, persistent=False)
 
     @property
     def n_bytes(self) -> int:
@@ -59,6 +72,36 @@ class Int8Linear(nn.Module):
         return out.view(*x.shape[:-1], self.out_features)
 
 
+class KernelInt8Linear(Int8Linear):
+    """The same in one call of a kernel, which rounds a row to steps of a 127th of its greatest number."""
+
+    weight: Tensor  # (N / 64, K / 4, 64, 4), both padded with zeros
+    shift: Tensor
+    w_scale: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> None:
+        super().__init__(weight, bias)
+        self._kernels = kernels
+
+    def _pack(self, weight: Tensor) -> None:
+        n_out, n_in = weight.shape
+        scale = weight_scale(weight)
+        padded = torch.zeros(-(-n_out // PANEL) * PANEL, -(-n_in // 4) * 4, dtype=torch.int8)
+        padded[:n_out, :n_in] = (weight / scale[:, None]).round()
+        panels = padded.view(-1, PANEL, padded.size(1) // 4, 4).transpose(1, 2).contiguous()
+        self.register_buffer("weight", panels, persistent=False)
+        # A kernel adds 128 to each number of a row, so that none is negative.
+        self.register_buffer("shift", -128 * padded.sum(1, dtype=torch.int32), persistent=False)
+        self.register_buffer("w_scale", scale, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N), float32."""
+        rows = x.reshape(-1, self.in_features).contiguous()
+        out = torch.empty(len(rows), self.out_features)
+        self._kernels.int8_linear(rows, self.weight, self.shift, self.w_scale, self.bias, out)
+        return out.view(*x.shape[:-1], self.out_features)
+
+
 def share_int8(model: nn.Module, other: nn.Module) -> None:
     """Let a model have another's packed weights where, under the same names, they are the same."""
     theirs = dict(other.named_modules())
@@ -70,18 +113,12 @@ def share_int8(model: nn.Module, other: nn.Module) -> None:
 
 
 def _is_same(own: Int8Linear, twin: Int8Linear) -> bool:
-    return own.digest == twin.digest and torch.equal(own.bias, twin.bias)
+    return type(own) is type(twin) and own.digest == twin.digest and torch.equal(own.bias, twin.bias)
 
 
-def _pack(weight: Tensor) -> object:
-    scale = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    with warnings.catch_warnings():
-        # torch marks these as deprecated in favour of a package that is built on them.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", UserWarning)
-        zeros = torch.zeros(len(scale), dtype=torch.long)
-        quantised = torch.quantize_per_channel(weight, scale.double(), zeros, 0, torch.qint8)
-        return torch.ops.quantized.linear_prepack(quantised, None)
+def weight_scale(weight: Tensor) -> Tensor:
+    """weight (N, K) -> what one of 127 steps is worth, for each output (N,)."""
+    return weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
 
 
 def _has_vnni() -> bool:

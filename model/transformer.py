@@ -12,7 +12,7 @@ from model.attention import KV, Rotation
 from model.block import Block, init_weights, make_norm, scale_residual_projections
 from model.cache import LayerCache
 from model.config import TransformerConfig
-from model.masks import MaskParts, window_mask
+from model.masks import Mask, RowSpans, window_mask
 
 
 def _waves(n_positions: int, d_model: int, exponent: float) -> tuple[Tensor, Tensor]:
@@ -230,10 +230,10 @@ class Decoder(_Stack):
         self,
         token_ids: Tensor,
         positions: Tensor,
-        mask: Tensor | MaskParts | None,
+        mask: Mask | None,
         cache: Sequence[LayerCache] | None = None,
         memory: Sequence[KV] | None = None,
-        memory_mask: Tensor | MaskParts | None = None,
+        memory_mask: Mask | None = None,
     ) -> Tensor:
         """token_ids and positions (B, T), mask over what the cache holds -> hidden states (B, T, D)."""
         x = self.embeddings(token_ids, positions)
@@ -247,14 +247,18 @@ class Decoder(_Stack):
         hidden: Tensor = self.norm(x)
         return hidden
 
-    def _masks(self, mask: Tensor | MaskParts | None, positions: Tensor) -> list[Tensor | MaskParts | None]:
+    def _masks(self, mask: Mask | None, positions: Tensor) -> list[Mask | None]:
         """A mask per layer: as given, narrowed to the window where a layer has one."""
         full = [mask] * self.n_full_layers
         if self.window is None:
             return full
-        if not isinstance(mask, Tensor):
+        near: Mask
+        if isinstance(mask, RowSpans):
+            near = mask.window(self.window)
+        elif isinstance(mask, Tensor):
+            near = mask & window_mask(positions, mask.size(-1), self.window)
+        else:
             raise ValueError(  # noqa: TRY004  # the value is wrong for this model, not in itself
                 "a decoder with a window needs a mask, whose last size is that of the keys"
             )
-        near = mask & window_mask(positions, mask.size(-1), self.window)
         return [*full, *[near] * (len(self.blocks) - self.n_full_layers)]

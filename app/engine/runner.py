@@ -20,7 +20,8 @@ from model.block import WeightsTap
 from model.cache import KVCache
 from model.checkpoint import Checkpoint
 from model.config import TransformerConfig
-from model.masks import MaskParts, length_mask, position_mask, split_by_length
+from model.inference import has_kernels
+from model.masks import Mask, MaskParts, RowSpans, length_mask, position_mask, split_by_length
 from model.models import CausalLM, Classifier, MaskedLM, Translator, make_cache
 from model.sampling import SamplingRows, penalise, sample, top_tokens
 from model.tokenizer import Tokenizer
@@ -68,6 +69,7 @@ class DecodeRunner:
         suppressed = sorted(_suppressed(checkpoint.tokenizer, checkpoint.config))
         self.suppressed = torch.tensor(suppressed, dtype=torch.long, device=self.device)
         self.static: StaticStep | None = None
+        self.spans = has_kernels(model)  # single queries are told what they read by first and last position
 
     def make_static(self, launcher: Launcher | None = None) -> None:
         """From now on steps run over static buffers; on a GPU as CUDA graphs, which are captured here."""
@@ -99,8 +101,8 @@ class DecodeRunner:
             return self.static.run(token_ids, positions, self._memory_lengths(len(token_ids)))
         ids, places = torch.tensor([token_ids, positions], device=self.device).unsqueeze(-1)
         lengths = [position + 1 for position in positions]
-        if self.config.window:  # which the decoder narrows, layer by layer
-            mask: Tensor | MaskParts | None = position_mask(places, max(lengths))
+        if self.config.window and not self.spans:  # which the decoder narrows, layer by layer
+            mask: Mask | None = position_mask(places, max(lengths))
         else:
             mask = self._length_mask(lengths)
         return self._project(self._decode(first, ids, places, max(lengths), mask))
@@ -119,11 +121,13 @@ class DecodeRunner:
     def _memory_lengths(self, n_rows: int) -> list[int]:
         return [0] * n_rows
 
-    def _length_mask(self, lengths: list[int]) -> MaskParts | Tensor | None:
+    def _length_mask(self, lengths: list[int]) -> Mask | None:
         """What rows of one query may read: the first so many of what they hold.
 
-        In the numbers that attention adds, which are made here once a step and not once a layer.
+        For torch in the numbers that attention adds, which are made here once a step and not once a layer.
         """
+        if self.spans:
+            return RowSpans(torch.tensor(lengths) - 1)
         parts = split_by_length(lengths, _PART_COST)
         masks = tuple((*part, self._added(lengths[part[0] : part[1]])) for part in parts)
         return masks[0][3] if len(masks) == 1 else MaskParts(masks)
@@ -137,9 +141,7 @@ class DecodeRunner:
             hidden, -torch.inf
         )
 
-    def _decode(
-        self, first: int, ids: Tensor, positions: Tensor, length: int, mask: Tensor | MaskParts | None
-    ) -> Tensor:
+    def _decode(self, first: int, ids: Tensor, positions: Tensor, length: int, mask: Mask | None) -> Tensor:
         view = self.cache.view(first, positions, length)
         hidden: Tensor = self.model.decoder(ids, positions, mask, view)
         return hidden
@@ -297,9 +299,7 @@ class TranslateRunner(DecodeRunner):
             for row in own:
                 self.memory_lengths[row], self._sentences[row] = len(source), number
 
-    def _decode(
-        self, first: int, ids: Tensor, positions: Tensor, length: int, mask: Tensor | MaskParts | None
-    ) -> Tensor:
+    def _decode(self, first: int, ids: Tensor, positions: Tensor, length: int, mask: Mask | None) -> Tensor:
         n_rows = ids.size(0)
         every = self.rows_per_memory(first, n_rows)
         lengths = self.memory_lengths[first : first + n_rows : every]

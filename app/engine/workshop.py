@@ -32,6 +32,7 @@ from model.adopted import AdoptedTokenizer
 from model.checkpoint import Checkpoint, CheckpointError, load, load_config
 from model.config import TransformerConfig
 from model.inference import Quantization, optimise
+from model.kernels import Kernels
 from model.models import Model
 from model.quantize import share_int8
 from model.sampling import BeamParams, SamplingParams
@@ -56,7 +57,7 @@ class ModelWorkshop:
     `max_bytes` bounds all models together, 0 stands for what the device has. `max_context` bounds the tokens
     that a row of a decoding model holds, 0 stands for what the model can. `quantization` "auto" is int8 for
     models trained here, of which it is known what that costs, and none for those that others made. With
-    `sizing`, `n_slots` are the least of the endpoints that it names.
+    `sizing`, `n_slots` are the least of the endpoints that it names. `kernels` are for a CPU.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class ModelWorkshop:
         max_bytes: int = 0,
         max_context: int = 0,
         quantization: QuantizationChoice = "none",
+        kernels: Kernels | None = None,
         chunk_tokens: int | None = None,
         n_prefix_tokens: int = 0,
         launch_ahead: bool | None = None,
@@ -81,6 +83,7 @@ class ModelWorkshop:
         self._launch_ahead, self._sizing = launch_ahead, sizing
         self._n_sized = 0
         self.device, self.dtype, self._quantization = device, dtype, quantization
+        self._kernels = kernels
         self._chunk_tokens, self._n_prefix_tokens = chunk_tokens, n_prefix_tokens
         self._n_slots, self._max_bytes, self._max_context = n_slots, max_bytes, max_context
         self._prefill_tokens, self._max_batch_tokens = prefill_tokens, max_batch_tokens
@@ -99,7 +102,7 @@ class ModelWorkshop:
         self._check_room(str(folder), needed, loaded)
         try:
             checkpoint = load(folder, device=self.device, dtype=self.dtype)
-            optimise(checkpoint.model, self._quantization_of(checkpoint))
+            optimise(checkpoint.model, self._quantization_of(checkpoint), self._kernels)
             share_weights(checkpoint.model, [task.model for task in loaded if task.model is not None])
             n_slots = self._count_rows(endpoint, checkpoint.model, loaded)
             return self._task(endpoint, dataclasses.replace(checkpoint, name=name), folder, n_slots)

@@ -1,6 +1,7 @@
 """Real lanes on tiny random models, the answers of the oracles, and runners that fail on command."""
 
 import asyncio
+import copy
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -8,6 +9,7 @@ from collections.abc import Sequence as Items
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from prometheus_client import REGISTRY
 from torch import Tensor
@@ -20,6 +22,8 @@ from app.engine.runner import GenerateRunner, TranslateRunner
 from app.engine.sequence import Hypothesis, Sequence
 from model.checkpoint import Checkpoint, load
 from model.decoding import Decoded, beam_search, causal_scorer, translator_scorer
+from model.inference import optimise
+from model.kernels import compiled
 from model.models import CausalLM, Translator
 from model.sampling import BeamParams, SamplingParams, SamplingRows, penalise, sample
 
@@ -48,7 +52,18 @@ WAYS: dict[str, dict[str, int]] = {
     "static": {"static": True},
     "ahead": {"static": True, "ahead": True},
     "late": {"static": True, "ahead": True, "late": True},
+    "kernels": {},  # of a model that `with_kernels` made
 }
+
+
+def with_kernels(checkpoint: Checkpoint) -> Checkpoint:
+    """A copy that runs as on a CPU with a compiler, in float32."""
+    kernels = compiled()
+    if kernels is None:
+        pytest.skip("no C compiler")
+    model = copy.deepcopy(checkpoint.model)
+    optimise(model, kernels=kernels)
+    return replace(checkpoint, model=model)
 
 
 def generate_lane(checkpoint: Checkpoint, n_slots: int = 4, **limits: int) -> GenerateLane:

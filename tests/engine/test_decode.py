@@ -30,8 +30,12 @@ from tests.engine.rig import (
     tokens,
     translate_lane,
     turn,
+    with_kernels,
 )
 from tests.tiny import TinyFolders
+
+FIVE = [*((seed, "plain") for seed in range(4)), (4, "static")]
+KERNELS = [(5, "kernels"), (6, "kernels")]
 
 
 def greedy(n_prompt: int = 3, n_new: int = 10, first: int = 300) -> Sequence:
@@ -40,17 +44,15 @@ def greedy(n_prompt: int = 3, n_new: int = 10, first: int = 300) -> Sequence:
     return Sequence(ids, SamplingParams(max_new_tokens=n_new, min_new_tokens=n_new))
 
 
-@pytest.mark.parametrize(
-    ("seed", "way"),
-    [*((seed, "plain") for seed in range(4)), (4, "static"), (4, "ahead"), *((s, "late") for s in range(4))],
-)
+@pytest.mark.parametrize(("seed", "way"), [*FIVE, (4, "ahead"), *((s, "late") for s in range(4)), *KERNELS])
 async def test_generations_equal_the_oracle_in_any_mix(
     causal: Checkpoint, causal_oracle: Checkpoint, seed: int, way: str
 ) -> None:
     rng = random.Random(seed)
+    causal = with_kernels(causal) if way == "kernels" else causal
     n_slots, budget, chunk = rng.choice([1, 3, 8]), rng.choice([1, 40, 1000]), rng.choice([1, 5, 1000])
     lane = generate_lane(causal, n_slots=n_slots, prefill_tokens=budget, chunk_tokens=chunk, **WAYS[way])
-    make = random_generation if way in ("plain", "static") else random_launchable
+    make = random_generation if way in ("plain", "static", "kernels") else random_launchable
     sequences = [make(causal, rng) for _ in range(24)]
     aborted = [sequence for sequence in sequences if rng.random() < 0.2]
     for sequence in sequences:
@@ -66,13 +68,14 @@ async def test_generations_equal_the_oracle_in_any_mix(
         assert not isinstance(await outcome(sequence), list) or sequence.n_generated_tokens > 0
 
 
-@pytest.mark.parametrize(("seed", "static"), [(0, False), (1, False), (2, False), (3, False), (4, True)])
+@pytest.mark.parametrize(("seed", "way"), [*FIVE, *KERNELS])
 async def test_translations_equal_the_oracle_in_any_mix(
-    translator: Checkpoint, translator_oracle: Checkpoint, seed: int, static: bool
+    translator: Checkpoint, translator_oracle: Checkpoint, seed: int, way: str
 ) -> None:
     rng = random.Random(seed)
+    translator = with_kernels(translator) if way == "kernels" else translator
     n_slots, budget = rng.choice([5, 9, 16]), rng.choice([1, 40, 1000])
-    lane = translate_lane(translator, n_slots=n_slots, prefill_tokens=budget, static=static)
+    lane = translate_lane(translator, n_slots=n_slots, prefill_tokens=budget, **WAYS[way])
     sequences = [random_translation(translator, rng) for _ in range(16)]
     aborted = [sequence for sequence in sequences if rng.random() < 0.2]
     for sequence in sequences:

@@ -1,0 +1,309 @@
+/* What decoding on a CPU spends its time in: the product in eight bits, and attention of one query a row.
+ *
+ * `model/kernels.py` compiles this file for the processor at hand; the tests hold it against torch. Numbers are
+ * float32 and strides count them; letters of shapes are those of `model/attention.py`.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#define HAS_INT8 1
+#include <immintrin.h>
+#else
+#define HAS_INT8 0
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+int has_int8(void) { return HAS_INT8; }
+
+/* A buffer of at least `size` bytes that a thread keeps for its next call; NULL where there is no memory. */
+static void *scratch(size_t size)
+{
+    static _Thread_local void *buffer;
+    static _Thread_local size_t held;
+    if (size > held) {
+        void *larger = NULL;
+        if (posix_memalign(&larger, 64, size) != 0)
+            return NULL;
+        free(buffer);
+        buffer = larger;
+        held = size;
+    }
+    return buffer;
+}
+
+/* ---- y = x W' + b in eight bits ------------------------------------------------------------------------ */
+
+#if HAS_INT8
+
+#define PANEL 64       /* outputs whose weights lie together: (N / 64, K / 4, 64, 4) */
+#define VECTORS 4      /* of a panel */
+#define MOST_ROWS 6    /* of a tile: their 24 sums and a panel's 4 weights fit into the 32 registers */
+#define BLOCK_ROWS 96  /* in eight bits at a time, so that they stay in the second cache */
+
+/* A row in steps of scale, each number plus 128; returns the scale, NaN where the row holds no number. */
+static float quantise(const float *x, long n, uint8_t *out)
+{
+    __m512 most = _mm512_setzero_ps(), bad = _mm512_setzero_ps();
+    for (long k = 0; k < n; k += 16) {
+        __mmask16 part = n - k >= 16 ? 0xffff : (__mmask16)((1u << (n - k)) - 1);
+        __m512 v = _mm512_maskz_loadu_ps(part, x + k);
+        most = _mm512_max_ps(_mm512_abs_ps(v), most); /* of NaN and a number, the number: hence `bad` */
+        bad = _mm512_fmadd_ps(v, _mm512_setzero_ps(), bad);
+    }
+    float peak = _mm512_reduce_max_ps(most);
+    float scale = _mm512_reduce_add_ps(bad) == 0.0f ? peak / 127.0f : NAN;
+    __m512 steps = _mm512_set1_ps(scale > 1e-36f ? 127.0f / peak : 0.0f);
+    for (long k = 0; k < n; k += 16) {
+        __mmask16 part = n - k >= 16 ? 0xffff : (__mmask16)((1u << (n - k)) - 1);
+        __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(part, x + k), steps);
+        __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(128));
+        _mm_mask_storeu_epi8(out + k, part, _mm512_cvtepi32_epi8(whole));
+    }
+    return scale;
+}
+
+struct product {
+    const int8_t *weight; /* packed */
+    const int32_t *shift; /* (N,) -128 times the sum of an output's weights: undoes the 128 of `quantise` */
+    const float *w_scale, *bias; /* (N,) */
+    const float *scale;   /* a row each */
+    const uint8_t *x;
+    long x_stride, n_out;
+    float *out;
+};
+
+/* `n_rows` rows, known when compiling, times a panel: all sums stay in registers. Of the intrinsic function
+ * GCC 12 makes copies of every sum, at half the speed; hence the instruction itself. */
+INLINE void tile(const struct product *p, long row, long panel, const int n_rows)
+{
+    __m512i sums[MOST_ROWS][VECTORS];
+    const long depth = p->x_stride; /* the weights of numbers past n_in are zeros */
+    const int8_t *w = p->weight + panel * depth * PANEL;
+    const uint8_t *x = p->x + row * depth;
+#pragma GCC unroll 8
+    for (int i = 0; i < n_rows; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < VECTORS; j++)
+            sums[i][j] = _mm512_loadu_si512(p->shift + panel * PANEL + 16 * j);
+    for (long k = 0; k < depth; k += 4, w += 4 * PANEL) {
+        __m512i own[VECTORS];
+#pragma GCC unroll 8
+        for (int j = 0; j < VECTORS; j++)
+            own[j] = _mm512_loadu_si512(w + 64 * j);
+#pragma GCC unroll 8
+        for (int i = 0; i < n_rows; i++) {
+            int32_t four;
+            memcpy(&four, x + i * depth + k, 4);
+            const __m512i all = _mm512_set1_epi32(four);
+#pragma GCC unroll 8
+            for (int j = 0; j < VECTORS; j++)
+                __asm__("vpdpbusd %2, %1, %0" : "+v"(sums[i][j]) : "v"(all), "v"(own[j]));
+        }
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < VECTORS; j++) {
+        const long n = panel * PANEL + 16 * j, left = p->n_out - n;
+        const __mmask16 part = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
+        const __m512 w_scale = _mm512_maskz_loadu_ps(part, p->w_scale + n);
+        const __m512 bias = _mm512_maskz_loadu_ps(part, p->bias + n);
+#pragma GCC unroll 8
+        for (int i = 0; i < n_rows; i++) {
+            const __m512 unit = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[i][j]), w_scale);
+            const __m512 y = _mm512_fmadd_ps(unit, _mm512_set1_ps(p->scale[row + i]), bias);
+            _mm512_mask_storeu_ps(p->out + (row + i) * p->n_out + n, part, y);
+        }
+    }
+}
+
+INLINE void all_rows(const struct product *p, long n_rows, long panel)
+{
+    long row = 0;
+    for (; row + MOST_ROWS <= n_rows; row += MOST_ROWS)
+        tile(p, row, panel, MOST_ROWS);
+    switch (n_rows - row) {
+    case 5: tile(p, row, panel, 5); break;
+    case 4: tile(p, row, panel, 4); break;
+    case 3: tile(p, row, panel, 3); break;
+    case 2: tile(p, row, panel, 2); break;
+    case 1: tile(p, row, panel, 1); break;
+    default: break;
+    }
+}
+
+/* x (M, K), out (M, N); `weight` in panels with K padded to `depth` = a multiple of 4, N to one of 16.
+ * Every row is rounded by itself and sums of whole numbers are exact, so no row feels another.
+ * 0, or 1 where there is no memory. */
+int int8_linear(const float *x, long n_rows, long n_in, long depth, const int8_t *weight, const int32_t *shift,
+                const float *w_scale, const float *bias, long n_out, float *out, int n_threads)
+{
+    const long at_once = n_rows < BLOCK_ROWS ? n_rows : BLOCK_ROWS;
+    uint8_t *eights = scratch((size_t)(at_once * (depth + 4)) + 64);
+    if (eights == NULL)
+        return 1;
+    float *scale = (float *)(eights + ((at_once * depth + 63) / 64) * 64);
+    const long n_panels = (n_out + PANEL - 1) / PANEL;
+    for (long first = 0; first < n_rows; first += at_once) {
+        const long n = n_rows - first < at_once ? n_rows - first : at_once;
+        for (long i = 0; i < n; i++)
+            scale[i] = quantise(x + (first + i) * n_in, n_in, eights + i * depth);
+        const struct product p = {weight, shift, w_scale, bias, scale, eights, depth, n_out, out + first * n_out};
+#pragma omp parallel for schedule(static) num_threads(n_threads) if (n_threads > 1 && n * n_out * depth > 1000000)
+        for (long panel = 0; panel < n_panels; panel++)
+            all_rows(&p, n, panel);
+    }
+    return 0;
+}
+
+#endif
+
+/* ---- attention of one query a row ------------------------------------------------------------------------ */
+
+typedef float lanes __attribute__((vector_size(64), aligned(4)));
+#define WIDTH 16
+
+INLINE float total(lanes v)
+{
+    float part[WIDTH];
+    memcpy(part, &v, sizeof part);
+    for (int width = WIDTH / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; i++)
+            part[i] += part[i + width];
+    return part[0];
+}
+
+/* e^x for x <= 0, to the last bits of a float; NaN stays. After Cephes' expf (Moshier 1989). */
+INLINE float exponential(float x)
+{
+    const float least = -87.0f;
+    float bounded = x < least ? least : x;
+    float n = rintf(bounded * 1.44269504f);
+    float r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return x < least ? 0.0f : p * power;
+}
+
+/* softmax(q k') v of one head: k and v (S, K). `weights` (S,) is written on the way. */
+INLINE void attend_head(const float *q, const float *k, const float *v, long n, const long head_dim, float factor,
+                        float *weights, float *out)
+{
+    float most = -INFINITY, sum = 0.0f;
+    for (long s = 0; s < n; s++) {
+        const float *key = k + s * head_dim;
+        float dot = 0.0f;
+        if (head_dim % WIDTH == 0) {
+            lanes sums = *(const lanes *)q * *(const lanes *)key;
+            for (long i = WIDTH; i < head_dim; i += WIDTH)
+                sums += *(const lanes *)(q + i) * *(const lanes *)(key + i);
+            dot = total(sums);
+        } else {
+            for (long i = 0; i < head_dim; i++)
+                dot += q[i] * key[i];
+        }
+        for (long i = 0; i < head_dim; i += WIDTH) /* memory is what it waits for: a fifth of the time */
+            __builtin_prefetch(v + s * head_dim + i);
+        weights[s] = dot *= factor;
+        most = dot > most ? dot : most;
+    }
+#pragma omp simd reduction(+ : sum)
+    for (long s = 0; s < n; s++) {
+        weights[s] = exponential(weights[s] - most);
+        sum += weights[s];
+    }
+    for (long i = 0; i < head_dim; i++)
+        out[i] = 0.0f;
+    for (long s = 0; s < n; s++) {
+        const float *value = v + s * head_dim, weight = weights[s] / sum;
+        for (long i = 0; i < head_dim; i++)
+            out[i] += weight * value[i];
+    }
+}
+
+/* Keys and values of rows, each (N, H_kv, S, K), from the first row on. */
+struct stored {
+    float *k, *v;
+    long row_stride, head_stride, n_heads, n_kv_heads, head_dim;
+};
+
+/* q (B, H, K), a row every `q_stride` numbers -> out (B, H, K). Row b reads the positions first[b / group] ..
+ * last[b / group] of the stored row b / group; without `first`, all up to the last. */
+static int attend(const struct stored *kv, const float *q, long q_stride, const int64_t *first, const int64_t *last,
+                  long n_rows, long group, float *out, int n_threads)
+{
+    const long dim = kv->head_dim, n_pairs = n_rows * kv->n_heads, shared = kv->n_heads / kv->n_kv_heads;
+    const float factor = 1.0f / sqrtf((float)dim);
+    int failed = 0;
+#pragma omp parallel for schedule(static) num_threads(n_threads) if (n_threads > 1 && n_pairs >= 64)
+    for (long pair = 0; pair < n_pairs; pair++) {
+        const long row = pair / kv->n_heads, head = pair % kv->n_heads, source = row / group;
+        const long start = first == NULL ? 0 : first[source], n = last[source] + 1 - start;
+        const long place = source * kv->row_stride + head / shared * kv->head_stride + start * dim;
+        const float *own = q + row * q_stride + head * dim, *k = kv->k + place, *v = kv->v + place;
+        float *weights = scratch((size_t)n * sizeof(float)), *to = out + pair * dim;
+        if (weights == NULL) {
+            failed = 1;
+            continue;
+        }
+        switch (dim) { /* known when compiling, the loops over a head unroll */
+        case 32: attend_head(own, k, v, n, 32, factor, weights, to); break;
+        case 64: attend_head(own, k, v, n, 64, factor, weights, to); break;
+        case 128: attend_head(own, k, v, n, 128, factor, weights, to); break;
+        default: attend_head(own, k, v, n, dim, factor, weights, to); break;
+        }
+    }
+    return failed;
+}
+
+INLINE void turn(float *x, const float *cosines, const float *sines, long half)
+{
+    for (long i = 0; i < half; i++) {
+        const float left = x[i], right = x[i + half];
+        x[i] = left * cosines[i] - right * sines[i];
+        x[i + half] = left * sines[i] + right * cosines[i];
+    }
+}
+
+/* Self-attention of one new token in each of B rows: qkv (B, H + 2 H_kv, K) -> out (B, H, K).
+ * Keys and values are stored at last[b], then row b reads first[b] .. last[b]. Queries and keys are turned before, in
+ * place, by `cosines` and `sines` (B, K / 2), unless those are NULL. 0, or 1 where there is no memory. */
+int self_attention(float *k, float *v, long row_stride, long head_stride, long n_heads, long n_kv_heads,
+                   long head_dim, float *qkv, const float *cosines, const float *sines, const int64_t *first,
+                   const int64_t *last, long n_rows, float *out, int n_threads)
+{
+    const struct stored kv = {k, v, row_stride, head_stride, n_heads, n_kv_heads, head_dim};
+    const long n_turning = n_heads + n_kv_heads, width = (n_turning + n_kv_heads) * head_dim, half = head_dim / 2;
+    for (long row = 0; row < n_rows; row++) {
+        float *own = qkv + row * width;
+        if (cosines != NULL)
+            for (long head = 0; head < n_turning; head++)
+                turn(own + head * head_dim, cosines + row * half, sines + row * half, half);
+        for (long head = 0; head < n_kv_heads; head++) {
+            const long place = row * row_stride + head * head_stride + last[row] * head_dim;
+            memcpy(k + place, own + (n_heads + head) * head_dim, (size_t)head_dim * sizeof(float));
+            memcpy(v + place, own + (n_turning + head) * head_dim, (size_t)head_dim * sizeof(float));
+        }
+    }
+    return attend(&kv, qkv, width, first, last, n_rows, 1, out, n_threads);
+}
+
+/* Attention over what is stored: q (B, H, K) -> out (B, H, K), `group` neighbouring rows of q over one stored row,
+ * of which they read the positions up to last[b / group]. 0, or 1 where there is no memory. */
+int stored_attention(float *k, float *v, long row_stride, long head_stride, long n_heads, long n_kv_heads,
+                     long head_dim, const float *q, const int64_t *last, long n_rows, long group, float *out,
+                     int n_threads)
+{
+    const struct stored kv = {k, v, row_stride, head_stride, n_heads, n_kv_heads, head_dim};
+    return attend(&kv, q, n_heads * head_dim, NULL, last, n_rows, group, out, n_threads);
+}

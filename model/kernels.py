@@ -1,0 +1,164 @@
+"""Kernels in C for decoding on a CPU, compiled for the processor at hand where a compiler is.
+
+An eager step of a small decoder is hundreds of operations of microseconds each; in C it is a handful a layer.
+They say what torch's operations say, which stay the reference, and the way of machines without a compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("model.kernels")
+
+_SOURCE = Path(__file__).with_name("kernels.c")
+_COMPILERS = ("cc", "gcc", "clang")
+# Nothing that changes what is computed but the order of sums: NaN and infinity stay what they are.
+_FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+_COMPILE_SECONDS = 60.0
+
+_pointer, _long, _int = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+_STORED: list[Any] = [_pointer, _pointer, *[_long] * 5]
+
+PANEL = 64  # outputs whose 8-bit weights lie together, as in kernels.c
+
+
+class Kernels:
+    """The compiled functions, on tensors of float32 on the CPU.
+
+    They read memory as they are told: shapes are the caller's business. MemoryError where there is none for
+    intermediate results.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.has_int8 = bool(library.has_int8())
+        self._self_attention = library.self_attention
+        self._self_attention.argtypes = [*_STORED, *[_pointer] * 5, _long, _pointer, _int]
+        self._stored_attention = library.stored_attention
+        self._stored_attention.argtypes = [*_STORED, _pointer, _pointer, _long, _long, _pointer, _int]
+        if self.has_int8:
+            self._int8_linear = library.int8_linear
+            self._int8_linear.argtypes = [_pointer, *[_long] * 3, *[_pointer] * 4, _long, _pointer, _int]
+
+    def int8_linear(
+        self, x: Tensor, weight: Tensor, shift: Tensor, w_scale: Tensor, bias: Tensor, out: Tensor
+    ) -> None:
+        """x (M, K) times weights packed as `model.quantize` does it -> out (M, N)."""
+        n_rows, n_in = x.shape
+        _check(
+            self._int8_linear(
+                x.data_ptr(),
+                n_rows,
+                n_in,
+                weight.size(1) * 4,
+                weight.data_ptr(),
+                shift.data_ptr(),
+                w_scale.data_ptr(),
+                bias.data_ptr(),
+                out.size(1),
+                out.data_ptr(),
+                torch.get_num_threads(),
+            )
+        )
+
+    def self_attention(
+        self,
+        qkv: Tensor,
+        k: Tensor,
+        v: Tensor,
+        n_heads: int,
+        last: Tensor,
+        first: Tensor | None,
+        rotation: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """One new token in each of B rows: qkv (B, (H + 2 H_kv) K), k and v (N >= B, H_kv, S, K) -> (B, H K).
+
+        Queries and keys are turned in place; keys and values are stored at last (B,), then a row reads the
+        positions first (B,), else 0, .. last.
+        """
+        n_rows, n_kv_heads, head_dim = qkv.size(0), k.size(1), k.size(3)
+        out = torch.empty(n_rows, n_heads * head_dim)
+        cosines, sines = rotation or (None, None)
+        _check(
+            self._self_attention(
+                k.data_ptr(),
+                v.data_ptr(),
+                k.stride(0),
+                k.stride(1),
+                n_heads,
+                n_kv_heads,
+                head_dim,
+                qkv.data_ptr(),
+                cosines.data_ptr() if cosines is not None else None,
+                sines.data_ptr() if sines is not None else None,
+                first.data_ptr() if first is not None else None,
+                last.data_ptr(),
+                n_rows,
+                out.data_ptr(),
+                torch.get_num_threads(),
+            )
+        )
+        return out
+
+    def stored_attention(self, q: Tensor, k: Tensor, v: Tensor, last: Tensor) -> Tensor:
+        """q (B, H, 1, K) over k and v (B / G, H_kv, S, K), up to last (B / G,) -> (B, H K).
+
+        G neighbouring rows of q read one of k and v, in which the positions of a head follow each other.
+        """
+        n_rows, n_heads, _, head_dim = q.shape
+        out = torch.empty(n_rows, n_heads * head_dim)
+        _check(
+            self._stored_attention(
+                k.data_ptr(),
+                v.data_ptr(),
+                k.stride(0),
+                k.stride(1),
+                n_heads,
+                k.size(1),
+                head_dim,
+                q.data_ptr(),
+                last.data_ptr(),
+                n_rows,
+                n_rows // k.size(0),
+                out.data_ptr(),
+                torch.get_num_threads(),
+            )
+        )
+        return out
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise MemoryError("a kernel found no memory for its intermediate results")
+
+
+@functools.cache
+def compiled() -> Kernels | None:
+    """The kernels, compiled at the first call; None where no compiler is, or it fails, which is logged."""
+    compiler = os.environ.get("CC") or next(filter(shutil.which, _COMPILERS), None)
+    if compiler is None:
+        log.info("no C compiler: steps run through torch's operations alone")
+        return None
+    # A folder that nobody else may write to, and that is gone once the library is loaded.
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "kernels.so"
+        command = [*compiler.split(), *_FLAGS, "-shared", "-fPIC", str(_SOURCE), "-o", str(library), "-lm"]
+        try:
+            subprocess.run(  # noqa: S603  # the compiler of this machine, on a file of this package
+                command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS
+            )
+            return Kernels(ctypes.CDLL(str(library)))
+        except (OSError, subprocess.SubprocessError) as error:
+            told = getattr(error, "stderr", None) or error
+            log.warning("kernels.c was not compiled, steps run through torch's operations alone: %s", told)
+            return None

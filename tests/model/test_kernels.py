@@ -1,0 +1,283 @@
+"""The kernels in C against torch's operations, and against themselves in other company."""
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import kernels
+from model.attention import rotate, scaled_dot_product_attention
+from model.inference import has_kernels, optimise
+from model.kernels import Kernels
+from model.masks import RowSpans, window_mask
+from model.models import CausalLM, Translator, build_model, make_cache
+from model.quantize import Int8Linear, KernelInt8Linear
+from tests.tiny import tiny_config
+
+
+@pytest.fixture(scope="module")
+def native() -> Kernels:
+    found = kernels.compiled()
+    if found is None:
+        pytest.skip("no C compiler")
+    return found
+
+
+@pytest.fixture(scope="module")
+def eight_bits(native: Kernels) -> Kernels:
+    if not native.has_int8:
+        pytest.skip("no AVX-512 VNNI")
+    return native
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The 8-bit product in plain arithmetic: steps of a 127th of the greatest of a row, of an output."""
+    w_step, x_step = (each.abs().amax(-1, keepdim=True) / 127 for each in (weight, x))
+    whole = (x / x_step).round().double() @ (weight / w_step).round().double().T
+    return (whole * x_step * w_step.T + bias).float()
+
+
+@pytest.mark.parametrize(("n_out", "n_in"), [(64, 64), (24, 32), (129, 37), (1, 2), (70, 515), (256, 1030)])
+def test_an_int8_product_is_what_it_says(eight_bits: Kernels, n_out: int, n_in: int) -> None:
+    torch.manual_seed(n_out)
+    weight, bias = torch.randn(n_out, n_in), torch.randn(n_out)
+    layer = KernelInt8Linear(weight, bias, eight_bits)
+    for n_rows in (*range(1, 14), 95, 97, 200):
+        # No number may stand between two steps, where either is right: those of x are whole steps.
+        x = torch.randint(-127, 128, (n_rows, n_in)).float()
+        x[:, 0] = 127
+        x *= torch.logspace(-2, 2, n_rows)[:, None].exp2()
+        torch.testing.assert_close(layer(x), reference(x, weight, bias), rtol=1e-5, atol=1e-4)
+    ones = torch.ones(2, 3, n_in)
+    assert layer(ones).shape == (2, 3, n_out)
+    torch.testing.assert_close(
+        KernelInt8Linear(weight, None, eight_bits)(ones) + bias, layer(ones), rtol=1e-5, atol=1e-4
+    )
+
+
+def test_it_is_as_near_as_torchs_own(eight_bits: Kernels) -> None:
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(300, 256), torch.randn(300), torch.randn(64, 256)
+    exact = x @ weight.T + bias
+    own = (KernelInt8Linear(weight, bias, eight_bits)(x) - exact).norm()
+    assert own < 1.05 * (Int8Linear(weight, bias)(x) - exact).norm()
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 5, 6, 7, 100])
+def test_an_int8_row_does_not_feel_its_neighbours(eight_bits: Kernels, n_rows: int) -> None:
+    torch.manual_seed(3)
+    layer = KernelInt8Linear(torch.randn(70, 66), torch.randn(70), eight_bits)
+    row = torch.randn(1, 66)
+    alone = layer(row)
+    for others in (1e6 * torch.randn(n_rows, 66), torch.full((n_rows, 66), torch.nan)):
+        assert torch.equal(layer(torch.cat((others, row)))[-1:], alone)
+        assert torch.equal(layer(torch.cat((row, others)))[:1], alone)
+
+
+def test_int8_rows_without_numbers_stay_so_and_zeros_are_zeros(eight_bits: Kernels) -> None:
+    layer = KernelInt8Linear(torch.randn(4, 40), torch.ones(4), eight_bits)
+    x = torch.randn(5, 40)
+    x[1, 39], x[2], x[3, 0], x[4] = torch.nan, 0.0, torch.inf, 1e-40
+    out = layer(x)
+    assert out[0].isfinite().all()
+    assert out[1].isnan().all()
+    assert torch.equal(out[2], torch.ones(4))
+    assert not out[3].isfinite().any()
+    assert torch.equal(out[4], torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("n_heads", "n_kv_heads", "head_dim"), [(4, 4, 32), (4, 2, 64), (8, 1, 128), (3, 3, 10), (2, 1, 48)]
+)
+@pytest.mark.parametrize("window", [None, 3])
+def test_self_attention(
+    native: Kernels, n_heads: int, n_kv_heads: int, head_dim: int, window: int | None
+) -> None:
+    torch.manual_seed(head_dim)
+    n_rows, size = 5, 21
+    k, v = torch.full((2, n_rows + 2, n_kv_heads, size, head_dim), torch.nan)  # what is not read is none
+    last = torch.tensor([20, 0, 7, 3, 12])
+    for row, position in enumerate(last):
+        k[row, :, :position], v[row, :, :position] = torch.randn(2, n_kv_heads, int(position), head_dim)
+    qkv = torch.randn(n_rows, n_heads + 2 * n_kv_heads, head_dim)
+    angles = torch.rand(n_rows, 1, 1, head_dim // 2) * 6
+    rotation = angles.cos(), angles.sin()
+    spans = RowSpans(last) if window is None else RowSpans(last).window(window)
+    given = qkv.clone()
+    found = native.self_attention(given, k, v, n_heads, spans.last, spans.first, rotation)
+
+    q, new_k, new_v = torch.split(qkv[:, :, None], [n_heads, n_kv_heads, n_kv_heads], dim=1)
+    q, new_k = rotate(q, rotation), rotate(new_k, rotation)
+    rows = torch.arange(n_rows)
+    torch.testing.assert_close(k[rows, :, last], new_k[:, :, 0])
+    assert torch.equal(v[rows, :, last], new_v[:, :, 0])
+    group, mask = n_heads // n_kv_heads, spans.as_mask(size)
+    if window is not None:
+        near = window_mask(last[:, None], size, window)
+        assert torch.equal(mask, RowSpans(last).as_mask(size) & near)
+    keys, values = (each[:n_rows].nan_to_num().repeat_interleave(group, 1) for each in (k, v))
+    wanted, _ = scaled_dot_product_attention(q, keys, values, mask)
+    torch.testing.assert_close(found, wanted.flatten(1), rtol=1e-5, atol=1e-5)
+    for row in range(n_rows):  # alone, to the last bit
+        first = None if spans.first is None else spans.first[row : row + 1]
+        turned = rotation[0][row : row + 1], rotation[1][row : row + 1]
+        alone = native.self_attention(
+            qkv[row : row + 1].clone(), k[row:], v[row:], n_heads, last[row : row + 1], first, turned
+        )
+        assert torch.equal(alone[0], found[row])
+
+
+@pytest.mark.parametrize("n_together", [1, 3])
+def test_stored_attention(native: Kernels, n_together: int) -> None:
+    torch.manual_seed(1)
+    k, v = torch.full((2, 8, 2, 9, 16), torch.nan)
+    last = torch.tensor([8, 0, 3, 5])
+    for row, position in enumerate(last):
+        k[2 * row, :, : position + 1], v[2 * row, :, : position + 1] = torch.randn(
+            2, 2, int(position) + 1, 16
+        )
+    k, v = k[::2], v[::2]  # as every second row of a cache
+    q = torch.randn(4 * n_together, 6, 1, 16)
+    found = native.stored_attention(q, k, v, last)
+    mask = RowSpans(last).as_mask(9)
+    keys, values, mask = (
+        each.nan_to_num().repeat_interleave(n_together, 0)
+        if each.is_floating_point()
+        else each.repeat_interleave(n_together, 0)
+        for each in (k, v, mask)
+    )
+    wanted, _ = scaled_dot_product_attention(
+        q, keys.repeat_interleave(3, 1), values.repeat_interleave(3, 1), mask
+    )
+    torch.testing.assert_close(found, wanted.flatten(1), rtol=1e-5, atol=1e-5)
+
+
+def test_threads_share_the_work_and_change_nothing(eight_bits: Kernels) -> None:
+    torch.manual_seed(4)
+    layer, x = KernelInt8Linear(torch.randn(1000, 128), None, eight_bits), torch.randn(40, 128)
+    q, k, v = torch.randn(40, 4, 1, 32), *torch.randn(2, 40, 4, 9, 32)
+    last = torch.full((40,), 8)
+    alone = layer(x), eight_bits.stored_attention(q, k, v, last)
+    torch.set_num_threads(2)
+    try:
+        together = layer(x), eight_bits.stored_attention(q, k, v, last)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(together[0], alone[0])
+    assert torch.equal(together[1], alone[1])
+
+
+def test_rows_that_hold_no_number_say_so_alone(native: Kernels) -> None:
+    torch.manual_seed(2)
+    k, v = torch.randn(2, 3, 1, 4, 32)
+    q = torch.randn(3, 1, 1, 32)
+    q[1, 0, 0, 5] = torch.nan
+    v[2, 0, 1, 7] = torch.inf
+    found = native.stored_attention(q, k, v, torch.tensor([3, 3, 3]))
+    assert found[0].isfinite().all()
+    assert found[1].isnan().all()
+    assert not found[2].isfinite().all()
+
+
+def test_scores_as_far_apart_as_floats_go(native: Kernels) -> None:
+    """The greatest takes all; nothing overflows."""
+    k, v = torch.zeros(1, 1, 3, 32), torch.randn(1, 1, 3, 32)
+    k[0, 0, :, 0] = torch.tensor([-1e30, 1e30, 1e29])
+    q = torch.full((1, 1, 1, 32), 1.0)
+    assert torch.equal(native.stored_attention(q, k, v, torch.tensor([2]))[0], v[0, 0, 1])
+
+
+KINDS: dict[str, dict[str, object]] = {
+    "sinusoidal": {"positions": "sinusoidal"},
+    "rotary": {"positions": "rotary", "bias": False},
+    "grouped": {"n_kv_heads": 2, "positions": "rotary"},
+    "normed": {"n_kv_heads": 1, "positions": "rotary", "qk_norm": True, "norm": "rms"},
+    "window": {"window": 3, "positions": "rotary"},
+}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("architecture", ["causal_lm", "translator"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_steps_equal_the_uncached_model(native: Kernels, architecture: str, kind: str) -> None:
+    """A token a step in rows 1 .. 3 of a cache."""
+    torch.manual_seed(5)
+    model = build_model(tiny_config(architecture, **KINDS[kind])).eval()
+    assert isinstance(model, CausalLM | Translator)
+    texts = torch.randint(9, 40, (3, 9))
+    sources = torch.randint(9, 40, (3, 7))
+    wanted = model(sources, texts) if isinstance(model, Translator) else model(texts)
+    encoded = model.encode(sources)[0] if isinstance(model, Translator) else None
+    assert not has_kernels(model)
+    optimise(model, kernels=native)
+    assert has_kernels(model)
+    cache = make_cache(model.config, 5, 12, "cpu", torch.float32)
+    memory = memory_spans = None
+    if encoded is not None:
+        assert isinstance(model, Translator)
+        stored, memory_spans = (
+            make_cache(model.config, 3, 8, "cpu", torch.float32),
+            RowSpans(torch.full((3,), 6)),
+        )
+        stored.write(0, model.decoder.project_memory(encoded))
+        memory = stored.read(0, 3, 7)
+    for step in range(9):
+        positions = torch.full((3, 1), step)
+        view = cache.view(1, positions, step + 1)
+        spans = RowSpans(positions[:, 0].contiguous())
+        hidden = model.decoder(texts[:, step : step + 1], positions, spans, view, memory, memory_spans)
+        logits: Tensor = model.head(hidden)[:, 0]
+        torch.testing.assert_close(logits, wanted[:, step], rtol=1e-4, atol=1e-5)
+    if encoded is not None:  # memory as it is projected, its heads side by side, goes torch's way
+        assert isinstance(model, Translator)
+        memory = model.decoder.project_memory(encoded)
+        hidden = model.decoder(texts[:, 8:], positions, spans, view, memory, memory_spans)
+        logits = model.head(hidden)[:, 0]
+        torch.testing.assert_close(logits, wanted[:, 8], rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_spans_mean_the_same_to_torchs_way() -> None:
+    torch.manual_seed(6)
+    model = build_model(tiny_config("causal_lm", window=3)).eval()
+    assert isinstance(model, CausalLM)
+    texts, cache = torch.randint(9, 40, (2, 6)), make_cache(model.config, 2, 6, "cpu", torch.float32)
+    wanted = model(texts)
+    for step in range(6):
+        positions = torch.full((2, 1), step)
+        spans = RowSpans(positions[:, 0])
+        hidden = model.decoder(
+            texts[:, step : step + 1], positions, spans, cache.view(0, positions, step + 1)
+        )
+        logits: Tensor = model.head(hidden)[:, 0]
+        torch.testing.assert_close(logits, wanted[:, step], rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_other_number_formats_go_torchs_way(native: Kernels) -> None:
+    model = build_model(tiny_config("causal_lm")).to(torch.bfloat16)
+    optimise(model, kernels=native)
+    assert not has_kernels(model)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "told"), [("false", "was not compiled"), ("no-such-compiler", "was not compiled")]
+)
+def test_a_compiler_that_fails_is_no_fault(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, compiler: str, told: str
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    with caplog.at_level(logging.INFO, "model.kernels"):
+        assert kernels.compiled.__wrapped__() is None
+    assert told in caplog.text
+
+
+def test_without_a_compiler_nothing_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    with caplog.at_level(logging.INFO, "model.kernels"):
+        assert kernels.compiled.__wrapped__() is None
+    assert "no C compiler" in caplog.text
