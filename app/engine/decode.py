@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import random
 import threading
@@ -14,9 +15,11 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
+from prometheus_client import Histogram
+
 from app import metrics
 from app.engine.beams import BeamGroup, Candidate, Ended
-from app.engine.drawing import UNKNOWN, Drawing, RowRules, has_penalties, level_of
+from app.engine.drawing import UNKNOWN, Drawing, Level, RowRules, has_penalties, level_of
 from app.engine.errors import Aborted, EngineError, Overloaded, PromptTooLong, StepFailed
 from app.engine.graphs import Flight
 from app.engine.lane import Door, Failures, Handover, Handovers, check_fits, halving
@@ -35,6 +38,8 @@ from app.engine.sequence import FinishReason, Hypothesis, Outcome, Sequence, Seq
 from model.checkpoint import Checkpoint
 from model.models import Translator
 from model.sampling import BeamParams, SamplingParams, SamplingRows
+
+_NEVER = itertools.repeat(False)
 
 Choice = TypeVar("Choice")  # what a step chose for a row
 
@@ -274,6 +279,7 @@ class _Generation:
 
     params: SamplingParams
     noise: random.Random
+    n_prompt: int
     # Tokens, of the prompt and then of its own, whose keys and values its row holds, or will hold once the
     # device has done what it was given.
     n_read: int = 0
@@ -283,6 +289,8 @@ class _Generation:
 
     def uniform(self, n_ahead: int = 0) -> float:
         """The number that draws the next token but so many: a step tried again draws the same."""
+        if self.params.temperature <= 0:
+            return 0.0
         while len(self.numbers) <= n_ahead:
             self.numbers.append(self.noise.random())
         return self.numbers[n_ahead]
@@ -290,8 +298,13 @@ class _Generation:
     def take(self, drawn: Drawn) -> None:
         self.token_ids.append(drawn.token_id)
         self.logprobs.append(drawn.logprob)
-        self.uniform()
-        self.numbers.popleft()
+        if self.numbers:
+            self.numbers.popleft()
+
+    @property
+    def n_unread(self) -> int:
+        """Prompt tokens to be read before the step; the last is left to it, which reads one in any case."""
+        return max(0, self.n_prompt - 1 - self.n_read)
 
 
 class _Chunk(NamedTuple):
@@ -328,15 +341,38 @@ def _next_input(sequence: Sequence, state: _Generation) -> int:
 
 
 @dataclass(frozen=True)
+class _Crew:
+    """Who stands in which row, until somebody comes, goes or moves."""
+
+    owners: list[Sequence]
+    states: list[_Generation]
+    level: Level | None  # of their steps; None where the host must see to somebody's logits
+    penalised: list[int]  # rows
+
+    @classmethod
+    def muster(cls, owners: list[Sequence], generations: dict[Sequence, _Generation]) -> _Crew:
+        states = [generations[sequence] for sequence in owners]
+        levels = [level_of(state.params) for state in states]
+        level = None if None in levels else max(each for each in levels if each is not None)
+        penalised = [row for row, state in enumerate(states) if has_penalties(state.params)]
+        return cls(list(owners), states, level, penalised)
+
+
+@dataclass(frozen=True)
 class _Ahead:
-    """A step that was launched and not read yet: who stood in which row, and what position it reads."""
+    """A step that was launched and not read yet: what position each row reads, and which draw what counts."""
 
     flight: Flight
-    positions: dict[Sequence, int]  # in the order of the rows
+    crew: _Crew
+    positions: list[int]
+    draws: list[bool]  # not in the middle of a prompt
 
-    def draws(self, sequence: Sequence) -> bool:
-        """Does it draw a token for a sequence that counts: has its prompt ended?"""
-        return self.positions.get(sequence, -1) + 1 >= sequence.n_prompt_tokens
+    def draws_for(self, crew: _Crew) -> list[bool]:
+        """The same for the rows of those who stand there now."""
+        if crew is self.crew:
+            return self.draws
+        by_owner = dict(zip(self.crew.owners, self.draws, strict=True))
+        return [by_owner.get(sequence, False) for sequence in crew.owners]
 
 
 class GenerateLane(DecodeLane[Drawn]):
@@ -371,7 +407,9 @@ class GenerateLane(DecodeLane[Drawn]):
         self._generations: dict[Sequence, _Generation] = {}
         self._rows: tuple[list[Sequence], SamplingRows] | None = None
         self._ahead: _Ahead | None = None
-        self._told: list[Sequence] | None = None  # whose rules the device has, by row
+        self._crew: _Crew | None = None
+        self._told: _Crew | None = None  # whose rules the device has
+        self._eos_ids = frozenset(runner.config.eos_ids)
 
     def fail_all(self, error: Callable[[], EngineError]) -> Handovers:
         """As its base class; what is on its way is waited for, and forgotten."""
@@ -385,33 +423,31 @@ class GenerateLane(DecodeLane[Drawn]):
 
     def _open(self, sequence: Sequence) -> None:
         assert isinstance(sequence.params, SamplingParams)
-        self._generations[sequence] = _Generation(sequence.params, random.Random(sequence.seed))
+        noise = random.Random(sequence.seed)
+        self._generations[sequence] = _Generation(sequence.params, noise, sequence.n_prompt_tokens)
 
     def _forget(self, sequence: Sequence) -> None:
         self._generations.pop(sequence, None)
-        self._rows = self._told = None
+        self._rows = self._crew = self._told = None
 
     def _admission_tokens(self) -> int:
-        return self._prompt_tokens() - sum(map(self._n_unread, self.scheduler.running))
+        return self._prompt_tokens() - sum(state.n_unread for state in self._generations.values())
 
     def _prompt_tokens(self) -> int:
         """What this turn may read of prompts: little while somebody waits for a next token."""
-        waited_for = any(self._n_unread(sequence) == 0 for sequence in self.scheduler.running)
+        waited_for = any(state.n_unread == 0 for state in self._generations.values())
         return self.chunk_tokens if waited_for else self.scheduler.prefill_tokens
-
-    def _n_unread(self, sequence: Sequence) -> int:
-        """Prompt tokens to be read before the step; the last is left to it, which reads one in any case."""
-        return max(0, sequence.n_prompt_tokens - 1 - self._generations[sequence].n_read)
 
     def _read_prompts(self, admitted: list[Sequence]) -> None:
         failed = [sequence for sequence in admitted if not self._begin(sequence)]
         budget = self._prompt_tokens()
         chunks: list[_Chunk] = []
         for sequence in self.scheduler.running:
-            n_tokens = min(budget, self._n_unread(sequence))
+            state = self._generations[sequence]
+            n_tokens = min(budget, state.n_unread)
             if n_tokens > 0 and sequence not in failed:
                 budget -= n_tokens
-                chunks.append(_Chunk(sequence, self._generations[sequence].n_read, n_tokens))
+                chunks.append(_Chunk(sequence, state.n_read, n_tokens))
         for group in _neighbours(chunks):
             self._note_padding([chunk.n_tokens for chunk in group])
             _, lost = halving(group, self._prefill, self.failures.note)
@@ -469,43 +505,45 @@ class GenerateLane(DecodeLane[Drawn]):
 
         None where the host must see to it, where it fails, and where everybody ends with the step before.
         """
-        states = {sequence: self._generations[sequence] for sequence in self.scheduler.owners}
-        levels = [level_of(state.params) for state in states.values()]
-        level = None if None in levels else max(level for level in levels if level is not None)
-        drawing = self.runner.drawing
-        if drawing is None or level is None:
+        if self._crew is None or self._crew.owners != self.scheduler.owners:
+            self._crew = _Crew.muster(self.scheduler.owners, self._generations)
+        crew, drawing = self._crew, self.runner.drawing
+        if drawing is None or crew.level is None:
             return None
-        n_drawn = {s: int(before is not None and before.draws(s)) for s in states}  # and not seen yet
-        if all(len(st.token_ids) + n_drawn[s] >= st.params.max_new_tokens for s, st in states.items()):
+        rows = list(zip(crew.owners, crew.states, before.draws_for(crew) if before else _NEVER, strict=False))
+        if all(len(state.token_ids) + unseen >= state.params.max_new_tokens for _, state, unseen in rows):
             return None
-        ids = [_next_input(sequence, state) for sequence, state in states.items()]
-        uniform = [state.uniform(n_drawn[sequence]) for sequence, state in states.items()]
-        positions = {sequence: state.n_read for sequence, state in states.items()}
+        ids = [UNKNOWN if unseen else _next_input(sequence, state) for sequence, state, unseen in rows]
+        uniform = [state.uniform(unseen) for _, state, unseen in rows]
+        positions = [state.n_read for state in crew.states]
         try:
-            self._tell(drawing, states, before)
-            flight = self.runner.launch(ids, list(positions.values()), uniform, level)
+            self._tell(drawing, crew, before)
+            flight = self.runner.launch(ids, positions, uniform, crew.level)
         except Exception as error:
             self._told = None
             self.failures.note(error, len(ids))
             return None
         metrics.batch_rows.labels(self.name, "decode").observe(len(ids))
-        for state in states.values():
+        for state in crew.states:
             state.n_read += 1
-        return _Ahead(flight, positions)
+        return _Ahead(flight, crew, positions, [state.n_read >= state.n_prompt for state in crew.states])
 
-    def _tell(self, drawing: Drawing, states: dict[Sequence, _Generation], before: _Ahead | None) -> None:
+    def _tell(self, drawing: Drawing, crew: _Crew, before: _Ahead | None) -> None:
         """Let the device know what rows draw by, and what those have read that it did not see itself."""
-        owners = list(states)
-        if self._told != owners:
+        if self._told is not crew:
             # The first token comes of reading the last of the prompt.
-            ends = [s.n_prompt_tokens - 1 + state.params.min_new_tokens for s, state in states.items()]
             drawing.set_rules(
-                [RowRules(st.params, end) for st, end in zip(states.values(), ends, strict=True)]
+                [
+                    RowRules(state.params, state.n_prompt - 1 + state.params.min_new_tokens)
+                    for state in crew.states
+                ]
             )
-            self._told = owners
-        for row, (sequence, state) in enumerate(states.items()):
-            if has_penalties(state.params) and (before is None or sequence not in before.positions):
-                drawing.set_history(row, [*sequence.prompt_ids, *state.token_ids])
+            self._told = crew
+        seen = set(before.crew.owners) if before and crew.penalised else ()
+        for row in crew.penalised:
+            sequence = crew.owners[row]
+            if sequence not in seen:
+                drawing.set_history(row, [*sequence.prompt_ids, *crew.states[row].token_ids])
 
     def _land(self, ahead: _Ahead) -> bool:
         """Read what a step drew and go on; where that fails, all is as if it had never been launched."""
@@ -516,12 +554,14 @@ class GenerateLane(DecodeLane[Drawn]):
             self._drop_ahead()
             self._rewind(ahead)
             return False
-        drawn = {
-            sequence: Drawn(token_id, logprob, [])
-            for sequence, token_id, logprob in zip(ahead.positions, token_ids, logprobs, strict=True)
+        rows = [
+            (sequence, Drawn(token_id, logprob, []), draws)
+            for sequence, token_id, logprob, draws in zip(
+                ahead.crew.owners, token_ids, logprobs, ahead.draws, strict=True
+            )
             if sequence.status is SequenceStatus.RUNNING  # others have left meanwhile
-        }
-        self._take(drawn, [sequence for sequence in drawn if ahead.draws(sequence)])
+        ]
+        self._take({sequence: drawn for sequence, drawn, _ in rows}, [row[0] for row in rows if row[2]])
         return True
 
     def _drop_ahead(self) -> None:
@@ -533,9 +573,8 @@ class GenerateLane(DecodeLane[Drawn]):
 
     def _rewind(self, ahead: _Ahead) -> None:
         """As if a step had never been launched; the newest first."""
-        for sequence, position in ahead.positions.items():
-            if sequence.status is SequenceStatus.RUNNING:
-                self._generations[sequence].n_read = position
+        for state, position in zip(ahead.crew.states, ahead.positions, strict=True):
+            state.n_read = position
 
     def _choose(self, rows: Items[int]) -> dict[int, Drawn]:
         owners = self.scheduler.owners[rows[0] : rows[-1] + 1]
@@ -560,7 +599,7 @@ class GenerateLane(DecodeLane[Drawn]):
             guards.banned += [(row, eos_id) for eos_id in self.runner.config.eos_ids]
         guards.bias += [(row, token, amount) for token, amount in params.logit_bias]
         penalties = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
-        if penalties != (1.0, 0.0, 0.0):
+        if has_penalties(params):
             guards.penalty(row, [*sequence.prompt_ids, *state.token_ids], *penalties)
 
     def _sampling_rows(self, owners: list[Sequence]) -> SamplingRows:
@@ -584,7 +623,8 @@ class GenerateLane(DecodeLane[Drawn]):
         for sequence in ready:
             if not self._generations[sequence].token_ids:
                 self._keep(sequence)
-        reasons = {s: self._hand_over(s, drawn[s], now) for s in ready}
+        gaps = metrics.inter_token_seconds.labels(self.name)
+        reasons = {s: self._hand_over(s, drawn[s], now, gaps) for s in ready}
         metrics.generated_tokens_total.labels(self.name, self.runner.model_name).inc(len(ready))
         self._wipe(list(broken))
         self._end([*broken, *(s for s in ready if reasons[s])], lambda s: self._outcome(s, reasons.get(s)))
@@ -592,27 +632,26 @@ class GenerateLane(DecodeLane[Drawn]):
     def _outcome(self, sequence: Sequence, reason: FinishReason | None) -> Outcome:
         return _no_number() if reason is None else [self._hypothesis(sequence, reason)]
 
-    def _hand_over(self, sequence: Sequence, drawn: Drawn, now: float) -> FinishReason | None:
+    def _hand_over(
+        self, sequence: Sequence, drawn: Drawn, now: float, gaps: Histogram
+    ) -> FinishReason | None:
         state = self._generations[sequence]
         state.take(drawn)
         index = sequence.n_generated_tokens = len(state.token_ids)
-        self._time(sequence, now)
+        if sequence.last_token_at is None:
+            metrics.time_to_first_token_seconds.labels(self.name).observe(now - sequence.submitted_at)
+        else:
+            gaps.observe(now - sequence.last_token_at)
+        sequence.last_token_at = now
         reason = self._finish_reason(state)
         top = tuple(drawn.top[: state.params.top_n_tokens])
         self._out.append(Handover(sequence, TokenEvent(index, drawn.token_id, drawn.logprob, top, reason)))
         return reason
 
     def _finish_reason(self, state: _Generation) -> FinishReason | None:
-        if state.token_ids[-1] in self.runner.config.eos_ids:
+        if state.token_ids[-1] in self._eos_ids:
             return FinishReason.EOS
         return FinishReason.LENGTH if len(state.token_ids) >= state.params.max_new_tokens else None
-
-    def _time(self, sequence: Sequence, now: float) -> None:
-        if sequence.last_token_at is None:
-            metrics.time_to_first_token_seconds.labels(self.name).observe(now - sequence.submitted_at)
-        else:
-            metrics.inter_token_seconds.labels(self.name).observe(now - sequence.last_token_at)
-        sequence.last_token_at = now
 
     def _hypothesis(self, sequence: Sequence, reason: FinishReason) -> Hypothesis:
         state = self._generations[sequence]

@@ -115,8 +115,12 @@ class DecodeRunner:
         """A step of the first rows, every shape of which follows from their number and `length`."""
         places = positions[:, None]
         return self._project(
-            self._decode(0, token_ids[:, None], places, length, position_mask(places, length))
+            self._decode(0, token_ids[:, None], places, length, self._static_mask(places, length))
         )
+
+    def _static_mask(self, places: Tensor, length: int) -> Tensor:
+        mask = position_mask(places, length)
+        return mask if self.config.window else self._to_add(mask)
 
     def _memory_lengths(self, n_rows: int) -> list[int]:
         return [0] * n_rows
@@ -136,10 +140,11 @@ class DecodeRunner:
         size = max(lengths)
         if min(lengths) == size:  # all see everything
             return None
-        hidden = ~length_mask(torch.tensor(lengths, device=self.device), size)
-        return torch.zeros(hidden.shape, device=self.device, dtype=self.dtype).masked_fill_(
-            hidden, -torch.inf
-        )
+        return self._to_add(length_mask(torch.tensor(lengths, device=self.device), size))
+
+    def _to_add(self, mask: Tensor) -> Tensor:
+        """A mask in the numbers that attention adds; a boolean one it would turn into them in every layer."""
+        return torch.zeros(mask.shape, device=self.device, dtype=self.dtype).masked_fill_(~mask, -torch.inf)
 
     def _decode(self, first: int, ids: Tensor, positions: Tensor, length: int, mask: Mask | None) -> Tensor:
         view = self.cache.view(first, positions, length)
@@ -328,11 +333,11 @@ class TranslateRunner(DecodeRunner):
         hidden: Tensor = self.model.decoder(
             token_ids[:, None],
             places,
-            position_mask(places, length),
+            self._static_mask(places, length),
             self.cache.view(0, places, length),
             self.memory.read(0, len(token_ids), length),
             # Free rows read something: of nothing the softmax is NaN, which would stay in their cache.
-            length_mask(memory_lengths.clamp(min=1), length),
+            self._to_add(length_mask(memory_lengths.clamp(min=1), length)),
         )
         return self._project(hidden)
 
