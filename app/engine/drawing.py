@@ -13,7 +13,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from model.sampling import SamplingParams, SamplingRows, penalise, sample
+from model.sampling import SamplingParams, SamplingRows, likeliest, penalise, sample
 from model.transfer import to_device
 
 UNKNOWN = -1  # in place of a token that the host has not seen yet
@@ -82,18 +82,19 @@ class Drawing:
         """The tokens that a row has read, and reads next."""
         self._histories[row, : len(token_ids)] = to_device(token_ids, self._histories.device, torch.long)
 
-    def move(self, sources: Tensor, targets: Tensor, length: int) -> None:
-        """Rows become what others are, up to `length` positions; no row is both."""
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Rows become what others are; no row is both. A history may reach beyond what the cache holds."""
         self._tokens[targets] = self._tokens[sources]
-        self._histories[targets, :length] = self._histories[sources, :length]
+        self._histories[targets] = self._histories[sources]
 
     # Within a step
 
-    def read(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+    def read(self, token_ids: Tensor, positions: Tensor, level: Level) -> Tensor:
         """Token ids (B,), of which some are `UNKNOWN` -> those that are read at `positions` (B,)."""
         n_rows = token_ids.size(0)
         known = torch.where(token_ids == UNKNOWN, self._tokens[:n_rows], token_ids)
-        self._histories[torch.arange(n_rows, device=known.device), positions] = known
+        if level > Level.GREEDY:  # else nobody looks into them
+            self._histories[torch.arange(n_rows, device=known.device), positions] = known
         return known
 
     def draw(self, logits: Tensor, positions: Tensor, uniform: Tensor, length: int, level: Level) -> None:
@@ -104,7 +105,7 @@ class Drawing:
         """
         n_rows = logits.size(0)
         rules = self._rules[:, :n_rows]
-        temperature, top_k, top_p, repetition, frequency, presence, may_end = rules
+        repetition, frequency, presence, may_end = rules[3:]
         if level > Level.GREEDY:
             past = torch.arange(length, device=logits.device) <= positions[:, None]
             history = torch.where(past, self._histories[:n_rows, :length], -1)
@@ -112,18 +113,23 @@ class Drawing:
         too_early = (positions < may_end)[:, None]
         ends = logits[:, self._eos_ids]
         logits = logits.index_copy(1, self._eos_ids, torch.where(too_early, -torch.inf, ends))
+        drawn = self._sample(logits, rules, uniform, level)
+        self._tokens[:n_rows] = drawn
+        self._logprobs[:n_rows] = logits.log_softmax(-1).gather(1, drawn[:, None]).squeeze(1)
+
+    def _sample(self, logits: Tensor, rules: Tensor, uniform: Tensor, level: Level) -> Tensor:
+        if level is Level.GREEDY:
+            return likeliest(logits)
         filtered = level is Level.FILTERED
         rows = SamplingRows(
-            temperature=temperature,
-            top_k=top_k.long(),
-            top_p=top_p,
-            typical_p=top_p,
-            any_sampling=level > Level.GREEDY,
+            temperature=rules[0],
+            top_k=rules[1].long() if filtered else rules[1],
+            top_p=rules[2],
+            typical_p=rules[2],
+            any_sampling=True,
             any_top_k=filtered,
             any_top_p=filtered,
             any_typical=False,
             any_logprobs=True,
         )
-        drawn = sample(logits, rows, uniform)
-        self._tokens[:n_rows] = drawn
-        self._logprobs[:n_rows] = logits.log_softmax(-1).gather(1, drawn[:, None]).squeeze(1)
+        return sample(logits, rows, uniform)

@@ -241,7 +241,7 @@ class StaticStep:
             if self.drawing is None:
                 self._logits[:rows] = self._compute(token_ids, positions, memory_lengths, length)
                 return
-            token_ids = self.drawing.read(token_ids, positions)
+            token_ids = self.drawing.read(token_ids, positions, level)
             logits = self._compute(token_ids, positions, memory_lengths, length)
             self._logits[:rows] = logits
             self.drawing.draw(logits, positions, numbers.view(torch.float64), length, level)

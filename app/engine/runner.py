@@ -226,7 +226,7 @@ class GenerateRunner(DecodeRunner):
         super().move(moves, length)
         if self.drawing is not None and moves:
             sources, targets = to_device([*zip(*moves, strict=True)], self.device)
-            self.drawing.move(sources, targets, length)
+            self.drawing.move(sources, targets)
 
     def prefill(self, first: int, prompts: Sequence[Sequence[int]], start: int = 0) -> None:
         """Read parts of prompts, which stand at `start`, into rows from `first` on.
@@ -371,8 +371,10 @@ class TranslateRunner(DecodeRunner):
         values, indices = top_tokens(logits, n_best)
         # Twice as fast on a CPU as logsumexp, which passes over the row more often.
         logprobs = logits.log_softmax(-1).gather(1, indices).masked_fill_(values == -torch.inf, -torch.inf)
-        pairs = zip(indices.tolist(), logprobs.tolist(), strict=True)
-        return [list(zip(ids, values, strict=True)) for ids, values in pairs]
+        # In one copy from the device, for which the host waits once.
+        ids, bits = torch.stack((indices, logprobs.double().view(torch.long))).cpu()
+        pairs = zip(ids.tolist(), bits.view(torch.float64).tolist(), strict=True)
+        return [list(zip(own, values, strict=True)) for own, values in pairs]
 
     def score(
         self, logits: Tensor, tokens: Mapping[int, Sequence[int]]

@@ -25,11 +25,13 @@ from tests.engine.rig import (
     drive,
     expected_generation,
     generate_lane,
+    load_bold,
     ordinary_ids,
     outcome,
     random_launchable,
     turn,
 )
+from tests.tiny import TinyFolders
 
 BAD = 299
 
@@ -180,6 +182,27 @@ async def test_events_are_the_same_whether_launched_ahead_or_not(causal: Checkpo
             assert [event.logprob for event in events] == pytest.approx(logprobs, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+async def test_the_host_never_waits_for_a_gpu_but_to_read_a_step(
+    tiny_folders: TinyFolders, causal_oracle: Checkpoint
+) -> None:
+    """Admission, prompts in chunks, moves and all: torch raises where an operation would wait."""
+    rng, lane = (
+        random.Random(10),
+        generate_lane(load_bold(tiny_folders.generate, "cuda"), n_slots=5, chunk_tokens=5, **WAYS["ahead"]),
+    )
+    for mode in ("default", "error"):  # what is done once may wait
+        sequences = [plain_generation(causal_oracle, rng) for _ in range(12)]
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            lane.submit(sequences)
+            drive(lane)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        await check_generations(causal_oracle, sequences)
+
+
 async def test_a_row_is_free_at_once_though_a_step_of_it_is_on_its_way(
     causal: Checkpoint, causal_oracle: Checkpoint
 ) -> None:
@@ -196,6 +219,27 @@ async def test_a_row_is_free_at_once_though_a_step_of_it_is_on_its_way(
     assert leaving.n_generated_tokens == 3
     drive(lane)
     await check_generations(causal_oracle, [staying, next_one])
+
+
+async def test_a_row_that_moves_in_the_middle_of_its_prompt_remembers_all_of_it(
+    causal: Checkpoint, causal_oracle: Checkpoint
+) -> None:
+    lane = generate_lane(causal, n_slots=3, chunk_tokens=2, **WAYS["late"])
+    rng, ids = random.Random(1), ordinary_ids(causal)
+    short, long = (SamplingParams(max_new_tokens=n, min_new_tokens=n) for n in (4, 25))
+    streams = [Sequence([300, 301], short), Sequence([310, 311], long)]
+    lane.submit(streams)
+    turn(lane)
+    prompt = [rng.choice(ids) for _ in range(40)]
+    # Its own tokens are likelier, so that each of them counts.
+    reading = Sequence(prompt, SamplingParams(max_new_tokens=20, presence_penalty=-4.0))
+    lane.submit([reading])
+    while lane.scheduler.n_active == 3 or streams[0].n_generated_tokens == 0:
+        turn(lane)
+    assert reading.rows == [0]
+    assert reading.n_generated_tokens == 0
+    drive(lane)
+    await check_generations(causal_oracle, [*streams, reading])
 
 
 async def test_the_whole_context_may_be_filled_ahead(causal: Checkpoint, causal_oracle: Checkpoint) -> None:

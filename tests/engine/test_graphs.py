@@ -83,6 +83,26 @@ def test_a_captured_step_is_replayed() -> None:
     assert len(calls) == n_calls
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@torch.inference_mode()
+def test_a_capture_that_fails_on_a_gpu_does_no_harm() -> None:
+    def compute(ids: torch.Tensor, at: torch.Tensor, memory: torch.Tensor, length: int) -> torch.Tensor:
+        if len(ids) == 2:
+            ids.sum().item()
+        return (ids + 10 * at + 100 * memory)[:, None].float().expand(-1, 3)
+
+    cuda = torch.device("cuda")
+    step = StaticStep(compute, 4, 128, 3, cuda, make_launcher(cuda))
+    step.capture()
+    assert {rows for rows, _, _ in step._recorded} == {1, 4}
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    for n_rows in (1, 2, 3, 4):
+        ids = list(range(n_rows))
+        wanted = [token + 10 * token + 100 * token for token in ids]
+        assert step.run(ids, ids, ids)[:, 0].tolist() == wanted
+
+
 # Capture that fails in part
 
 
