@@ -34,6 +34,11 @@ ENV PATH=/opt/venv/bin:$PATH \
     TRANSFORMER_HOST=0.0.0.0 \
     TRANSFORMER_PORT=8000 \
     TRANSFORMER_DEVICE=${DEVICE}
+# For a CPU a compiler comes along: at its start the service compiles its kernels for the processor that it finds
+# (model/kernels.py). Without one it runs, more slowly.
+RUN if [ "$DEVICE" = cpu ]; then \
+      apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; \
+    fi
 RUN groupadd --gid 10001 app \
  && useradd --uid 10001 --gid app --no-create-home --home-dir /tmp --shell /usr/sbin/nologin app
 COPY --from=dependencies /opt/venv /opt/venv

@@ -157,8 +157,21 @@ def compiled() -> Kernels | None:
             subprocess.run(  # noqa: S603  # the compiler of this machine, on a file of this package
                 command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS
             )
-            return Kernels(ctypes.CDLL(str(library)))
+            return Kernels(_load(library))
         except (OSError, subprocess.SubprocessError) as error:
             told = getattr(error, "stderr", None) or error
             log.warning("kernels.c was not compiled, steps run through torch's operations alone: %s", told)
             return None
+
+
+def _load(library: Path) -> ctypes.CDLL:
+    """Out of memory where the system can: a container's /tmp often allows no programs."""
+    if not hasattr(os, "memfd_create"):
+        return ctypes.CDLL(str(library))
+    descriptor = os.memfd_create("kernels")
+    try:
+        with os.fdopen(descriptor, "wb", closefd=False) as file:
+            file.write(library.read_bytes())
+        return ctypes.CDLL(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
