@@ -118,7 +118,9 @@ class DecodeRunner:
             self._decode(0, token_ids[:, None], places, length, self._static_mask(places, length))
         )
 
-    def _static_mask(self, places: Tensor, length: int) -> Tensor:
+    def _static_mask(self, places: Tensor, length: int) -> Mask:
+        if self.spans:
+            return RowSpans(places[:, 0])
         mask = position_mask(places, length)
         return mask if self.config.window else self._to_add(mask)
 
@@ -330,14 +332,15 @@ class TranslateRunner(DecodeRunner):
 
     def _compute(self, token_ids: Tensor, positions: Tensor, memory_lengths: Tensor, length: int) -> Tensor:
         places = positions[:, None]
+        # Free rows read something: of nothing the softmax is NaN, which would stay in their cache.
+        lengths = memory_lengths.clamp(min=1)
         hidden: Tensor = self.model.decoder(
             token_ids[:, None],
             places,
             self._static_mask(places, length),
             self.cache.view(0, places, length),
             self.memory.read(0, len(token_ids), length),
-            # Free rows read something: of nothing the softmax is NaN, which would stay in their cache.
-            self._to_add(length_mask(memory_lengths.clamp(min=1), length)),
+            RowSpans(lengths - 1) if self.spans else self._to_add(length_mask(lengths, length)),
         )
         return self._project(hidden)
 

@@ -30,6 +30,7 @@ from tests.engine.rig import (
     outcome,
     random_launchable,
     turn,
+    with_kernels,
 )
 from tests.tiny import TinyFolders
 
@@ -180,6 +181,14 @@ async def test_events_are_the_same_whether_launched_ahead_or_not(causal: Checkpo
             assert [replace(e, logprob=0.0) for e in events] == [replace(e, logprob=0.0) for e in same]
             logprobs = [event.logprob for event in same]
             assert [event.logprob for event in events] == pytest.approx(logprobs, rel=1e-4, abs=1e-5)
+
+
+async def test_kernels_for_a_cpu_can_be_launched_ahead(causal: Checkpoint, causal_oracle: Checkpoint) -> None:
+    lane, rng = generate_lane(with_kernels(causal), n_slots=5, **WAYS["late"]), random.Random(11)
+    sequences = [plain_generation(causal, rng) for _ in range(10)]
+    lane.submit(sequences)
+    drive(lane)
+    await check_generations(causal_oracle, sequences)
 
 
 @pytest.mark.gpu
