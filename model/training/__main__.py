@@ -197,9 +197,10 @@ def _shard(arguments: argparse.Namespace, data: dict[str, Any], tokenizer: Token
             return
         chosen = {key: data[key] for key in ("share", "max_grade", "max_figures") if key in data}
         yield from prepare.passages(texts, held=held, **chosen)
-        sources = tuple(data.get("sentences", []))
-        if sources:
-            yield from prepare.single_sentences(pairs, held=held, sources=sources)
+        sources = data.get("sentences", {})  # a list, or a table that says which share of each
+        shares = sources if isinstance(sources, dict) else dict.fromkeys(sources, 1.0)
+        if shares:
+            yield from prepare.single_sentences(pairs, held=held, shares=shares)
 
     return write_shard(folder, tokenizer, documents())
 

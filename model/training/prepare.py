@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from model.tokenizer import Tokenizer
@@ -95,10 +95,14 @@ def _easy(paragraphs: list[str], max_grade: float, max_figures: float) -> list[s
     return prose if prose and reading_grade(prose) <= max_grade else []
 
 
-def single_sentences(paths: Iterable[Path], *, held: bool, sources: tuple[str, ...]) -> Iterator[Document]:
-    """Each side of each pair of some sources as a document of its own."""
+def single_sentences(paths: Iterable[Path], *, held: bool, shares: Mapping[str, float]) -> Iterator[Document]:
+    """Each side of each pair of some sources as a document of its own.
+
+    `shares` maps a prefix of a source's name to the share of its pairs that a sample by hash keeps.
+    """
     for label, units in pair_documents(paths, held=held):
-        if label.startswith(sources):
+        share = max((shares[prefix] for prefix in shares if label.startswith(prefix)), default=0.0)
+        if held_out(units[0] + "sample", share):
             yield "sentences.en", units[:1]
             yield "sentences.ko", units[1:2]
 

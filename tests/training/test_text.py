@@ -123,10 +123,19 @@ def test_held_out_pairs_never_train(pairs_pack: Path) -> None:
 
 
 def test_single_sentences(pairs_pack: Path) -> None:
-    found = list(single_sentences([pairs_pack], held=False, sources=("written",)))
+    found = list(single_sentences([pairs_pack], held=False, shares={"written": 1.0}))
     assert {label for label, _ in found} == {"sentences.en", "sentences.ko"}
     assert all(len(units) == 1 for _, units in found)
     assert not any(held_out(units[0]) for label, units in found if label == "sentences.en")
+
+
+def test_a_sample_of_the_sentences_of_a_source(pairs_pack: Path) -> None:
+    def count(**shares: float) -> int:
+        return len(list(single_sentences([pairs_pack], held=False, shares=shares)))
+
+    assert 0 < count(written=0.5) < count(written=1.0)
+    assert count(written=0.0) == count() == 0
+    assert count(written=0.5, msdocs=1.0) == count(written=0.5) + count(msdocs=1.0)
 
 
 def test_noise() -> None:
