@@ -307,3 +307,181 @@ int stored_attention(float *k, float *v, long row_stride, long head_stride, long
     const struct stored kv = {k, v, row_stride, head_stride, n_heads, n_kv_heads, head_dim};
     return attend(&kv, q, n_heads * head_dim, NULL, last, n_rows, group, out, n_threads);
 }
+
+/* ---- the blocks of a decoder, one new token a row -------------------------------------------------------------- */
+
+#if HAS_INT8
+
+struct linear {
+    const int8_t *weight;
+    const int32_t *shift;
+    const float *w_scale, *bias;
+    int64_t n_in, depth, n_out;
+};
+
+struct norm {
+    const float *weight, *bias; /* (D,), or NULL */
+    float eps;
+    int32_t kind; /* 1: LayerNorm, 2: RMSNorm */
+};
+
+/* One layer: what it is made of, and what it reads and writes in this step. */
+struct block {
+    struct norm attention_norm, cross_norm, feed_forward_norm;
+    struct linear qkv, out, cross_q, cross_out, up, down;
+    float *k, *v, *memory_k, *memory_v;
+    const int64_t *first; /* (B,), or NULL: a row reads from its beginning */
+};
+
+/* What is the same in all layers. */
+struct shape {
+    int64_t d_model, n_heads, n_kv_heads, head_dim, d_ff;
+    int32_t norm_first, activation, gated, has_cross;
+};
+
+/* What is the same in all layers of a step. */
+struct step {
+    int64_t n_rows, row_stride, head_stride, memory_row_stride, memory_head_stride, group;
+    const int64_t *last, *memory_last;
+    const float *cosines, *sines;
+    int32_t n_threads;
+};
+
+static int apply(const struct linear *l, const float *x, long n_rows, float *out, int n_threads)
+{
+    return int8_linear(x, n_rows, l->n_in, l->depth, l->weight, l->shift, l->w_scale, l->bias, l->n_out, out, n_threads);
+}
+
+static void normalise(const struct norm *norm, const float *x, long n_rows, long dim, float *out)
+{
+    for (long row = 0; row < n_rows; row++, x += dim, out += dim) {
+        float mean = 0.0f, square = 0.0f;
+        if (norm->kind == 1) {
+#pragma omp simd reduction(+ : mean)
+            for (long i = 0; i < dim; i++)
+                mean += x[i];
+            mean /= (float)dim;
+        }
+#pragma omp simd reduction(+ : square)
+        for (long i = 0; i < dim; i++)
+            square += (x[i] - mean) * (x[i] - mean);
+        const float factor = 1.0f / sqrtf(square / (float)dim + norm->eps);
+        for (long i = 0; i < dim; i++)
+            out[i] = (x[i] - mean) * factor;
+        if (norm->weight != NULL)
+            for (long i = 0; i < dim; i++)
+                out[i] *= norm->weight[i];
+        if (norm->bias != NULL)
+            for (long i = 0; i < dim; i++)
+                out[i] += norm->bias[i];
+    }
+}
+
+INLINE float sigmoid(float x)
+{
+    const float e = exponential(-fabsf(x));
+    return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+}
+
+INLINE float hyperbolic_tangent(float x)
+{
+    const float e = exponential(-2.0f * fabsf(x));
+    return copysignf((1.0f - e) / (1.0f + e), x);
+}
+
+/* The error function to 1.5e-7 (Abramowitz and Stegun 1964, 7.1.26). */
+INLINE float error_function(float x)
+{
+    const float size = fabsf(x), t = 1.0f / (1.0f + 0.3275911f * size);
+    const float p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+    return copysignf(1.0f - p * exponential(-size * size), x);
+}
+
+/* The first of `model.block.ACTIVATIONS`, those of a feed-forward network, in its order. */
+INLINE float activate(float x, const int kind)
+{
+    switch (kind) {
+    case 0: return x < 0.0f ? 0.0f : x;
+    case 1: return 0.5f * x * (1.0f + error_function(x * 0.70710678f));
+    case 2: return 0.5f * x * (1.0f + hyperbolic_tangent(0.79788456f * (x + 0.044715f * x * x * x)));
+    case 3: return x * sigmoid(1.702f * x);
+    default: return x * sigmoid(x);
+    }
+}
+
+/* x (B, F) or, gated, (B, 2 F) of which the first half is activated and scales the other -> (B, F), in place. */
+INLINE void activate_rows(float *x, long n_rows, long d_ff, int gated, const int kind)
+{
+    for (long row = 0; row < n_rows; row++) {
+        float *out = x + row * d_ff, *own = x + row * (gated ? 2 * d_ff : d_ff);
+        if (gated)
+            for (long i = 0; i < d_ff; i++)
+                own[i] = activate(own[i], kind) * own[d_ff + i];
+        else
+            for (long i = 0; i < d_ff; i++)
+                own[i] = activate(own[i], kind);
+        if (out != own)
+            memmove(out, own, (size_t)d_ff * sizeof(float));
+    }
+}
+
+static void activate_all(float *x, long n_rows, const struct shape *s)
+{
+    switch (s->activation) { /* a loop for each, which vectorises */
+    case 0: activate_rows(x, n_rows, s->d_ff, s->gated, 0); break;
+    case 1: activate_rows(x, n_rows, s->d_ff, s->gated, 1); break;
+    case 2: activate_rows(x, n_rows, s->d_ff, s->gated, 2); break;
+    case 3: activate_rows(x, n_rows, s->d_ff, s->gated, 3); break;
+    default: activate_rows(x, n_rows, s->d_ff, s->gated, 4); break;
+    }
+}
+
+/* What a sub-layer reads of x: x itself, or its norm, which goes to `y`. */
+static const float *enter(const struct shape *s, const struct norm *norm, const float *x, long n_rows, float *y)
+{
+    if (!s->norm_first)
+        return x;
+    normalise(norm, x, n_rows, s->d_model, y);
+    return y;
+}
+
+/* x + y, or the norm of it: Add & Norm. */
+static void leave(const struct shape *s, const struct norm *norm, float *x, long n_rows, const float *y)
+{
+    for (long i = 0; i < n_rows * s->d_model; i++)
+        x[i] += y[i];
+    if (!s->norm_first)
+        normalise(norm, x, n_rows, s->d_model, x);
+}
+
+/* x (B, D) through all blocks, in place. `work` holds B times D + the widest of a sub-layer's inner rows + H K.
+ * 0, or 1 where there is no memory. */
+int decoder_blocks(const struct shape *s, const struct block *blocks, long n_blocks, const struct step *t, float *x,
+                   float *work, long widest)
+{
+    const long n = t->n_rows;
+    float *y = work, *wide = y + n * s->d_model, *heads = wide + n * widest;
+    int failed = 0;
+    for (const struct block *b = blocks; b < blocks + n_blocks; b++) {
+        failed |= apply(&b->qkv, enter(s, &b->attention_norm, x, n, y), n, wide, t->n_threads);
+        failed |= self_attention(b->k, b->v, t->row_stride, t->head_stride, s->n_heads, s->n_kv_heads, s->head_dim,
+                                 wide, t->cosines, t->sines, b->first, t->last, n, heads, t->n_threads);
+        failed |= apply(&b->out, heads, n, y, t->n_threads);
+        leave(s, &b->attention_norm, x, n, y);
+        if (s->has_cross) {
+            failed |= apply(&b->cross_q, enter(s, &b->cross_norm, x, n, y), n, wide, t->n_threads);
+            failed |= stored_attention(b->memory_k, b->memory_v, t->memory_row_stride, t->memory_head_stride,
+                                       s->n_heads, s->n_kv_heads, s->head_dim, wide, t->memory_last, n, t->group,
+                                       heads, t->n_threads);
+            failed |= apply(&b->cross_out, heads, n, y, t->n_threads);
+            leave(s, &b->cross_norm, x, n, y);
+        }
+        failed |= apply(&b->up, enter(s, &b->feed_forward_norm, x, n, y), n, wide, t->n_threads);
+        activate_all(wide, n, s);
+        failed |= apply(&b->down, wide, n, y, t->n_threads);
+        leave(s, &b->feed_forward_norm, x, n, y);
+    }
+    return failed;
+}
+
+#endif

@@ -237,15 +237,25 @@ class Decoder(_Stack):
     ) -> Tensor:
         """token_ids and positions (B, T), mask over what the cache holds -> hidden states (B, T, D)."""
         x = self.embeddings(token_ids, positions)
-        rotation = self._rotation(positions)
+        rotation, masks = self._rotation(positions), self._masks(mask, positions)
+        hidden: Tensor = self.norm(self._through_blocks(x, masks, cache, memory, memory_mask, rotation))
+        return hidden
+
+    def _through_blocks(
+        self,
+        x: Tensor,
+        masks: Sequence[Mask | None],
+        cache: Sequence[LayerCache] | None,
+        memory: Sequence[KV] | None,
+        memory_mask: Mask | None,
+        rotation: Rotation | None,
+    ) -> Tensor:
         nothing = [None] * len(self.blocks)
-        masks = self._masks(mask, positions)
         for block, layer_mask, layer_cache, layer_memory in zip(
             self.blocks, masks, cache or nothing, memory or nothing, strict=True
         ):
             x = block(x, layer_mask, layer_cache, layer_memory, memory_mask, rotation)
-        hidden: Tensor = self.norm(x)
-        return hidden
+        return x
 
     def _masks(self, mask: Mask | None, positions: Tensor) -> list[Mask | None]:
         """A mask per layer: as given, narrowed to the window where a layer has one."""

@@ -9,10 +9,12 @@ from torch import Tensor
 from model import kernels
 from model.attention import rotate, scaled_dot_product_attention
 from model.inference import has_kernels, optimise
+from model.kernel_decoder import KernelDecoder
 from model.kernels import Kernels
 from model.masks import RowSpans, window_mask
 from model.models import CausalLM, Translator, build_model, make_cache
 from model.quantize import Int8Linear, KernelInt8Linear
+from model.transformer import Decoder
 from tests.tiny import tiny_config
 
 
@@ -235,6 +237,100 @@ def test_cached_steps_equal_the_uncached_model(native: Kernels, architecture: st
         hidden = model.decoder(texts[:, 8:], positions, spans, view, memory, memory_spans)
         logits = model.head(hidden)[:, 0]
         torch.testing.assert_close(logits, wanted[:, 8], rtol=1e-4, atol=1e-5)
+
+
+BLOCKS: dict[str, dict[str, object]] = {
+    "as the paper has them": {"norm_first": False, "activation": "relu"},
+    "rotary": {"positions": "rotary", "activation": "gelu"},
+    "grouped": {"n_kv_heads": 2, "positions": "rotary", "activation": "gelu_tanh", "bias": False},
+    "gated": {"norm": "rms", "gated": True, "activation": "silu", "bias": False},
+    "coarse": {"activation": "gelu_sigmoid", "window": 3},
+    "post-norm": {"activation": "silu", "norm": "rms", "norm_first": False},
+}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("architecture", ["causal_lm", "translator"])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_blocks_in_one_call_say_what_they_say_one_by_one(
+    eight_bits: Kernels, architecture: str, kind: str
+) -> None:
+    torch.manual_seed(9)
+    model = build_model(tiny_config(architecture, **BLOCKS[kind])).eval()
+    for name, parameter in model.named_parameters():  # biases and norms that do something
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=0.5 if "norm" in name else 0.0, std=0.3)
+    optimise(model, "int8", eight_bits)
+    assert isinstance(model, CausalLM | Translator)
+    assert isinstance(model.decoder, KernelDecoder)
+    memory = memory_spans = None
+    if isinstance(model, Translator):
+        stored = make_cache(model.config, 4, 8, "cpu", torch.float32)
+        for row, source in enumerate(torch.randint(9, 40, (2, 1, 7))):
+            stored.write(2 * row, model.decoder.project_memory(model.encode(source)[0].expand(2, -1, -1)))
+        memory, memory_spans = stored.read(0, 4, 7, 2), RowSpans(torch.tensor([6, 3]))
+    texts, steps = (
+        torch.randint(9, 40, (4, 6)),
+        [torch.tensor([step, 0, step // 2, step]) for step in range(6)],
+    )
+    said: dict[type[Decoder], list[Tensor]] = {}
+    ways: tuple[type[Decoder], ...] = KernelDecoder, Decoder
+    for way in ways:
+        decoder: Decoder = model.decoder
+        decoder.__class__ = way
+        cache = make_cache(model.config, 5, 6, "cpu", torch.float32)
+        said[way] = [
+            model.decoder(
+                texts[:, step : step + 1],
+                last[:, None],
+                RowSpans(last),
+                cache.view(1, last[:, None], 6),
+                memory,
+                memory_spans,
+            )
+            for step, last in enumerate(steps)
+        ]
+    for found, wanted in zip(said[KernelDecoder], said[Decoder], strict=True):
+        # Sums in another order may tip a rounding to 8 bits, a step of a 127th, of few numbers.
+        assert (found - wanted).abs().median() < 1e-5
+        assert (found - wanted).norm() < 1e-2 * wanted.norm()
+    assert not torch.allclose(said[Decoder][-1], said[Decoder][0], atol=0.1)
+
+
+@torch.inference_mode()
+def test_blocks_that_the_kernel_does_not_know_stay_as_they_are(eight_bits: Kernels) -> None:
+    for changes in ({"qk_norm": True}, {"d_ff": 48}):
+        model = build_model(tiny_config("causal_lm", **changes)).eval()
+        optimise(model, "int8", eight_bits)
+        assert isinstance(model, CausalLM)
+        assert isinstance(model.decoder, KernelDecoder) == ("d_ff" in changes)
+    plain = build_model(tiny_config("causal_lm")).eval()
+    optimise(plain, kernels=eight_bits)
+    assert not isinstance(plain.decoder, KernelDecoder)
+
+
+@torch.inference_mode()
+def test_a_row_of_a_step_does_not_feel_its_neighbours(eight_bits: Kernels) -> None:
+    """In 8 bits, too, to the last bit: alone, among others, and beside one that holds no numbers."""
+    torch.manual_seed(10)
+    model = build_model(tiny_config("causal_lm", positions="rotary")).eval()
+    optimise(model, "int8", eight_bits)
+    assert isinstance(model, CausalLM)
+    cache = make_cache(model.config, 7, 4, "cpu", torch.float32)
+
+    def step(first: int, ids: list[int], place: int) -> Tensor:
+        places = torch.full((len(ids),), place)
+        view = cache.view(first, places[:, None], place + 1)
+        hidden: Tensor = model.decoder(torch.tensor(ids)[:, None], places[:, None], RowSpans(places), view)
+        return hidden
+
+    for place, token in enumerate([11, 12, 13]):
+        alone = step(0, [token], place)
+        crowd = step(1, [20 + place, token, 30, 31, 32, 33], place)
+        assert torch.equal(crowd[1], alone[0])
+        cache.k[:, 5, :, 0] = torch.nan
+    assert crowd[4].isnan().all()
+    assert crowd[[0, 1, 2, 3, 5]].isfinite().all()
 
 
 @torch.inference_mode()

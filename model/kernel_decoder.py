@@ -1,0 +1,215 @@
+"""A decoder whose blocks run in one call of a kernel, for one new token a row."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from model.attention import KV, Rotation
+from model.block import ACTIVATIONS, Block, PostNorm
+from model.cache import LayerCache
+from model.fused import FusedGatedFeedForward, KernelAttention, KernelCrossAttention
+from model.kernels import Kernels
+from model.masks import Mask, RowSpans
+from model.quantize import KernelInt8Linear
+from model.transformer import Decoder
+
+_pointer, _whole, _small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_Fields = list[tuple[str, Any]]
+
+
+class _Linear(ctypes.Structure):
+    _fields_: ClassVar[_Fields] = [
+        *((name, _pointer) for name in ("weight", "shift", "w_scale", "bias")),
+        *((name, _whole) for name in ("n_in", "depth", "n_out")),
+    ]
+
+
+class _Norm(ctypes.Structure):
+    _fields_: ClassVar[_Fields] = [
+        ("weight", _pointer),
+        ("bias", _pointer),
+        ("eps", ctypes.c_float),
+        ("kind", _small),
+    ]
+
+
+class _Block(ctypes.Structure):
+    _fields_: ClassVar[_Fields] = [
+        *((name, _Norm) for name in ("attention_norm", "cross_norm", "feed_forward_norm")),
+        *((name, _Linear) for name in ("qkv", "out", "cross_q", "cross_out", "up", "down")),
+        *((name, _pointer) for name in ("k", "v", "memory_k", "memory_v", "first")),
+    ]
+
+
+class _Shape(ctypes.Structure):
+    _fields_: ClassVar[_Fields] = [
+        *((name, _whole) for name in ("d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff")),
+        *((name, _small) for name in ("norm_first", "activation", "gated", "has_cross")),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_: ClassVar[_Fields] = [
+        *((name, _whole) for name in ("n_rows", "row_stride", "head_stride")),
+        *((name, _whole) for name in ("memory_row_stride", "memory_head_stride", "group")),
+        *((name, _pointer) for name in ("last", "memory_last", "cosines", "sines")),
+        ("n_threads", _small),
+    ]
+
+
+def is_suited(decoder: Decoder) -> bool:
+    """Are a decoder's blocks made of what the kernel knows?"""
+    return all(map(_is_known, decoder.blocks))
+
+
+def _is_known(block: nn.Module) -> bool:
+    assert isinstance(block, Block)
+    attentions: list[nn.Module] = [block.attention]
+    if hasattr(block, "cross_attention"):
+        attentions.append(block.cross_attention)
+    return (
+        all(isinstance(each, KernelAttention | KernelCrossAttention) for each in attentions)
+        and all(isinstance(each.q_norm, nn.Identity) for each in attentions)
+        and all(isinstance(linear, KernelInt8Linear) for linear in _linears(block))
+        and all(isinstance(norm, nn.LayerNorm | nn.RMSNorm) for norm in _norms(block))
+    )
+
+
+def _linears(block: Block) -> list[Any]:
+    """qkv, out, cross q, cross out, up, down; without a memory those of self-attention in the middle."""
+    own, feed_forward = block.attention, block.feed_forward
+    gated = isinstance(feed_forward, FusedGatedFeedForward)
+    middle = [block.cross_attention.q_proj, block.cross_attention.out_proj] if _has_cross(block) else []
+    first = [own.qkv_proj, own.out_proj]
+    return [*first, *(middle or first), feed_forward.gate_up if gated else feed_forward.up, feed_forward.down]
+
+
+def _norms(block: Block) -> list[Any]:
+    """Those of attention, cross-attention (without a memory that of attention again) and feed-forward."""
+    middle = block.add_cross if _has_cross(block) else block.add_attention
+    return [block.add_attention.norm, middle.norm, block.add_feed_forward.norm]
+
+
+def _has_cross(block: Block) -> bool:
+    return hasattr(block, "cross_attention")
+
+
+def _describe_linear(linear: KernelInt8Linear) -> _Linear:
+    tensors = linear.weight, linear.shift, linear.w_scale, linear.bias
+    depth = linear.weight.size(1) * 4
+    return _Linear(*(each.data_ptr() for each in tensors), linear.in_features, depth, linear.out_features)
+
+
+def _describe_norm(norm: nn.LayerNorm | nn.RMSNorm) -> _Norm:
+    bias = getattr(norm, "bias", None)
+    assert norm.eps is not None
+    return _Norm(
+        norm.weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        norm.eps,
+        1 if isinstance(norm, nn.LayerNorm) else 2,
+    )
+
+
+class _Plan:
+    """The blocks as the kernel reads them; it keeps alive what they point to."""
+
+    def __init__(self, blocks: Sequence[Any]) -> None:
+        first: Any = blocks[0]
+        linears, norms = [_linears(block) for block in blocks], [_norms(block) for block in blocks]
+        self._alive = [tensor for block in blocks for tensor in (*block.parameters(), *block.buffers())]
+        self.layers = (_Block * len(blocks))()
+        for layer, own_linears, own_norms in zip(self.layers, linears, norms, strict=True):
+            layer.attention_norm, layer.cross_norm, layer.feed_forward_norm = map(_describe_norm, own_norms)
+            names = ("qkv", "out", "cross_q", "cross_out", "up", "down")
+            for name, linear in zip(names, own_linears, strict=True):
+                setattr(layer, name, _describe_linear(linear))
+        attention, down = first.attention, first.feed_forward.down
+        gated = isinstance(first.feed_forward, FusedGatedFeedForward)
+        self.shape = _Shape(
+            attention.qkv_proj.in_features,
+            attention.n_heads,
+            attention.n_kv_heads,
+            attention.head_dim,
+            down.in_features,
+            not isinstance(first.add_attention, PostNorm),
+            list(ACTIVATIONS.values()).index(first.feed_forward.activation),
+            gated,
+            _has_cross(first),
+        )
+        self.widest = max(linear.out_features for linear in linears[0])
+        self.work = self.shape.d_model + self.widest + self.shape.n_heads * self.shape.head_dim
+
+
+class KernelDecoder(Decoder):
+    """The same decoder; where every row has one new token, its blocks run in one call.
+
+    So the interpreter, with its lock, is needed once a step and not a hundred times.
+    """
+
+    def __init__(self, decoder: Decoder, kernels: Kernels) -> None:
+        nn.Module.__init__(self)
+        self.embeddings, self.rotary, self.norm = decoder.embeddings, decoder.rotary, decoder.norm
+        self.blocks, self.window, self.n_full_layers = decoder.blocks, decoder.window, decoder.n_full_layers
+        self._kernels = kernels
+
+    def _through_blocks(
+        self,
+        x: Tensor,
+        masks: Sequence[Mask | None],
+        cache: Sequence[LayerCache] | None,
+        memory: Sequence[KV] | None,
+        memory_mask: Mask | None,
+        rotation: Rotation | None,
+    ) -> Tensor:
+        spans = [mask for mask in masks if isinstance(mask, RowSpans)]
+        if cache is None or len(spans) < len(masks):
+            return super()._through_blocks(x, masks, cache, memory, memory_mask, rotation)
+        step = _make_step(len(x), cache[0], spans[0], rotation)
+        if memory is not None and not _read_memory(step, memory, memory_mask):
+            return super()._through_blocks(x, masks, cache, memory, memory_mask, rotation)
+        plan = self._plan
+        for layer, held, own in zip(plan.layers, cache, spans, strict=True):
+            offset = held.first * held.k.stride(0) * held.k.element_size()
+            layer.k, layer.v = held.k.data_ptr() + offset, held.v.data_ptr() + offset
+            layer.first = None if own.first is None else own.first.data_ptr()
+        for layer, (k, v) in zip(plan.layers, memory or (), strict=False):
+            layer.memory_k, layer.memory_v = k.data_ptr(), v.data_ptr()
+        x = x.contiguous()  # as it comes out of the embeddings: nobody else holds it
+        work = torch.empty(len(x) * plan.work)
+        self._kernels.decoder_blocks(plan.shape, plan.layers, step, x, work, plan.widest)
+        return x
+
+    @functools.cached_property
+    def _plan(self) -> _Plan:
+        """Made at the first step: until then weights may be exchanged for those of another model."""
+        return _Plan(list(self.blocks))
+
+
+def _make_step(n_rows: int, cache: LayerCache, spans: RowSpans, rotation: Rotation | None) -> _Step:
+    cosines, sines = rotation or (None, None)
+    return _Step(
+        n_rows=n_rows,
+        row_stride=cache.k.stride(0),
+        head_stride=cache.k.stride(1),
+        last=spans.last.data_ptr(),
+        cosines=None if cosines is None else cosines.data_ptr(),
+        sines=None if sines is None else sines.data_ptr(),
+        n_threads=torch.get_num_threads(),
+    )
+
+
+def _read_memory(step: _Step, memory: Sequence[KV], mask: Mask | None) -> bool:
+    """Note where the memory of a step lies; False where the kernel cannot read it."""
+    k, v = memory[0]
+    if not isinstance(mask, RowSpans) or k.stride() != v.stride() or k.stride(2) != k.size(3):
+        return False
+    step.memory_row_stride, step.memory_head_stride = k.stride(0), k.stride(1)
+    step.group, step.memory_last = step.n_rows // len(k), mask.last.data_ptr()
+    return True
