@@ -55,7 +55,7 @@ class KernelAttention(FusedAttention):
 
     def __init__(self, attention: Attention, kernels: Kernels) -> None:
         super().__init__(attention)
-        self._kernels = kernels
+        self.kernels = kernels
 
     def attend_cached(
         self, x: Tensor, cache: Cache, mask: Mask | None, rotation: Rotation | None = None
@@ -69,7 +69,7 @@ class KernelAttention(FusedAttention):
             parts = torch.split(qkv, [self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
             qkv = torch.cat((self.q_norm(parts[0]), self.k_norm(parts[1]), parts[2]), dim=1)
         k, v = cache.k[cache.first : last], cache.v[cache.first : last]
-        out = self._kernels.self_attention(qkv, k, v, self.n_heads, mask.last, mask.first, rotation)
+        out = self.kernels.self_attention(qkv, k, v, self.n_heads, mask.last, mask.first, rotation)
         merged: Tensor = self.out_proj(out[:, None])
         return merged
 
@@ -97,7 +97,7 @@ class KernelCrossAttention(FusedCrossAttention):
 
     def __init__(self, attention: Attention, kernels: Kernels) -> None:
         super().__init__(attention)
-        self._kernels = kernels
+        self.kernels = kernels
 
     def attend(self, q: Tensor, kv: KV, mask: Mask | None) -> Tensor:
         """Projected queries (B, H, T, K) over kv, each (B / G, H_kv, S, K) -> (B, T, D)."""
@@ -106,7 +106,7 @@ class KernelCrossAttention(FusedCrossAttention):
         if not isinstance(mask, RowSpans) or not from_cache:
             return super().attend(q, kv, mask)
         merged: Tensor = self.out_proj(
-            self._kernels.stored_attention(q.contiguous(), k, v, mask.last)[:, None]
+            self.kernels.stored_attention(q.contiguous(), k, v, mask.last)[:, None]
         )
         return merged
 

@@ -54,9 +54,9 @@ def optimise(model: Model, quantization: Quantization = "none", kernels: Kernels
         model.decoder = KernelDecoder(model.decoder, kernels)
 
 
-def has_kernels(model: nn.Module) -> bool:
-    """Does a decoder take `RowSpans` for single queries, without making masks of them?"""
-    return any(isinstance(module, KernelAttention) for module in model.modules())
+def kernels_of(model: nn.Module) -> Kernels | None:
+    """Those that run in a model, whose decoder then takes `RowSpans` for single queries as they are."""
+    return next((module.kernels for module in model.modules() if isinstance(module, KernelAttention)), None)
 
 
 def _fuse(attention: Attention, kernels: Kernels | None) -> FusedAttention:

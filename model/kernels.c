@@ -308,6 +308,59 @@ int stored_attention(float *k, float *v, long row_stride, long head_stride, long
     return attend(&kv, q, n_heads * head_dim, NULL, last, n_rows, group, out, n_threads);
 }
 
+/* ---- the likeliest tokens ------------------------------------------------------------------------------------ */
+
+/* `value` into its place among `n` values that descend, behind its equals; the last of more than `n_best` falls out. */
+static void insert(float *values, int64_t *ids, long n, long n_best, float value, int64_t id)
+{
+    long at = n < n_best ? n : n_best - 1;
+    for (; at > 0 && value > values[at - 1]; at--) {
+        values[at] = values[at - 1];
+        ids[at] = ids[at - 1];
+    }
+    values[at] = value;
+    ids[at] = id;
+}
+
+INLINE float greatest(const float *x, long n)
+{
+    float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+    for (long i = 0; i < n; i++)
+        most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+/* logits (B, V) -> the n_best <= V greatest of each row, the first of equals before the others, and their
+ * log-probabilities, each (B, n_best). A row that holds no number has NaN for all that are not -inf. */
+void best_tokens(const float *logits, long n_rows, long vocab_size, long n_best, int64_t *ids, float *logprobs,
+                 int n_threads)
+{
+#pragma omp parallel for schedule(static) num_threads(n_threads) if (n_threads > 1 && n_rows >= 4)
+    for (long row = 0; row < n_rows; row++) {
+        const float *x = logits + row * vocab_size;
+        float *values = logprobs + row * n_best, sum = 0.0f;
+        int64_t *own = ids + row * n_best;
+        for (long i = 0; i < n_best; i++)
+            insert(values, own, i, n_best, x[i], i);
+        for (long start = n_best; start < vocab_size; start += 64) {
+            const long end = start + 64 < vocab_size ? start + 64 : vocab_size;
+            if (greatest(x + start, end - start) > values[n_best - 1])
+                for (long i = start; i < end; i++)
+                    if (x[i] > values[n_best - 1])
+                        insert(values, own, n_best, n_best, x[i], i);
+        }
+        const float most = values[0];
+#pragma omp simd reduction(+ : sum)
+        for (long i = 0; i < vocab_size; i++)
+            sum += exponential(x[i] - most);
+        const float whole = logf(sum);
+        for (long i = 0; i < n_best; i++)
+            if (values[i] != -INFINITY)
+                values[i] = values[i] - most - whole;
+    }
+}
+
 /* ---- the blocks of a decoder, one new token a row -------------------------------------------------------------- */
 
 #if HAS_INT8

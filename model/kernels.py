@@ -46,6 +46,9 @@ class Kernels:
         self._self_attention.argtypes = [*_STORED, *[_pointer] * 5, _long, _pointer, _int]
         self._stored_attention = library.stored_attention
         self._stored_attention.argtypes = [*_STORED, _pointer, _pointer, _long, _long, _pointer, _int]
+        self._best_tokens = library.best_tokens
+        self._best_tokens.argtypes = [_pointer, *[_long] * 3, _pointer, _pointer, _int]
+        self._best_tokens.restype = None
         if self.has_int8:
             self._int8_linear = library.int8_linear
             self._int8_linear.argtypes = [_pointer, *[_long] * 3, *[_pointer] * 4, _long, _pointer, _int]
@@ -150,6 +153,19 @@ class Kernels:
             )
         )
         return out
+
+    def best_tokens(self, logits: Tensor, n_best: int) -> tuple[Tensor, Tensor]:
+        """logits (B, V) -> ids of the n greatest of each row, and log-probabilities, each (B, n), best first.
+
+        What is impossible has -inf, everything else of a row that holds no number NaN.
+        """
+        logits = logits.contiguous()
+        n_rows, vocab_size = logits.shape
+        n_best = min(n_best, vocab_size)
+        ids, logprobs = torch.empty(n_rows, n_best, dtype=torch.long), torch.empty(n_rows, n_best)
+        out = ids.data_ptr(), logprobs.data_ptr()
+        self._best_tokens(logits.data_ptr(), n_rows, vocab_size, n_best, *out, torch.get_num_threads())
+        return ids, logprobs
 
 
 def _check(failed: int) -> None:

@@ -11,6 +11,7 @@ from model.decoding import may_stop, normalise, repeated_ngram_tokens
 from model.sampling import BeamParams
 
 Candidate = tuple[int, float]  # token id, log-probability
+_NEVER = float("-inf")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,13 @@ class BeamGroup:
         """The row of each live beam, in the order that `advance` expects."""
         return [beam.row for beam in self.live]
 
+    @property
+    def is_unguarded(self) -> bool:
+        """May every beam take any token next, and is none penalised?"""
+        params = self.params
+        free = not params.required and params.no_repeat_ngram_size == 0 and params.repetition_penalty == 1.0
+        return free and self.n_steps >= params.min_new_tokens
+
     def guards(self) -> Iterator[tuple[int, list[int], set[int]]]:
         """Per live beam: its row, its tokens, and those it may not take next."""
         too_short = self.n_steps < self.params.min_new_tokens
@@ -96,7 +104,17 @@ class BeamGroup:
     ) -> list[_Option]:
         """What the live beams may become, best first. Nothing ends before it has met its phrases."""
         width = 2 * self.params.num_beams
-        ranked: list[tuple[float, int, int, float]] = []
+        if not self.params.required:  # as a rule: there is no progress to be made
+            ranked = [
+                (beam.total + logprob, -i, token, logprob)
+                for i, (beam, own) in enumerate(zip(self.live, candidates, strict=True))
+                for token, logprob in own[:width]
+                if logprob > _NEVER
+            ]
+            ranked.sort(reverse=True)
+            beams = ((self.live[-i], token, logprob) for _, i, token, logprob in ranked[:width])
+            return [_Option(beam, token, logprob, beam.progress) for beam, token, logprob in beams]
+        ranked = []
         for i, (beam, own) in enumerate(zip(self.live, candidates, strict=True)):
             # How many there are of them hangs on the neighbours; what is chosen must not.
             possible = dict(own[:width])
@@ -106,12 +124,9 @@ class BeamGroup:
             ranked += [
                 (beam.total + logprob, -i, token, logprob)
                 for token, logprob in possible.items()
-                if logprob > float("-inf")
+                if logprob > _NEVER
             ]
         ranked.sort(reverse=True)
-        if not self.params.required:  # as a rule: there is no progress to be made
-            beams = ((self.live[-i], token, logprob) for _, i, token, logprob in ranked[:width])
-            return [_Option(beam, token, logprob, beam.progress) for beam, token, logprob in beams]
         return [
             _Option(self.live[-i], token, logprob, self.live[-i].progress.take(token))
             for _, i, token, logprob in ranked

@@ -752,10 +752,13 @@ class TranslateLane(DecodeLane[Ranked]):
         for sequence in running:
             group = self._groups[sequence]
             forced = sequence.target_ids[group.n_steps + 1 :][:1]
+            if group.is_unguarded and not forced:
+                continue
             for index, tokens, banned in group.guards():
                 row = sequence.rows[index]
                 if row in rows:
-                    guards.forced |= dict.fromkeys([row - rows[0]] if forced else [], *forced)
+                    if forced:
+                        guards.forced[row - rows[0]] = forced[0]
                     guards.banned += [(row - rows[0], token) for token in banned]
                     guards.penalty(row - rows[0], tokens, group.params.repetition_penalty)
         return guards

@@ -6,6 +6,7 @@ A runner works on rows; who owns a row, and when it ends, is the scheduler's and
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from model.block import WeightsTap
 from model.cache import KVCache
 from model.checkpoint import Checkpoint
 from model.config import TransformerConfig
-from model.inference import has_kernels
+from model.inference import kernels_of
 from model.masks import Mask, MaskParts, RowSpans, length_mask, position_mask, split_by_length
 from model.models import CausalLM, Classifier, MaskedLM, Translator, make_cache
 from model.sampling import SamplingRows, penalise, sample, top_tokens
@@ -69,7 +70,10 @@ class DecodeRunner:
         suppressed = sorted(_suppressed(checkpoint.tokenizer, checkpoint.config))
         self.suppressed = torch.tensor(suppressed, dtype=torch.long, device=self.device)
         self.static: StaticStep | None = None
-        self.spans = has_kernels(model)  # single queries are told what they read by first and last position
+        self.kernels = kernels_of(model)
+        self.spans = (
+            self.kernels is not None
+        )  # single queries are told what they read by first and last position
 
     def make_static(self, launcher: Launcher | None = None) -> None:
         """From now on steps run over static buffers; on a GPU as CUDA graphs, which are captured here."""
@@ -267,6 +271,9 @@ class GenerateRunner(DecodeRunner):
 
         `uniform` holds a number in [0, 1) per row. A row that holds no numbers has NaN for its logprob.
         """
+        if self.kernels is not None and rows.any_logprobs and not rows.any_sampling:
+            best = _listed(*self.kernels.best_tokens(logits, max(n_top, 1)))
+            return [Drawn(own[0][0], _or_nan(own[0][1]), own[:n_top]) for own in best]
         token_ids = sample(logits, rows, torch.tensor(uniform, dtype=torch.float64, device=self.device))
         top: list[list[tuple[int, float]]] = [[] for _ in uniform]
         if not rows.any_logprobs:
@@ -277,8 +284,7 @@ class GenerateRunner(DecodeRunner):
         chosen = logprobs.gather(1, token_ids[:, None]).squeeze(1)
         if n_top:
             values, indices = top_tokens(logprobs, n_top)
-            pairs = zip(indices.tolist(), values.tolist(), strict=True)
-            top = [list(zip(ids, each, strict=True)) for ids, each in pairs]
+            top = _listed(indices, values)
         return list(map(Drawn, token_ids.tolist(), chosen.tolist(), top))
 
 
@@ -371,6 +377,8 @@ class TranslateRunner(DecodeRunner):
 
         Those of a row where everything is banned have -inf, those of one that holds no numbers NaN.
         """
+        if self.kernels is not None:
+            return _listed(*self.kernels.best_tokens(logits, n_best))
         values, indices = top_tokens(logits, n_best)
         # Twice as fast on a CPU as logsumexp, which passes over the row more often.
         logprobs = logits.log_softmax(-1).gather(1, indices).masked_fill_(values == -torch.inf, -torch.inf)
@@ -468,6 +476,17 @@ class ClassifyRunner:
     def responds(self) -> bool:
         """Does the device still answer?"""
         return responds(self.device)
+
+
+def _listed(ids: Tensor, values: Tensor) -> list[list[tuple[int, float]]]:
+    """Tensors (B, n) -> pairs, row by row."""
+    pairs = zip(ids.tolist(), values.tolist(), strict=True)
+    return [list(zip(own, each, strict=True)) for own, each in pairs]
+
+
+def _or_nan(logprob: float) -> float:
+    """NaN for a token that is impossible: then nothing may follow."""
+    return math.nan if logprob == -math.inf else logprob
 
 
 def responds(device: torch.device) -> bool:

@@ -7,6 +7,7 @@ import torch
 from app.engine.runner import GenerateRunner, TranslateRunner, responds
 from model.checkpoint import Checkpoint
 from model.sampling import SamplingParams, SamplingRows
+from tests.engine.rig import with_kernels
 
 
 def test_ranks_of_rows_without_choice_or_numbers(translator: Checkpoint) -> None:
@@ -35,6 +36,30 @@ def test_draws_of_rows_without_choice_or_numbers(causal: Checkpoint) -> None:
     silent = [SamplingParams(temperature=1.0, logprobs=False)] * 3
     drawn = runner.draw(logits, SamplingRows.stack(silent), [0.5, 0.5, 0.5], 0)
     assert [math.isnan(each.logprob) for each in drawn] == [False, True, True]
+
+
+def test_kernels_choose_what_torch_chooses(causal: Checkpoint, translator: Checkpoint) -> None:
+    """Rows with a choice, with none, and with what is no number, where log-probabilities are read and greedy."""
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(5, causal.config.vocab_size)
+    logits[1], logits[2, 7] = -torch.inf, torch.nan
+    rows = SamplingRows.stack([SamplingParams(top_n_tokens=3)] * 5)
+    drawn = [
+        GenerateRunner(one, 5, 64).draw(logits, rows, [0.5] * 5, 3) for one in (causal, with_kernels(causal))
+    ]
+    for plain, native in zip(*drawn, strict=True):
+        assert math.isnan(plain.logprob) == math.isnan(native.logprob)
+        if not math.isnan(plain.logprob):
+            assert plain.token_id == native.token_id
+            assert [token for token, _ in plain.top] == [token for token, _ in native.top]
+            assert math.isclose(plain.logprob, native.logprob, rel_tol=1e-5)
+    plain_best, best = (
+        TranslateRunner(one, 5, 64).rank(logits, 8) for one in (translator, with_kernels(translator))
+    )
+    assert all(math.isnan(logprob) for _, logprob in best[2])
+    assert [logprob for _, logprob in best[1]] == [-math.inf] * 8
+    for row in (0, 3, 4):
+        assert [token for token, _ in best[row]] == [token for token, _ in plain_best[row]]
 
 
 def test_wiping_rows_spares_the_others(translator: Checkpoint) -> None:

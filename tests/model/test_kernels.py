@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model import kernels
 from model.attention import rotate, scaled_dot_product_attention
-from model.inference import has_kernels, optimise
+from model.inference import kernels_of, optimise
 from model.kernel_decoder import KernelDecoder
 from model.kernels import Kernels
 from model.masks import RowSpans, window_mask
@@ -190,6 +190,30 @@ def test_scores_as_far_apart_as_floats_go(native: Kernels) -> None:
     assert torch.equal(native.stored_attention(q, k, v, torch.tensor([2]))[0], v[0, 0, 1])
 
 
+def test_the_likeliest_tokens(native: Kernels) -> None:
+    torch.manual_seed(8)
+    for n_rows, vocab_size, n_best in ((1, 16, 1), (5, 1000, 8), (3, 7, 7), (2, 70, 100), (7, 64 * 5 + 9, 9)):
+        logits = 5 * torch.randn(n_rows, vocab_size)
+        logits[:, 3] = -torch.inf
+        ids, logprobs = native.best_tokens(logits, n_best)
+        wanted = logits.log_softmax(-1).topk(min(n_best, vocab_size))
+        assert torch.equal(ids, wanted.indices)
+        torch.testing.assert_close(logprobs, wanted.values, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logprobs[-1:], native.best_tokens(logits[-1:], n_best)[1], rtol=0, atol=0)
+
+
+def test_the_likeliest_of_equals_of_nothing_and_of_what_is_no_number(native: Kernels) -> None:
+    logits = torch.zeros(4, 200)
+    logits[0, [150, 20, 160]] = 1.0
+    logits[1] = -torch.inf
+    logits[2, 180], logits[3, 0] = torch.nan, torch.nan
+    ids, logprobs = native.best_tokens(logits, 4)
+    assert ids[0].tolist() == [20, 150, 160, 0]
+    assert logprobs[1].tolist() == [-torch.inf] * 4
+    assert [len(set(own)) for own in ids.tolist()] == [4] * 4
+    assert logprobs[2:].isnan().all()
+
+
 KINDS: dict[str, dict[str, object]] = {
     "sinusoidal": {"positions": "sinusoidal"},
     "rotary": {"positions": "rotary", "bias": False},
@@ -211,9 +235,9 @@ def test_cached_steps_equal_the_uncached_model(native: Kernels, architecture: st
     sources = torch.randint(9, 40, (3, 7))
     wanted = model(sources, texts) if isinstance(model, Translator) else model(texts)
     encoded = model.encode(sources)[0] if isinstance(model, Translator) else None
-    assert not has_kernels(model)
+    assert kernels_of(model) is None
     optimise(model, kernels=native)
-    assert has_kernels(model)
+    assert kernels_of(model) is native
     cache = make_cache(model.config, 5, 12, "cpu", torch.float32)
     memory = memory_spans = None
     if encoded is not None:
@@ -354,7 +378,7 @@ def test_spans_mean_the_same_to_torchs_way() -> None:
 def test_other_number_formats_go_torchs_way(native: Kernels) -> None:
     model = build_model(tiny_config("causal_lm")).to(torch.bfloat16)
     optimise(model, kernels=native)
-    assert not has_kernels(model)
+    assert kernels_of(model) is None
 
 
 @pytest.mark.parametrize(
