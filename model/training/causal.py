@@ -17,7 +17,11 @@ Batch = dict[str, Tensor]
 
 
 class CausalTask:
-    """Windows of `max_len` tokens cut from begin, document, end, begin, document, end, ..."""
+    """Windows of `max_len` tokens cut from begin, document, end, begin, document, end, ...
+
+    A window that falls inside a document begins with its next sentence, behind a begin token of its own. In
+    use every prompt stands behind one; without this it would mostly be seen before texts of one sentence.
+    """
 
     def __init__(
         self,
@@ -55,23 +59,27 @@ class CausalTask:
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
     def _window(self, offset: int, epoch: int) -> Indices:
-        """max_len + 1 tokens of the epoch's stream from `offset` on."""
+        """max_len + 1 tokens of the epoch's stream from `offset`, or the next sentence behind it, on."""
         order, ends = self._stream(epoch)
-        size = self.max_len + 1
-        out = np.full(size, self.tokenizer.pad_id, dtype=np.int64)
         place = int(np.searchsorted(ends, offset, side="right"))
-        filled = 0
-        skip = offset - (int(ends[place - 1]) if place else 0)
-        while filled < size and place < len(order):
-            document = order[place]
-            start = int(self.starts[document])
-            tokens = np.asarray(self.shard.tokens[start : start + int(self.sizes[document])], dtype=np.int64)
-            framed = np.concatenate(([self.tokenizer.bos_id], tokens, [self.tokenizer.eos_id]))[skip:]
-            part = framed[: size - filled]
-            out[filled : filled + len(part)] = part
-            filled += len(part)
-            place, skip = place + 1, 0
-        return out
+        first = self._framed(order[place], offset - (int(ends[place - 1]) if place else 0))
+        parts, filled = [first], len(first)
+        while filled <= self.max_len:
+            place = (place + 1) % len(order)
+            parts.append(self._framed(order[place]))
+            filled += len(parts[-1])
+        return np.concatenate(parts)[: self.max_len + 1]
+
+    def _framed(self, document: int, skip: int = 0) -> Indices:
+        """Begin, document, end; with `skip` tokens of that left out, from the next sentence on, if there is one."""
+        start, size = int(self.starts[document]), int(self.sizes[document])
+        tokens = np.asarray(self.shard.tokens[start : start + size], dtype=np.int64)
+        framed = np.concatenate(([self.tokenizer.bos_id], tokens, [self.tokenizer.eos_id]))
+        if not skip:
+            return framed
+        units = self.shard.units[self.shard.docs[document] : self.shard.docs[document + 1]]
+        behind = [place for place in (units - start + 1).tolist() if place >= skip]
+        return np.concatenate((framed[:1], framed[behind[0] :])) if behind else framed[:0]
 
     def _stream(self, epoch: int) -> tuple[Indices, Indices]:
         if getattr(self, "_epoch", None) != epoch:

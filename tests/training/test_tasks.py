@@ -194,20 +194,33 @@ def causal(passages_shard: Shard, tokenizer: Tokenizer) -> CausalTask:
     return CausalTask(passages_shard, tokenizer, budget=128, max_len=32)
 
 
-def test_windows_are_the_stream(causal: CausalTask) -> None:
+def test_windows_are_the_stream_from_the_next_sentence_on(causal: CausalTask) -> None:
     t, epoch = causal.tokenizer, 2
     windows = {
         int(offset): causal._window(int(offset), epoch) for b in causal.batches(epoch) for offset, _ in b
     }
     stream: list[int] = []
+    begins: set[int] = set()  # of documents
+    sentences: set[int] = set()  # of the others
     order, _ = causal._stream(epoch)
     for document in order:
-        ids = [int(i) for unit in causal.shard.document(int(document)) for i in unit]
-        stream += [t.bos_id, *ids, t.eos_id]
+        begins.add(len(stream))
+        stream.append(t.bos_id)
+        for unit in causal.shard.document(int(document)):
+            sentences.add(len(stream))
+            stream += unit.tolist()
+        stream.append(t.eos_id)
     assert sorted(order.tolist()) == list(range(30))
+    n_windows, inside = (len(stream) - 1) // 32, 0
+    stream += stream  # the last window may go on at the beginning
     for offset, window in windows.items():
-        assert window.tolist() == stream[offset : offset + 33]
-    n_windows = (len(stream) - 1) // 32
+        place = min(p for p in begins | sentences | {n_windows * 32 + 64} if p >= offset)
+        if place in begins:
+            assert window.tolist() == stream[place : place + 33]
+        else:
+            inside += 1
+            assert window.tolist() == [t.bos_id, *stream[place : place + 32]]
+    assert inside > 5
     assert set(windows) <= {i * 32 for i in range(n_windows)}
     assert len(windows) >= n_windows - 3  # the last partial batch is left out
     assert not np.array_equal(causal._stream(3)[0], order)
