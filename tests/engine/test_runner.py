@@ -39,7 +39,7 @@ def test_draws_of_rows_without_choice_or_numbers(causal: Checkpoint) -> None:
 
 
 def test_kernels_choose_what_torch_chooses(causal: Checkpoint, translator: Checkpoint) -> None:
-    """Rows with a choice, with none, and with what is no number, where log-probabilities are read and greedy."""
+    """Rows with a choice, with none and with what is no number; with log-probabilities read, and greedy."""
     torch.manual_seed(0)
     logits = 3 * torch.randn(5, causal.config.vocab_size)
     logits[1], logits[2, 7] = -torch.inf, torch.nan
