@@ -71,7 +71,7 @@ class CausalTask:
         return np.concatenate(parts)[: self.max_len + 1]
 
     def _framed(self, document: int, skip: int = 0) -> Indices:
-        """Begin, document, end; behind `skip` tokens of that: begin, and what follows from the next sentence on."""
+        """Begin, document, end; or begin, and what follows from the first sentence at or behind `skip` on."""
         start, size = int(self.starts[document]), int(self.sizes[document])
         tokens = np.asarray(self.shard.tokens[start : start + size], dtype=np.int64)
         framed = np.concatenate(([self.tokenizer.bos_id], tokens, [self.tokenizer.eos_id]))
