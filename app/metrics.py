@@ -40,6 +40,18 @@ _LANE_PHASE = {"endpoint": LANES, "phase": PHASES}
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
+class Distribution(Histogram):
+    """A histogram that takes many equal observations at the cost of one."""
+
+    def observe_many(self, amount: float, n: int) -> None:
+        """`observe`, so many times."""
+        self._sum.inc(amount * n)
+        for bound, bucket in zip(self._upper_bounds, self._buckets, strict=True):
+            if amount <= bound:
+                bucket.inc(n)
+                break
+
+
 # Everything that counts or observes, with its known labels, for `forget_warm_up`.
 _started: list[tuple[Counter | Histogram, Labels]] = []
 # What tells models apart, with its known labels.
@@ -69,8 +81,8 @@ def _gauge(name: str, help_text: str, labels: Labels) -> Gauge:
     return metric
 
 
-def _histogram(name: str, help_text: str, labels: Labels, buckets: tuple[float, ...]) -> Histogram:
-    metric = Histogram(PREFIX + name, help_text, tuple(labels), buckets=buckets)
+def _histogram(name: str, help_text: str, labels: Labels, buckets: tuple[float, ...]) -> Distribution:
+    metric = Distribution(PREFIX + name, help_text, tuple(labels), buckets=buckets)
     _started.append((metric, labels))
     _start(metric, labels)
     return metric

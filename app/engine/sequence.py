@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
+from typing import NamedTuple
 
 from app.engine.errors import EngineError
 from model.sampling import BeamParams, SamplingParams
@@ -29,11 +30,10 @@ class SequenceStatus(Enum):
     ENDED = auto()
 
 
-@dataclass(frozen=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """One generated token. `index` counts from 1; `finish_reason` is set on the last."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a name that tuples have, too
     token_id: int
     logprob: float
     top_tokens: tuple[tuple[int, float], ...] = ()

@@ -14,6 +14,20 @@ from tests.app.test_system import sample
 Client = httpx.AsyncClient
 
 
+def test_many_equal_observations_are_so_many() -> None:
+    seen: list[list[float]] = []
+    for name, many in (("one_by_one", False), ("at_once", True)):
+        metric = metrics.Distribution(name, "Of a test.", buckets=(1.0, 2.0, 5.0), registry=None)
+        for amount, n in ((0.5, 3), (2.0, 4), (2.5, 1), (9.0, 2)):
+            if many:
+                metric.observe_many(amount, n)
+            for _ in range(0 if many else n):
+                metric.observe(amount)
+        (family,) = metric.collect()
+        seen.append([sample.value for sample in family.samples])
+    assert seen[0] == seen[1] == [3.0, 7.0, 8.0, 10.0, 10.0, 30.0]
+
+
 @pytest.fixture
 def registry(app: FastAPI) -> Registry:
     """A second generator, which says z after everything, and ends."""

@@ -178,7 +178,7 @@ async def test_events_are_the_same_whether_launched_ahead_or_not(causal: Checkpo
         told.append([[event async for event in sequence.events()] for sequence in sequences])
     for others in told[1:]:
         for events, same in zip(told[0], others, strict=True):
-            assert [replace(e, logprob=0.0) for e in events] == [replace(e, logprob=0.0) for e in same]
+            assert [e._replace(logprob=0.0) for e in events] == [e._replace(logprob=0.0) for e in same]
             logprobs = [event.logprob for event in same]
             assert [event.logprob for event in events] == pytest.approx(logprobs, rel=1e-4, abs=1e-5)
 
