@@ -384,8 +384,7 @@ class TranslateRunner(DecodeRunner):
         logprobs = logits.log_softmax(-1).gather(1, indices).masked_fill_(values == -torch.inf, -torch.inf)
         # In one copy from the device, for which the host waits once.
         ids, bits = torch.stack((indices, logprobs.double().view(torch.long))).cpu()
-        pairs = zip(ids.tolist(), bits.view(torch.float64).tolist(), strict=True)
-        return [list(zip(own, values, strict=True)) for own, values in pairs]
+        return _listed(ids, bits.view(torch.float64))
 
     def score(
         self, logits: Tensor, tokens: Mapping[int, Sequence[int]]
