@@ -25,9 +25,15 @@ class LayerCache:
     positions: Tensor  # (B, T) where in its row each new token goes
     first: int
     length: int
+    origins: Tensor | None = None
 
     def update(self, k: Tensor, v: Tensor) -> KV:
-        """k and v (B, H, T, K) of the new tokens -> everything up to `length`, each (B, H, S, K)."""
+        """k and v (B, H, T, K) of the new tokens -> everything up to `length`, each (B, H, S, K).
+
+        RuntimeError where rows read out of each other, which takes a kernel.
+        """
+        if self.origins is not None:
+            raise RuntimeError("rows that follow others are for kernels alone")
         self.k[self.rows, :, self.positions] = k.transpose(1, 2).to(self.k.dtype)
         self.v[self.rows, :, self.positions] = v.transpose(1, 2).to(self.v.dtype)
         last = self.first + self.rows.size(0)
@@ -53,6 +59,15 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.n_layers, self.n_slots, self.max_len = n_layers, n_slots, max_len
+        self.origins: Tensor | None = None
+
+    def track_origins(self) -> None:
+        """From now on a row that follows another reads what that one holds, in place of a copy of it.
+
+        (N, S_max) int32: the row that holds what a row reads at a position. Beams of a sentence share most of
+        their past, so this is also less to read. Kernels alone can read such rows.
+        """
+        self.origins = torch.arange(self.n_slots, dtype=torch.int32)[:, None].repeat(1, self.max_len)
 
     @property
     def n_bytes(self) -> int:
@@ -67,7 +82,7 @@ class KVCache:
             )
         rows = torch.arange(first, first + n_rows, device=self.k.device).unsqueeze(1)
         layers = zip(self.k.unbind(), self.v.unbind(), strict=True)
-        return [LayerCache(k, v, rows, positions, first, length) for k, v in layers]
+        return [LayerCache(k, v, rows, positions, first, length, self.origins) for k, v in layers]
 
     def write(self, first: int, layer_kvs: list[KV]) -> None:
         """Store whole (k, v) pairs, each (B, H, S, K), into rows from `first` on: a projected memory."""
@@ -82,16 +97,38 @@ class KVCache:
         k, v = self.k[:, rows, :, :length], self.v[:, rows, :, :length]
         return list(zip(k.unbind(), v.unbind(), strict=True))
 
+    def follow(self, sources: list[int], targets: list[int], length: int) -> None:
+        """targets[i] goes on from what sources[i] reads, up to `length` positions; no row is both.
+
+        Where origins are tracked nothing is copied; so what others read a row must not write differently.
+        """
+        if self.origins is None:
+            self.copy_rows(sources, targets, length)
+        elif sources:
+            self.origins[targets, :length] = self.origins[sources, :length]
+
     def copy_rows(self, sources: list[int], targets: list[int], length: int) -> None:
-        """targets[i] becomes what sources[i] was before the call, up to `length` positions."""
+        """targets[i] becomes what sources[i] was before the call, up to `length` positions.
+
+        Rows that follow a source follow its copy from now on.
+        """
         if not sources:
             return
+        if self.origins is not None:
+            self._rename(sources, targets, length)
         if self.k.device.type == "cpu" and set(sources).isdisjoint(targets):
             self._copy_each(sources, targets, length)
             return
         source, target = to_device([sources, targets], self.k.device)
         self.k[:, target, :, :length] = self.k[:, source, :, :length]
         self.v[:, target, :, :length] = self.v[:, source, :, :length]
+
+    def _rename(self, sources: list[int], targets: list[int], length: int) -> None:
+        assert self.origins is not None
+        names = torch.arange(self.n_slots, dtype=torch.int32)
+        names[sources] = torch.tensor(targets, dtype=torch.int32)
+        self.origins[targets, :length] = self.origins[sources, :length]
+        self.origins[:, :length] = names[self.origins[:, :length].long()]
 
     def _copy_each(self, sources: list[int], targets: list[int], length: int) -> None:
         """Copies of whole runs of numbers, where a CPU's indexed copy goes number by number."""

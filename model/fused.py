@@ -63,13 +63,13 @@ class KernelAttention(FusedAttention):
         """x (B, T, D) over all that a cache holds once it has x's keys and values -> (B, T, D)."""
         if not isinstance(mask, RowSpans):
             return super().attend_cached(x, cache, mask, rotation)
-        n_rows, last = len(x), cache.first + len(x)
-        qkv = self.qkv_proj(x).view(n_rows, -1, self.head_dim)
+        qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)
         if self.has_norms:
             parts = torch.split(qkv, [self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
             qkv = torch.cat((self.q_norm(parts[0]), self.k_norm(parts[1]), parts[2]), dim=1)
-        k, v = cache.k[cache.first : last], cache.v[cache.first : last]
-        out = self.kernels.self_attention(qkv, k, v, self.n_heads, mask.last, mask.first, rotation)
+        out = self.kernels.self_attention(
+            qkv, cache.k, cache.v, cache.first, self.n_heads, mask.last, mask.first, rotation, cache.origins
+        )
         merged: Tensor = self.out_proj(out[:, None])
         return merged
 

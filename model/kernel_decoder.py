@@ -59,6 +59,8 @@ class _Step(ctypes.Structure):
         *((name, _whole) for name in ("n_rows", "row_stride", "head_stride")),
         *((name, _whole) for name in ("memory_row_stride", "memory_head_stride", "group")),
         *((name, _pointer) for name in ("last", "memory_last", "cosines", "sines")),
+        ("origins", _pointer),
+        *((name, _whole) for name in ("origin_stride", "first_row")),
         ("n_threads", _small),
     ]
 
@@ -201,6 +203,9 @@ def _make_step(n_rows: int, cache: LayerCache, spans: RowSpans, rotation: Rotati
         last=spans.last.data_ptr(),
         cosines=None if cosines is None else cosines.data_ptr(),
         sines=None if sines is None else sines.data_ptr(),
+        origins=None if cache.origins is None else cache.origins[cache.first].data_ptr(),
+        origin_stride=0 if cache.origins is None else cache.origins.stride(0),
+        first_row=cache.first,
         n_threads=torch.get_num_threads(),
     )
 

@@ -195,13 +195,15 @@ INLINE float exponential(float x)
     return x < least ? 0.0f : p * power;
 }
 
-/* softmax(q k') v of one head: k and v (S, K). `weights` (S,) is written on the way. */
-INLINE void attend_head(const float *q, const float *k, const float *v, long n, const long head_dim, float factor,
-                        float *weights, float *out)
+/* softmax(q k') v of one head: k and v (S, K), or, with `origins` (S,), position s out of the row that origins[s] is
+ * from the present one. `weights` (S,) is written on the way. */
+INLINE void attend_head(const float *q, const float *k, const float *v, const int32_t *origins, long origin,
+                        long row_stride, long n, const long head_dim, float factor, float *weights, float *out)
 {
+#define PLACE(s) ((s) * head_dim + (origins == NULL ? 0 : (origins[s] - origin) * row_stride))
     float most = -INFINITY, sum = 0.0f;
     for (long s = 0; s < n; s++) {
-        const float *key = k + s * head_dim;
+        const float *key = k + PLACE(s);
         float dot = 0.0f;
         if (head_dim % WIDTH == 0) {
             lanes sums = *(const lanes *)q * *(const lanes *)key;
@@ -213,7 +215,7 @@ INLINE void attend_head(const float *q, const float *k, const float *v, long n, 
                 dot += q[i] * key[i];
         }
         for (long i = 0; i < head_dim; i += WIDTH) /* memory is what it waits for: a fifth of the time */
-            __builtin_prefetch(v + s * head_dim + i);
+            __builtin_prefetch(v + PLACE(s) + i);
         weights[s] = dot *= factor;
         most = dot > most ? dot : most;
     }
@@ -225,16 +227,19 @@ INLINE void attend_head(const float *q, const float *k, const float *v, long n, 
     for (long i = 0; i < head_dim; i++)
         out[i] = 0.0f;
     for (long s = 0; s < n; s++) {
-        const float *value = v + s * head_dim, weight = weights[s] / sum;
+        const float *value = v + PLACE(s), weight = weights[s] / sum;
         for (long i = 0; i < head_dim; i++)
             out[i] += weight * value[i];
     }
+#undef PLACE
 }
 
 /* Keys and values of rows, each (N, H_kv, S, K), from the first row on. */
 struct stored {
     float *k, *v;
     long row_stride, head_stride, n_heads, n_kv_heads, head_dim;
+    const int32_t *origins; /* (N, S), or NULL: which row holds what this one reads at a position */
+    long origin_stride, first_row; /* the number, in `origins`, of the first row */
 };
 
 /* q (B, H, K), a row every `q_stride` numbers -> out (B, H, K). Row b reads the positions first[b / group] ..
@@ -251,16 +256,18 @@ static int attend(const struct stored *kv, const float *q, long q_stride, const 
         const long start = first == NULL ? 0 : first[source], n = last[source] + 1 - start;
         const long place = source * kv->row_stride + head / shared * kv->head_stride + start * dim;
         const float *own = q + row * q_stride + head * dim, *k = kv->k + place, *v = kv->v + place;
+        const int32_t *origins = kv->origins == NULL ? NULL : kv->origins + source * kv->origin_stride + start;
+        const long origin = source + kv->first_row, stride = kv->row_stride;
         float *weights = scratch((size_t)n * sizeof(float)), *to = out + pair * dim;
         if (weights == NULL) {
             failed = 1;
             continue;
         }
         switch (dim) { /* known when compiling, the loops over a head unroll */
-        case 32: attend_head(own, k, v, n, 32, factor, weights, to); break;
-        case 64: attend_head(own, k, v, n, 64, factor, weights, to); break;
-        case 128: attend_head(own, k, v, n, 128, factor, weights, to); break;
-        default: attend_head(own, k, v, n, dim, factor, weights, to); break;
+        case 32: attend_head(own, k, v, origins, origin, stride, n, 32, factor, weights, to); break;
+        case 64: attend_head(own, k, v, origins, origin, stride, n, 64, factor, weights, to); break;
+        case 128: attend_head(own, k, v, origins, origin, stride, n, 128, factor, weights, to); break;
+        default: attend_head(own, k, v, origins, origin, stride, n, dim, factor, weights, to); break;
         }
     }
     return failed;
@@ -276,16 +283,21 @@ INLINE void turn(float *x, const float *cosines, const float *sines, long half)
 }
 
 /* Self-attention of one new token in each of B rows: qkv (B, H + 2 H_kv, K) -> out (B, H, K).
- * Keys and values are stored at last[b], then row b reads first[b] .. last[b]. Queries and keys are turned before, in
- * place, by `cosines` and `sines` (B, K / 2), unless those are NULL. 0, or 1 where there is no memory. */
+ * Keys and values are stored at last[b], then row b reads first[b] .. last[b], each position out of the row that
+ * `origins` names, unless that is NULL; the new one is its own. Queries and keys are turned before, in place, by
+ * `cosines` and `sines` (B, K / 2), unless those are NULL. 0, or 1 where there is no memory. */
 int self_attention(float *k, float *v, long row_stride, long head_stride, long n_heads, long n_kv_heads,
-                   long head_dim, float *qkv, const float *cosines, const float *sines, const int64_t *first,
-                   const int64_t *last, long n_rows, float *out, int n_threads)
+                   long head_dim, int32_t *origins, long origin_stride, long first_row, float *qkv,
+                   const float *cosines, const float *sines, const int64_t *first, const int64_t *last, long n_rows,
+                   float *out, int n_threads)
 {
-    const struct stored kv = {k, v, row_stride, head_stride, n_heads, n_kv_heads, head_dim};
+    const struct stored kv = {k, v, row_stride, head_stride, n_heads, n_kv_heads, head_dim,
+                              origins, origin_stride, first_row};
     const long n_turning = n_heads + n_kv_heads, width = (n_turning + n_kv_heads) * head_dim, half = head_dim / 2;
     for (long row = 0; row < n_rows; row++) {
         float *own = qkv + row * width;
+        if (origins != NULL)
+            origins[row * origin_stride + last[row]] = (int32_t)(first_row + row);
         if (cosines != NULL)
             for (long head = 0; head < n_turning; head++)
                 turn(own + head * head_dim, cosines + row * half, sines + row * half, half);
@@ -304,7 +316,7 @@ int stored_attention(float *k, float *v, long row_stride, long head_stride, long
                      long head_dim, const float *q, const int64_t *last, long n_rows, long group, float *out,
                      int n_threads)
 {
-    const struct stored kv = {k, v, row_stride, head_stride, n_heads, n_kv_heads, head_dim};
+    const struct stored kv = {k, v, row_stride, head_stride, n_heads, n_kv_heads, head_dim, NULL, 0, 0};
     return attend(&kv, q, n_heads * head_dim, NULL, last, n_rows, group, out, n_threads);
 }
 
@@ -397,6 +409,8 @@ struct step {
     int64_t n_rows, row_stride, head_stride, memory_row_stride, memory_head_stride, group;
     const int64_t *last, *memory_last;
     const float *cosines, *sines;
+    int32_t *origins;
+    int64_t origin_stride, first_row;
     int32_t n_threads;
 };
 
@@ -518,7 +532,7 @@ int decoder_blocks(const struct shape *s, const struct block *blocks, long n_blo
     for (const struct block *b = blocks; b < blocks + n_blocks; b++) {
         failed |= apply(&b->qkv, enter(s, &b->attention_norm, x, n, y), n, wide, t->n_threads);
         failed |= self_attention(b->k, b->v, t->row_stride, t->head_stride, s->n_heads, s->n_kv_heads, s->head_dim,
-                                 wide, t->cosines, t->sines, b->first, t->last, n, heads, t->n_threads);
+                                 t->origins, t->origin_stride, t->first_row, wide, t->cosines, t->sines, b->first, t->last, n, heads, t->n_threads);
         failed |= apply(&b->out, heads, n, y, t->n_threads);
         leave(s, &b->attention_norm, x, n, y);
         if (s->has_cross) {

@@ -43,7 +43,8 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.has_int8 = bool(library.has_int8())
         self._self_attention = library.self_attention
-        self._self_attention.argtypes = [*_STORED, *[_pointer] * 5, _long, _pointer, _int]
+        origins: list[Any] = [_pointer, _long, _long]
+        self._self_attention.argtypes = [*_STORED, *origins, *[_pointer] * 5, _long, _pointer, _int]
         self._stored_attention = library.stored_attention
         self._stored_attention.argtypes = [*_STORED, _pointer, _pointer, _long, _long, _pointer, _int]
         self._best_tokens = library.best_tokens
@@ -81,17 +82,21 @@ class Kernels:
         qkv: Tensor,
         k: Tensor,
         v: Tensor,
+        first_row: int,
         n_heads: int,
         last: Tensor,
         first: Tensor | None,
         rotation: tuple[Tensor, Tensor] | None,
+        origins: Tensor | None = None,
     ) -> Tensor:
-        """One new token in each of B rows: qkv (B, (H + 2 H_kv) K), k and v (N >= B, H_kv, S, K) -> (B, H K).
+        """One new token in each of B rows: qkv (B, (H + 2 H_kv) K), k and v (N, H_kv, S, K) -> (B, H K).
 
-        Queries and keys are turned in place; keys and values are stored at last (B,), then a row reads the
-        positions first (B,), else 0, .. last.
+        Row first_row is the first of them. Queries and keys are turned in place; keys and values are stored
+        at last (B,), then a row reads the positions first (B,), else 0, .. last, each out of the row that
+        `origins` (N, S) int32 names for it.
         """
         n_rows, n_kv_heads, head_dim = qkv.size(0), k.size(1), k.size(3)
+        k, v = k[first_row:], v[first_row:]
         out = torch.empty(n_rows, n_heads * head_dim)
         cosines, sines = rotation or (None, None)
         _check(
@@ -103,6 +108,9 @@ class Kernels:
                 n_heads,
                 n_kv_heads,
                 head_dim,
+                None if origins is None else origins[first_row].data_ptr(),
+                0 if origins is None else origins.stride(0),
+                first_row,
                 qkv.data_ptr(),
                 cosines.data_ptr() if cosines is not None else None,
                 sines.data_ptr() if sines is not None else None,

@@ -295,6 +295,8 @@ class TranslateRunner(DecodeRunner):
 
     def __init__(self, checkpoint: Checkpoint, n_slots: int, max_len: int) -> None:
         super().__init__(checkpoint, n_slots, max_len)
+        if self.spans:
+            self.cache.track_origins()
         self.memory = make_cache(checkpoint.config, n_slots, max_len, self.device, self.dtype)
         self.memory_lengths = [0] * n_slots
         self._sentences = [-1] * n_slots  # the number of the one whose memory a row holds
@@ -364,8 +366,8 @@ class TranslateRunner(DecodeRunner):
                 self._sentences[target] = self._sentences[source]
 
     def copy_beams(self, copies: Sequence[tuple[int, int]], length: int) -> None:
-        """Copy rows within their groups, where the memory is the same anyway."""
-        super().move(copies, length)
+        """Let rows follow others of their group, where the memory is the same anyway."""
+        self.cache.follow([source for source, _ in copies], [target for _, target in copies], length)
 
     def wipe(self, rows: Sequence[int]) -> None:
         """Forget what rows hold, with their memories."""

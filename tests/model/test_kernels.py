@@ -107,7 +107,7 @@ def test_self_attention(
     rotation = angles.cos(), angles.sin()
     spans = RowSpans(last) if window is None else RowSpans(last).window(window)
     given = qkv.clone()
-    found = native.self_attention(given, k, v, n_heads, spans.last, spans.first, rotation)
+    found = native.self_attention(given, k, v, 0, n_heads, spans.last, spans.first, rotation)
 
     q, new_k, new_v = torch.split(qkv[:, :, None], [n_heads, n_kv_heads, n_kv_heads], dim=1)
     q, new_k = rotate(q, rotation), rotate(new_k, rotation)
@@ -125,9 +125,44 @@ def test_self_attention(
         first = None if spans.first is None else spans.first[row : row + 1]
         turned = rotation[0][row : row + 1], rotation[1][row : row + 1]
         alone = native.self_attention(
-            qkv[row : row + 1].clone(), k[row:], v[row:], n_heads, last[row : row + 1], first, turned
+            qkv[row : row + 1].clone(), k, v, row, n_heads, last[row : row + 1], first, turned
         )
         assert torch.equal(alone[0], found[row])
+
+
+@pytest.mark.parametrize("first_row", [0, 2])
+def test_rows_read_what_others_hold(native: Kernels, first_row: int) -> None:
+    """As if each held all that it reads, after rows followed others and moved to other places."""
+    torch.manual_seed(11)
+    cache, copied = (make_cache(tiny_config("causal_lm"), 8, 9, "cpu", torch.float32) for _ in range(2))
+    cache.track_origins()
+    rows = list(range(first_row, first_row + 4))
+    for step in range(6):
+        qkv, last = torch.randn(4, 12, 8), torch.full((4,), step)
+        said = [
+            native.self_attention(
+                qkv.clone(), one.k[0], one.v[0], first_row, 4, last, None, None, one.origins
+            )
+            for one in (cache, copied)
+        ]
+        assert torch.equal(*said)
+        a, b, c, d = rows
+        for one in (cache, copied):
+            match step:
+                case 0:
+                    one.follow([a, a, a], [b, c, d], 1)
+                case 1 | 3:
+                    one.follow([b], [c], step + 1)
+                case 2:
+                    one.follow([c, d], [a, b], step + 1)
+                case 4:  # to the places of rows that ended
+                    one.copy_rows([b, d], [6, 7], step + 1)
+                    one.copy_rows([6, 7], [b, d], step + 1)
+    assert cache.origins is not None
+    assert len(set(cache.origins[first_row + 2, :6].tolist())) > 1
+    view = cache.view(0, torch.zeros(1, 1, dtype=torch.long), 1)
+    with pytest.raises(RuntimeError, match="kernels alone"):
+        view[0].update(torch.zeros(1, 4, 1, 8), torch.zeros(1, 4, 1, 8))
 
 
 @pytest.mark.parametrize("n_together", [1, 3])
