@@ -1,5 +1,5 @@
 """`python -m model.training COMMAND`: tokenizer, translate, masked, causal, rnn, classify, evaluate,
-back-translate, score-pairs.
+average, back-translate, score-pairs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from model.config import TransformerConfig
 from model.models import CausalLM, Translator, build_model
 from model.tokenizer import Tokenizer
 from model.training import prepare
+from model.training.average import add_average_arguments, average_command
 from model.training.back_translate import add_back_translate_arguments, back_translate_command
 from model.training.causal import CausalTask
 from model.training.classify import add_classify_arguments, classify_command
@@ -34,6 +35,7 @@ from model.training.transfer import start_from_encoder
 from model.training.translate import TranslateTask
 
 COMMANDS = {
+    "average": average_command,
     "back-translate": back_translate_command,
     "classify": classify_command,
     "evaluate": evaluate_command,
@@ -84,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         if command != "masked":
             train.add_argument("--start-from", type=Path, help="a masked model's folder: take its encoder")
     add_classify_arguments(commands.add_parser("classify", help="teach a masked model's encoder labels"))
+    add_average_arguments(commands.add_parser("average", help="one model out of several"))
     add_back_translate_arguments(commands.add_parser("back-translate", help="pairs out of text"))
     add_score_pairs_arguments(
         commands.add_parser("score-pairs", help="drop the pairs that a model finds absurd")
