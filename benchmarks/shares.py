@@ -1,4 +1,4 @@
-"""Where the time of a step goes: torch's own operations by their share, and what is left for Python.
+"""Where the time of a step goes: torch's operations and the kernels by their share, and the rest, which is Python's.
 
     python -m benchmarks.shares --task generate --sequences 1 32
     python -m benchmarks.shares --task translate --weights shipped
@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from app.engine.sequence import Sequence
 from benchmarks.arguments import add_device, add_settings, check_device, command_line, make_parser
@@ -34,8 +34,10 @@ from benchmarks.workload import (
     make_folder,
     translator_config,
 )
+from model.kernels import Kernels
 
 N_WARM, N_STEPS, N_OPERATIONS = 4, 12, 10
+KERNELS = ("decoder_blocks", "int8_linear", "self_attention", "stored_attention", "best_tokens")
 
 
 def shares(driver: Driver, sequences: list[Sequence]) -> tuple[float, dict[str, float], float]:
@@ -54,6 +56,13 @@ def shares(driver: Driver, sequences: list[Sequence]) -> tuple[float, dict[str, 
         device = event.self_device_time_total if driver.device.type == "cuda" else event.self_cpu_time_total
         own[event.key] += device / 1e6 / whole
     return seconds, dict(own), 1.0 - sum(own.values())
+
+
+def show_kernels(kernels: Kernels | None) -> None:
+    """Have the profiler see the calls of kernels, which are none of torch's operations."""
+    for name in () if kernels is None else KERNELS:
+        if hasattr(kernels, f"_{name}"):  # those of 8 bits are not on every processor
+            setattr(kernels, name, record_function(f"kernel {name}")(getattr(kernels, name)))
 
 
 def make_folder_of(task: str, arguments: argparse.Namespace, scratch: Path) -> Path:
@@ -93,6 +102,7 @@ def main(words: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = make_folder_of(task, arguments, Path(scratch))
         driver = Driver(load_lane(task, folder, settings), arguments.device)
+        show_kernels(driver.lane.runner.kernels)
         for n in arguments.sequences:
             case = make_case(task, folder, n, PROMPT[task], NEW[task], text=arguments.weights == "shipped")
             sequences = [make_sequence(case, prompt) for prompt in case.prompts]
