@@ -1,4 +1,4 @@
-"""Where the time of a step goes: torch's operations and the kernels by their share, and the rest, which is Python's.
+"""Where the time of a step goes: torch's operations and the kernels by their share, and the rest, Python's.
 
     python -m benchmarks.shares --task generate --sequences 1 32
     python -m benchmarks.shares --task translate --weights shipped

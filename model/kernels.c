@@ -16,6 +16,7 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define LITTLE 60000 /* numbers: work on fewer is done before another thread has woken */
 
 int has_int8(void) { return HAS_INT8; }
 
@@ -148,10 +149,11 @@ int int8_linear(const float *x, long n_rows, long n_in, long depth, const int8_t
     const long n_panels = (n_out + PANEL - 1) / PANEL;
     for (long first = 0; first < n_rows; first += at_once) {
         const long n = n_rows - first < at_once ? n_rows - first : at_once;
+#pragma omp parallel for schedule(static) num_threads(n_threads) if (n_threads > 1 && n * depth > LITTLE)
         for (long i = 0; i < n; i++)
             scale[i] = quantise(x + (first + i) * n_in, n_in, eights + i * depth);
         const struct product p = {weight, shift, w_scale, bias, scale, eights, depth, n_out, out + first * n_out};
-#pragma omp parallel for schedule(static) num_threads(n_threads) if (n_threads > 1 && n * n_out * depth > 1000000)
+#pragma omp parallel for schedule(static) num_threads(n_threads) if (n_threads > 1 && n * n_out * depth > 64 * LITTLE)
         for (long panel = 0; panel < n_panels; panel++)
             all_rows(&p, n, panel);
     }
@@ -164,15 +166,21 @@ int int8_linear(const float *x, long n_rows, long n_in, long depth, const int8_t
 
 typedef float lanes __attribute__((vector_size(64), aligned(4)));
 #define WIDTH 16
+#define MOST_HELD 128
 
 INLINE float total(lanes v)
 {
-    float part[WIDTH];
-    memcpy(part, &v, sizeof part);
-    for (int width = WIDTH / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; i++)
-            part[i] += part[i + width];
-    return part[0];
+    typedef float half __attribute__((vector_size(32)));
+    typedef float quarter __attribute__((vector_size(16)));
+    half low, high;
+    memcpy(&low, &v, 32);
+    memcpy(&high, (const char *)&v + 32, 32);
+    low += high;
+    quarter lower, upper;
+    memcpy(&lower, &low, 16);
+    memcpy(&upper, (const char *)&low + 16, 16);
+    lower += upper;
+    return (lower[0] + lower[2]) + (lower[1] + lower[3]);
 }
 
 /* e^x for x <= 0, to the last bits of a float; NaN stays. After Cephes' expf (Moshier 1989). */
@@ -224,12 +232,23 @@ INLINE void attend_head(const float *q, const float *k, const float *v, const in
         weights[s] = exponential(weights[s] - most);
         sum += weights[s];
     }
-    for (long i = 0; i < head_dim; i++)
-        out[i] = 0.0f;
-    for (long s = 0; s < n; s++) {
-        const float *value = v + PLACE(s), weight = weights[s] / sum;
+    const float share = 1.0f / sum;
+    if (head_dim % WIDTH == 0 && head_dim <= MOST_HELD) {
+        lanes sums[MOST_HELD / WIDTH] = {0}; /* in registers, where the size of a head is known when compiling */
+        for (long s = 0; s < n; s++) {
+            const float *value = v + PLACE(s), weight = weights[s] * share;
+            for (long i = 0; i < head_dim / WIDTH; i++)
+                sums[i] += weight * *(const lanes *)(value + i * WIDTH);
+        }
+        memcpy(out, sums, (size_t)head_dim * sizeof(float));
+    } else {
         for (long i = 0; i < head_dim; i++)
-            out[i] += weight * value[i];
+            out[i] = 0.0f;
+        for (long s = 0; s < n; s++) {
+            const float *value = v + PLACE(s), weight = weights[s] * share;
+            for (long i = 0; i < head_dim; i++)
+                out[i] += weight * value[i];
+        }
     }
 #undef PLACE
 }
@@ -416,12 +435,16 @@ struct step {
 
 static int apply(const struct linear *l, const float *x, long n_rows, float *out, int n_threads)
 {
-    return int8_linear(x, n_rows, l->n_in, l->depth, l->weight, l->shift, l->w_scale, l->bias, l->n_out, out, n_threads);
+    return int8_linear(x, n_rows, l->n_in, l->depth, l->weight, l->shift, l->w_scale, l->bias, l->n_out, out,
+                       n_threads);
 }
 
-static void normalise(const struct norm *norm, const float *x, long n_rows, long dim, float *out)
+static void normalise(const struct norm *norm, const float *from, long n_rows, long dim, float *to, int n_threads)
 {
-    for (long row = 0; row < n_rows; row++, x += dim, out += dim) {
+#pragma omp parallel for schedule(static) num_threads(n_threads) if (n_threads > 1 && n_rows * dim > LITTLE)
+    for (long row = 0; row < n_rows; row++) {
+        const float *x = from + row * dim;
+        float *out = to + row * dim;
         float mean = 0.0f, square = 0.0f;
         if (norm->kind == 1) {
 #pragma omp simd reduction(+ : mean)
@@ -460,8 +483,8 @@ INLINE float hyperbolic_tangent(float x)
 INLINE float error_function(float x)
 {
     const float size = fabsf(x), t = 1.0f / (1.0f + 0.3275911f * size);
-    const float p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
-    return copysignf(1.0f - p * exponential(-size * size), x);
+    const float p = (((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f;
+    return copysignf(1.0f - p * t * exponential(-size * size), x);
 }
 
 /* The first of `model.block.ACTIVATIONS`, those of a feed-forward network, in its order. */
@@ -476,49 +499,56 @@ INLINE float activate(float x, const int kind)
     }
 }
 
-/* x (B, F) or, gated, (B, 2 F) of which the first half is activated and scales the other -> (B, F), in place. */
-INLINE void activate_rows(float *x, long n_rows, long d_ff, int gated, const int kind)
+/* x (F) or, gated, (2 F), of which the first half is activated and scales the other, in place. */
+INLINE void activate_as(float *x, long d_ff, int gated, const int kind)
 {
-    for (long row = 0; row < n_rows; row++) {
-        float *out = x + row * d_ff, *own = x + row * (gated ? 2 * d_ff : d_ff);
-        if (gated)
-            for (long i = 0; i < d_ff; i++)
-                own[i] = activate(own[i], kind) * own[d_ff + i];
-        else
-            for (long i = 0; i < d_ff; i++)
-                own[i] = activate(own[i], kind);
-        if (out != own)
-            memmove(out, own, (size_t)d_ff * sizeof(float));
+    if (gated)
+        for (long i = 0; i < d_ff; i++)
+            x[i] = activate(x[i], kind) * x[d_ff + i];
+    else
+        for (long i = 0; i < d_ff; i++)
+            x[i] = activate(x[i], kind);
+}
+
+static void activate_row(float *x, const struct shape *s)
+{
+    switch (s->activation) { /* a loop for each, which vectorises */
+    case 0: activate_as(x, s->d_ff, s->gated, 0); break;
+    case 1: activate_as(x, s->d_ff, s->gated, 1); break;
+    case 2: activate_as(x, s->d_ff, s->gated, 2); break;
+    case 3: activate_as(x, s->d_ff, s->gated, 3); break;
+    default: activate_as(x, s->d_ff, s->gated, 4); break;
     }
 }
 
-static void activate_all(float *x, long n_rows, const struct shape *s)
+/* x (B, F) or, gated, (B, 2 F) -> (B, F), in place. */
+static void activate_all(float *x, long n_rows, const struct shape *s, int n_threads)
 {
-    switch (s->activation) { /* a loop for each, which vectorises */
-    case 0: activate_rows(x, n_rows, s->d_ff, s->gated, 0); break;
-    case 1: activate_rows(x, n_rows, s->d_ff, s->gated, 1); break;
-    case 2: activate_rows(x, n_rows, s->d_ff, s->gated, 2); break;
-    case 3: activate_rows(x, n_rows, s->d_ff, s->gated, 3); break;
-    default: activate_rows(x, n_rows, s->d_ff, s->gated, 4); break;
-    }
+    const long width = s->gated ? 2 * s->d_ff : s->d_ff;
+#pragma omp parallel for schedule(static) num_threads(n_threads) if (n_threads > 1 && n_rows * width > LITTLE / 4)
+    for (long row = 0; row < n_rows; row++)
+        activate_row(x + row * width, s);
+    for (long row = 1; s->gated && row < n_rows; row++)
+        memmove(x + row * s->d_ff, x + row * width, (size_t)s->d_ff * sizeof(float));
 }
 
 /* What a sub-layer reads of x: x itself, or its norm, which goes to `y`. */
-static const float *enter(const struct shape *s, const struct norm *norm, const float *x, long n_rows, float *y)
+static const float *enter(const struct shape *s, const struct norm *norm, const float *x, long n_rows, float *y,
+                          int n_threads)
 {
     if (!s->norm_first)
         return x;
-    normalise(norm, x, n_rows, s->d_model, y);
+    normalise(norm, x, n_rows, s->d_model, y, n_threads);
     return y;
 }
 
 /* x + y, or the norm of it: Add & Norm. */
-static void leave(const struct shape *s, const struct norm *norm, float *x, long n_rows, const float *y)
+static void leave(const struct shape *s, const struct norm *norm, float *x, long n_rows, const float *y, int n_threads)
 {
     for (long i = 0; i < n_rows * s->d_model; i++)
         x[i] += y[i];
     if (!s->norm_first)
-        normalise(norm, x, n_rows, s->d_model, x);
+        normalise(norm, x, n_rows, s->d_model, x, n_threads);
 }
 
 /* x (B, D) through all blocks, in place. `work` holds B times D + the widest of a sub-layer's inner rows + H K.
@@ -527,26 +557,28 @@ int decoder_blocks(const struct shape *s, const struct block *blocks, long n_blo
                    float *work, long widest)
 {
     const long n = t->n_rows;
+    const int n_threads = t->n_threads;
     float *y = work, *wide = y + n * s->d_model, *heads = wide + n * widest;
     int failed = 0;
     for (const struct block *b = blocks; b < blocks + n_blocks; b++) {
-        failed |= apply(&b->qkv, enter(s, &b->attention_norm, x, n, y), n, wide, t->n_threads);
+        failed |= apply(&b->qkv, enter(s, &b->attention_norm, x, n, y, n_threads), n, wide, n_threads);
         failed |= self_attention(b->k, b->v, t->row_stride, t->head_stride, s->n_heads, s->n_kv_heads, s->head_dim,
-                                 t->origins, t->origin_stride, t->first_row, wide, t->cosines, t->sines, b->first, t->last, n, heads, t->n_threads);
-        failed |= apply(&b->out, heads, n, y, t->n_threads);
-        leave(s, &b->attention_norm, x, n, y);
+                                 t->origins, t->origin_stride, t->first_row, wide, t->cosines, t->sines, b->first,
+                                 t->last, n, heads, n_threads);
+        failed |= apply(&b->out, heads, n, y, n_threads);
+        leave(s, &b->attention_norm, x, n, y, n_threads);
         if (s->has_cross) {
-            failed |= apply(&b->cross_q, enter(s, &b->cross_norm, x, n, y), n, wide, t->n_threads);
+            failed |= apply(&b->cross_q, enter(s, &b->cross_norm, x, n, y, n_threads), n, wide, n_threads);
             failed |= stored_attention(b->memory_k, b->memory_v, t->memory_row_stride, t->memory_head_stride,
                                        s->n_heads, s->n_kv_heads, s->head_dim, wide, t->memory_last, n, t->group,
-                                       heads, t->n_threads);
-            failed |= apply(&b->cross_out, heads, n, y, t->n_threads);
-            leave(s, &b->cross_norm, x, n, y);
+                                       heads, n_threads);
+            failed |= apply(&b->cross_out, heads, n, y, n_threads);
+            leave(s, &b->cross_norm, x, n, y, n_threads);
         }
-        failed |= apply(&b->up, enter(s, &b->feed_forward_norm, x, n, y), n, wide, t->n_threads);
-        activate_all(wide, n, s);
-        failed |= apply(&b->down, wide, n, y, t->n_threads);
-        leave(s, &b->feed_forward_norm, x, n, y);
+        failed |= apply(&b->up, enter(s, &b->feed_forward_norm, x, n, y, n_threads), n, wide, n_threads);
+        activate_all(wide, n, s, n_threads);
+        failed |= apply(&b->down, wide, n, y, n_threads);
+        leave(s, &b->feed_forward_norm, x, n, y, n_threads);
     }
     return failed;
 }

@@ -192,17 +192,24 @@ def test_stored_attention(native: Kernels, n_together: int) -> None:
 
 def test_threads_share_the_work_and_change_nothing(eight_bits: Kernels) -> None:
     torch.manual_seed(4)
-    layer, x = KernelInt8Linear(torch.randn(1000, 128), None, eight_bits), torch.randn(40, 128)
-    q, k, v = torch.randn(40, 4, 1, 32), *torch.randn(2, 40, 4, 9, 32)
-    last = torch.full((40,), 8)
-    alone = layer(x), eight_bits.stored_attention(q, k, v, last)
+    model = build_model(tiny_config("causal_lm", d_model=256, d_ff=1024)).eval()
+    optimise(model, "int8", eight_bits)
+    assert isinstance(model, CausalLM)
+    ids, last = torch.randint(9, 40, (256, 1)), torch.zeros(256, dtype=torch.long)
+
+    def work() -> list[Tensor]:
+        cache = make_cache(model.config, 256, 4, "cpu", torch.float32)
+        hidden = model.decoder(ids, last[:, None], RowSpans(last), cache.view(0, last[:, None], 1))
+        return [hidden, *eight_bits.best_tokens(model.head(hidden)[:, 0], 3)]
+
+    alone = work()
     torch.set_num_threads(2)
     try:
-        together = layer(x), eight_bits.stored_attention(q, k, v, last)
+        together = work()
     finally:
         torch.set_num_threads(1)
-    assert torch.equal(together[0], alone[0])
-    assert torch.equal(together[1], alone[1])
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_rows_that_hold_no_number_say_so_alone(native: Kernels) -> None:
