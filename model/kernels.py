@@ -10,6 +10,8 @@ import ctypes
 import functools
 import logging
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -184,23 +186,46 @@ def _check(failed: int) -> None:
 @functools.cache
 def compiled() -> Kernels | None:
     """The kernels, compiled at the first call; None where no compiler is, or it fails, which is logged."""
-    compiler = os.environ.get("CC") or next(filter(shutil.which, _COMPILERS), None)
-    if compiler is None:
-        log.info("no C compiler: steps run through torch's operations alone")
-        return None
-    # A folder that nobody else may write to, and that is gone once the library is loaded.
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "kernels.so"
-        command = [*compiler.split(), *_FLAGS, "-shared", "-fPIC", str(_SOURCE), "-o", str(library), "-lm"]
-        try:
+    try:
+        command = _compiler()
+        if command is None:
+            log.info("no C compiler: steps run through torch's operations alone")
+            return None
+        # A folder that nobody else may write to, and that is gone once the library is loaded.
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder) / "kernels.so"
+            command += [*_FLAGS, "-shared", "-fPIC", str(_SOURCE), "-o", str(library), "-lm"]
             subprocess.run(  # noqa: S603  # the compiler of this machine, on a file of this package
-                command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS
+                command,
+                check=True,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_COMPILE_SECONDS,
             )
             return Kernels(_load(library))
-        except (OSError, subprocess.SubprocessError) as error:
-            told = getattr(error, "stderr", None) or error
-            log.warning("kernels.c was not compiled, steps run through torch's operations alone: %s", told)
-            return None
+    except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
+        log.warning(
+            "kernels.c was not compiled, steps run through torch's operations alone: %s", _reason(error)
+        )
+        return None
+
+
+def _compiler() -> list[str] | None:
+    """What CC names, with its arguments, else the first that is here. Raises ValueError for an open quote."""
+    named = shlex.split(os.environ.get("CC", ""))
+    return named or next(([name] for name in _COMPILERS if shutil.which(name)), None)
+
+
+def _reason(error: Exception) -> str:
+    """Why there are no kernels, in a line: of what a compiler says the first that is wrong."""
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"{error.cmd[0]} took more than {error.timeout:g} seconds"
+    if not isinstance(error, subprocess.CalledProcessError):
+        return str(error)
+    lines = [line.strip() for line in error.stderr.splitlines() if line.strip()]
+    wrong = [line for line in lines if re.search("error|cannot|unsupported|undefined", line, re.IGNORECASE)]
+    return next(iter(wrong or lines), f"{error.cmd[0]} ended with {error.returncode}")
 
 
 def _load(library: Path) -> ctypes.CDLL:
@@ -211,6 +236,9 @@ def _load(library: Path) -> ctypes.CDLL:
     try:
         with os.fdopen(descriptor, "wb", closefd=False) as file:
             file.write(library.read_bytes())
-        return ctypes.CDLL(f"/proc/self/fd/{descriptor}")
+        # Under a name of its own: of one that it knows, the loader returns what it has.
+        name = library.with_suffix(".memory.so")
+        name.symlink_to(f"/proc/self/fd/{descriptor}")
+        return ctypes.CDLL(str(name))
     finally:
         os.close(descriptor)

@@ -1,6 +1,8 @@
 """The kernels in C against torch's operations, and against themselves in other company."""
 
 import logging
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -423,22 +425,59 @@ def test_other_number_formats_go_torchs_way(native: Kernels) -> None:
     assert kernels_of(model) is None
 
 
-@pytest.mark.parametrize(
-    ("compiler", "told"), [("false", "was not compiled"), ("no-such-compiler", "was not compiled")]
-)
+SAYS = 'for a; do target=$out; out=$a; [ "$target" = -o ] && break; done\n'
+COMPILERS: dict[str, tuple[str, str]] = {
+    "fails in silence": ("exit 3", "ended with 3"),
+    "says why": ("echo kernels.c: In function >&2; echo kernels.c:1: error: so >&2; exit 1", "error: so"),
+    "says it in other letters": (r"printf '\377 no\n' >&2; exit 1", "\ufffd no"),
+    "takes too long": ("echo wait >&2; exec sleep 60", "more than 1 seconds"),
+    "makes nothing": ("exit 0", "No such file"),
+    "makes something else": (SAYS + 'echo something >"$out"', "too short"),
+}
+
+
+@pytest.mark.parametrize(("script", "told"), COMPILERS.values(), ids=COMPILERS)
 def test_a_compiler_that_fails_is_no_fault(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, compiler: str, told: str
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path, script: str, told: str
 ) -> None:
-    monkeypatch.setenv("CC", compiler)
+    compiler = tmp_path / "my cc"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", f"'{compiler}' -g")
+    monkeypatch.setattr(kernels, "_COMPILE_SECONDS", 1.0)
     with caplog.at_level(logging.INFO, "model.kernels"):
         assert kernels.compiled.__wrapped__() is None
-    assert told in caplog.text
+    (record,) = caplog.records
+    assert "was not compiled" in record.message
+    assert told in record.message
+    assert "\n" not in record.message
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "cc '"])
+def test_neither_is_one_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, compiler: str
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    assert kernels.compiled.__wrapped__() is None
+    assert "was not compiled" in caplog.text
+
+
+def test_neither_is_a_machine_without_a_folder_for_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise FileNotFoundError("no usable temporary directory")
+
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    assert kernels.compiled.__wrapped__() is None
+    assert "no usable temporary directory" in caplog.text
 
 
 def test_without_a_compiler_nothing_is_compiled(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("CC", " ")
     monkeypatch.setenv("PATH", "")
     with caplog.at_level(logging.INFO, "model.kernels"):
         assert kernels.compiled.__wrapped__() is None
