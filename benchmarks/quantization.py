@@ -21,6 +21,7 @@ from benchmarks.table import Table
 from benchmarks.workload import SHIPPED
 from model.checkpoint import Checkpoint, load
 from model.inference import Quantization, optimise
+from model.kernels import compiled
 from model.models import Translator
 from model.sampling import BeamParams
 from model.training.evaluate import read_parallel, sample
@@ -33,7 +34,7 @@ _FILL_MASK = Path("weights/fill-mask")
 def loaded(folder: Path, kind: Quantization) -> Checkpoint:
     """A folder's model as the service runs it."""
     checkpoint = load(folder)
-    optimise(checkpoint.model, kind)
+    optimise(checkpoint.model, kind, compiled())  # as the service does
     return checkpoint
 
 
