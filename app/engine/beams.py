@@ -104,29 +104,22 @@ class BeamGroup:
     ) -> list[_Option]:
         """What the live beams may become, best first. Nothing ends before it has met its phrases."""
         width = 2 * self.params.num_beams
-        if not self.params.required:  # as a rule: there is no progress to be made
-            ranked = [
-                (beam.total + logprob, -i, token, logprob)
-                for i, (beam, own) in enumerate(zip(self.live, candidates, strict=True))
-                for token, logprob in own[:width]
-                if logprob > _NEVER
-            ]
-            ranked.sort(reverse=True)
-            beams = ((self.live[-i], token, logprob) for _, i, token, logprob in ranked[:width])
-            return [_Option(beam, token, logprob, beam.progress) for beam, token, logprob in beams]
-        ranked = []
+        required = bool(self.params.required)
+        ranked: list[tuple[float, int, int, float]] = []
         for i, (beam, own) in enumerate(zip(self.live, candidates, strict=True)):
             # How many there are of them hangs on the neighbours; what is chosen must not.
-            possible = dict(own[:width])
-            if not beam.progress.complete:
-                possible |= self._forced(beam, own, wanted.get(beam.row, []))
-                possible.pop(self.eos_id, None)
+            possible: Iterable[Candidate] = own[:width]
+            if required and not beam.progress.complete:
+                forced = dict(possible) | self._forced(beam, own, wanted.get(beam.row, []))
+                forced.pop(self.eos_id, None)
+                possible = forced.items()
             ranked += [
-                (beam.total + logprob, -i, token, logprob)
-                for token, logprob in possible.items()
-                if logprob > _NEVER
+                (beam.total + logprob, -i, token, logprob) for token, logprob in possible if logprob > _NEVER
             ]
         ranked.sort(reverse=True)
+        if not required:  # as a rule: there is no progress to be made
+            beams = ((self.live[-i], token, logprob) for _, i, token, logprob in ranked[:width])
+            return [_Option(beam, token, logprob, beam.progress) for beam, token, logprob in beams]
         return [
             _Option(self.live[-i], token, logprob, self.live[-i].progress.take(token))
             for _, i, token, logprob in ranked

@@ -71,9 +71,8 @@ class DecodeRunner:
         self.suppressed = torch.tensor(suppressed, dtype=torch.long, device=self.device)
         self.static: StaticStep | None = None
         self.kernels = kernels_of(model)
-        self.spans = (
-            self.kernels is not None
-        )  # single queries are told what they read by first and last position
+        # Kernels are told what single queries read by its first and last position.
+        self.spans = self.kernels is not None
 
     def make_static(self, launcher: Launcher | None = None) -> None:
         """From now on steps run over static buffers; on a GPU as CUDA graphs, which are captured here."""
