@@ -123,14 +123,15 @@ class Attention(nn.Module):
         if isinstance(mask, RowSpans):
             mask = mask.as_mask(k.size(2))
         if not isinstance(mask, MaskParts):
-            return self._merge(self._fused_kernel(q, k, v, mask))
+            return self._merge(self.fused_kernel(q, k, v, mask))
         outs = [
-            self._fused_kernel(q[first:last], k[first:last, :, :length], v[first:last, :, :length], own)
+            self.fused_kernel(q[first:last], k[first:last, :, :length], v[first:last, :, :length], own)
             for first, last, length, own in mask.parts
         ]
         return self._merge(torch.cat(outs))
 
-    def _fused_kernel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def fused_kernel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """q (B, H, T, K) over k and v (B, H_kv, S, K), mask broadcastable to (B, H, T, S) -> (B, H, T, K)."""
         grouped = self.n_kv_heads != self.n_heads
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 

@@ -16,7 +16,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -25,6 +24,8 @@ from model.block import Block
 from model.models import Model
 from model.tokenizer import Tokenizer
 from model.training.batches import Indices
+from model.training.loss import compile_loss
+from model.training.products import use_plain_products
 from model.training.schedule import Schedule
 
 Batch = dict[str, Tensor]
@@ -95,7 +96,7 @@ class _TaskLoss(nn.Module):
 
 
 def _compile_blocks(model: Model) -> None:
-    """Compile each layer on its own: equal layers share one compilation."""
+    """Compile each layer on its own: equal layers share one compilation. Pays on a GPU, not on a CPU."""
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(dynamic=True)
@@ -133,8 +134,7 @@ class Trainer:
             options,
             folder,
         )
-        if options.compile:
-            _compile_blocks(model)
+        self._use_fast_paths()
         self.runner: nn.Module = _TaskLoss(model, task)
         if self.world > 1:
             # A batch without a second sentence leaves the next-sentence head unused.
@@ -145,6 +145,13 @@ class Trainer:
         self.tokens = 0
         self.seconds = 0.0
         self.losses: list[float] = []
+
+    def _use_fast_paths(self) -> None:
+        compile_loss(self.options.compile)
+        if self.device.type == "cpu":
+            use_plain_products(self.model)
+        elif self.options.compile:
+            _compile_blocks(self.model)
 
     def run(self, on_evaluate: Callable[[int, float], None] | None = None) -> None:
         """Train to the last step, resuming from the folder's checkpoint where there is one."""
@@ -272,9 +279,7 @@ class Trainer:
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:
-        # The fused kernel's backward in bf16 is several times slower than plain products on a CPU.
-        kernel = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
-        with kernel, torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.options.bf16):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.options.bf16):
             yield
 
     def _to_device(self, batch: Batch) -> Batch:

@@ -1,5 +1,6 @@
 """Batches, the schedule and the loss: pure functions."""
 
+import shutil
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from model.training import loss as loss_module
 from model.training.batches import WIDTH_STEP, pad, padded_width, sample_by_weight, token_budget_batches
-from model.training.loss import linear_cross_entropy
+from model.training.loss import compile_loss, linear_cross_entropy
 from model.training.schedule import Schedule
 
 
@@ -104,11 +105,31 @@ def test_linear_cross_entropy_is_torchs(
     bias: bool, smoothing: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss_module, "_CHUNK", 7)
+    monkeypatch.setattr(loss_module, "_ROWS", 3)
     for n in (1, 7, 20):
         ours, theirs = both(n, bias, smoothing)
         assert len(ours) == 4 if bias else 3
         for mine, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
+def test_the_compiled_loss_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(loss_module, "_ROWS", 8)
+    compile_loss(True)
+    request.addfinalizer(lambda: compile_loss(False))
+    for mine, other in zip(*both(20, bias=True, smoothing=0.1), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_linear_cross_entropy_of_large_logits() -> None:
+    hidden, weight = torch.full((2, 4), 30.0, requires_grad=True), torch.randn(5, 4) * 30
+    labels = torch.tensor([0, 4])
+    ours, theirs = linear_cross_entropy(hidden, weight, labels), F.cross_entropy(hidden @ weight.t(), labels)
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_no_rows_no_loss() -> None:
