@@ -39,9 +39,11 @@ class TranslateTask:
     ) -> None:
         self.shard, self.tokenizer = shard, tokenizer
         self.budget, self.label_smoothing, self.noise, self.seed = budget, label_smoothing, noise, seed
-        first = np.asarray(shard.docs[:-1])
-        sizes = np.diff(np.asarray(shard.units))
-        self.lengths = np.maximum(sizes[first], sizes[first + 1]) + 3  # tag, language, end
+        self.max_len = max_len
+        self.first, sizes = np.asarray(shard.docs[:-1]), np.diff(np.asarray(shard.units))
+        self.sizes = sizes + 3  # tag, language, end
+        self.lengths = np.maximum(self.sizes[self.first], self.sizes[self.first + 1])
+        self.twins = np.diff(np.asarray(shard.docs)) == 4
         by_label = np.array([_weight(name, weights) for name in shard.label_names])
         self.weights: NDArray[np.float64] = by_label[np.asarray(shard.labels)] * (self.lengths <= max_len)
         self.tags = [source_tag(name) for name in shard.label_names]
@@ -49,22 +51,31 @@ class TranslateTask:
         self.learned = learned[np.asarray(shard.labels)]  # (documents, direction)
 
     def batches(self, epoch: int) -> list[Indices]:
-        """Batches of 2 * document + direction (0 to Korean, 1 to English)."""
+        """Batches of 4 * document + 2 * noisy + direction (0 to Korean, 1 to English).
+
+        Which sources are noisy is drawn here, because text in capitals has twice the tokens: one such row
+        would widen its whole batch.
+        """
         rng = np.random.default_rng((self.seed, epoch))
         documents = sample_by_weight(self.weights, rng)
-        examples = np.concatenate((2 * documents, 2 * documents + 1))
-        examples = examples[self.learned[examples // 2, examples % 2]]
-        order = token_budget_batches(self.lengths[examples // 2], self.budget, rng)
-        return [examples[batch] for batch in order]
+        documents, directions = np.tile(documents, 2), np.repeat((0, 1), len(documents))
+        learned = self.learned[documents, directions]
+        documents, directions = documents[learned], directions[learned]
+        noisy = self.twins[documents] & (rng.random(len(documents)) < self.noise)
+        first = self.first[documents]
+        noisy[noisy] = self.sizes[(first + directions)[noisy] + 2] <= self.max_len
+        lengths = np.maximum(self.sizes[first + directions + 2 * noisy], self.sizes[first + 1 - directions])
+        examples = 4 * documents + 2 * noisy + directions
+        return [examples[batch] for batch in token_budget_batches(lengths, self.budget, rng)]
 
     def collate(self, batch: Indices, rng: np.random.Generator) -> Batch:
         """src (B, S); tgt (B, T), which the decoder reads; labels (B, T), which it should say."""
         sources, inputs, labels = [], [], []
         for example in batch:
-            document, direction = divmod(int(example), 2)
+            document, source = divmod(int(example), 4)
+            direction = source % 2
             units = self.shard.document(document)
-            noisy = len(units) == 4 and rng.random() < self.noise
-            src, tgt = units[direction + 2 * noisy].tolist(), units[1 - direction].tolist()
+            src, tgt = units[source].tolist(), units[1 - direction].tolist()
             language = ("ko", "en")[direction]
             sources.append(self.tokenizer.source_ids(src, language, self.tags[self.shard.labels[document]]))
             inputs.append([self.tokenizer.languages[language], *tgt])

@@ -260,8 +260,12 @@ def translate(tokenizer: Tokenizer, tmp_path: Path) -> TranslateTask:
 
 def test_both_directions_by_weight(translate: TranslateTask) -> None:
     batches = translate.batches(0)
-    counts = np.bincount(np.concatenate(batches), minlength=24)
+    examples = np.concatenate(batches)
+    counts = np.bincount(examples // 4 * 2 + examples % 2, minlength=24)
     assert counts.tolist() == [2] * 16 + [1] * 8
+    noisy = examples[examples % 4 >= 2] // 4
+    assert 0 < len(noisy) < 32
+    assert max(noisy) < 8
     for batch in batches:
         arrays = translate.collate(batch, rng())
         assert all(a.numel() <= 512 for a in arrays.values())
@@ -269,12 +273,11 @@ def test_both_directions_by_weight(translate: TranslateTask) -> None:
 
 def test_collate_tags_and_shifts(translate: TranslateTask) -> None:
     t = translate.tokenizer
-    arrays = translate.collate(np.arange(24), rng())
-    noisy = 0
-    for example, (src, tgt, labels) in enumerate(
-        zip(arrays["src"].tolist(), arrays["tgt"].tolist(), arrays["labels"].tolist(), strict=True)
-    ):
-        document, direction = divmod(example, 2)
+    examples = np.sort(np.concatenate(translate.batches(0)))
+    arrays = translate.collate(examples, rng())
+    rows = zip(arrays["src"].tolist(), arrays["tgt"].tolist(), arrays["labels"].tolist(), strict=True)
+    for example, (src, tgt, labels) in zip(examples.tolist(), rows, strict=True):
+        document, noisy, direction = example // 4, example // 2 % 2, example % 2
         en, ko = PAIRS[document]
         source, target = (en, ko) if direction == 0 else (ko, en)
         language = t.languages["ko" if direction == 0 else "en"]
@@ -284,17 +287,24 @@ def test_collate_tags_and_shifts(translate: TranslateTask) -> None:
         assert labels[:n] == tgt[1 : n + 1]
         assert t.decode(labels) == target
         assert set(labels[n + 1 :]) | set(tgt[n + 1 :]) <= {t.pad_id}
-        plain = t.decode(src) == source
         twin = source.lower() if direction == 0 else source.removesuffix(".")
-        assert plain or (document < 8 and t.decode(src) == twin)
-        noisy += not plain
+        assert t.decode(src) == (twin if noisy else source)
         assert src[src.index(t.pad_id) - 1 if t.pad_id in src else -1] == t.eos_id
-    assert 0 < noisy < 16
+
+
+def test_a_noisy_source_widens_no_batch(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    en, ko = PAIRS[0]
+    shard = write_shard(tmp_path, tokenizer, [("written", [en, ko, en * 9, ko])] * 40)
+    task = TranslateTask(shard, tokenizer, weights={"": 1.0}, budget=512, noise=0.5)
+    assert all(a.numel() <= 512 for b in task.batches(0) for a in task.collate(b, rng()).values())
+    narrow = TranslateTask(shard, tokenizer, weights={"": 1.0}, budget=512, noise=1.0, max_len=30)
+    noisy = np.concatenate(narrow.batches(0))
+    assert set(noisy % 4) == {0, 3}  # English nine times over is longer than the limit
 
 
 def test_longer_pairs_than_the_limit_are_left_out(translate: TranslateTask) -> None:
     short = TranslateTask(translate.shard, translate.tokenizer, weights={"": 1.0}, budget=512, max_len=30)
-    kept = {int(e) // 2 for batch in short.batches(0) for e in batch}
+    kept = {int(e) // 4 for batch in short.batches(0) for e in batch}
     assert kept == set(np.flatnonzero(short.lengths <= 30).tolist())
     assert 0 < len(kept) < 12
 
@@ -302,7 +312,7 @@ def test_longer_pairs_than_the_limit_are_left_out(translate: TranslateTask) -> N
 def test_smoothing_is_for_training_alone(translate: TranslateTask, tokenizer: Tokenizer) -> None:
     model = build_model(fitting_config("translator", tokenizer))
     assert isinstance(model, Translator)
-    arrays = translate.collate(np.arange(4), rng())
+    arrays = translate.collate(np.array([0, 1, 4, 5]), rng())
     (smooth, tokens), (plain, _) = (translate.loss(model.train(mode), arrays) for mode in (True, False))
     assert smooth.item() != plain.item()
     assert tokens == int((arrays["labels"] != tokenizer.pad_id).sum())
