@@ -24,6 +24,7 @@ from model.block import Block
 from model.models import Model
 from model.tokenizer import Tokenizer
 from model.training.batches import Indices
+from model.training.dropout import share_dropout
 from model.training.loss import compile_loss
 from model.training.products import use_plain_products
 from model.training.schedule import Schedule
@@ -55,6 +56,7 @@ class Options:
     device: str = "cpu"
     bf16: bool = False
     compile: bool = False
+    shared_dropout: bool = False
     checkpoint_every: int = 500
     evaluate_every: int = 500
     log_every: int = 50
@@ -148,6 +150,8 @@ class Trainer:
 
     def _use_fast_paths(self) -> None:
         compile_loss(self.options.compile)
+        if self.options.shared_dropout:
+            share_dropout(self.model)
         if self.device.type == "cpu":
             use_plain_products(self.model)
         elif self.options.compile:
