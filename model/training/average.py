@@ -7,6 +7,7 @@ The mean of weights from one course of learning is often better than any of them
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,7 +46,8 @@ def average(folders: list[Path], shares: list[float], out: Path) -> None:
         raise ValueError("shares are at least 0, and not all 0")
     first, *others = (checkpoint.load(folder) for folder in folders)
     for other in others:
-        if other.config != first.config or other.tokenizer.files() != first.tokenizer.files():
+        config = replace(other.config, dropout=first.config.dropout)  # of training alone
+        if config != first.config or other.tokenizer.files() != first.tokenizer.files():
             raise ValueError(f"{other.name} and {first.name} differ in config or tokenizer")
     mean = dict(first.model.named_parameters())
     for parameter in mean.values():

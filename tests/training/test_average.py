@@ -1,5 +1,6 @@
 """The mean of models, by hand."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -33,6 +34,15 @@ def test_mean(tiny_folders: TinyFolders, tmp_path: Path) -> None:
     assert numbers(tmp_path / "mean") == {2.0}
     assert main(["average", "--models", str(one), str(three), "--shares", "3", "1", "--out", str(one)]) == 0
     assert numbers(one) == {1.5}
+
+
+def test_dropout_may_differ(tiny_folders: TinyFolders, tmp_path: Path) -> None:
+    one = filled(tiny_folders.translate, tmp_path / "one", 1.0)
+    three = filled(tiny_folders.translate, tmp_path / "three", 3.0)
+    config = json.loads((three / "config.json").read_text())
+    (three / "config.json").write_text(json.dumps(config | {"dropout": 0.4}))
+    average([one, three], [1.0, 1.0], tmp_path / "mean")
+    assert numbers(tmp_path / "mean") == {2.0}
 
 
 def test_what_has_no_mean(
