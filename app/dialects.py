@@ -102,9 +102,10 @@ def _names_parameter(fault: Any) -> bool:
 
 
 async def _handle(request: Request, exc: Exception) -> Response:
-    record = request.scope.get("state", {}).get("record")
-    if record is not None:
-        record.error_type = reason_of(exc)
+    state = request.scope.get("state", {})
+    if "record" in state:
+        state["record"].error_type = reason_of(exc)
+        state["held"].close()  # what failed needs nothing more, however slowly the client reads why
     if isinstance(exc, RequestValidationError) and any(
         LIBRETRANSLATE_TAG in fault["loc"] for fault in exc.errors()
     ):

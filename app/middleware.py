@@ -8,6 +8,7 @@ import re
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -131,7 +132,8 @@ class RecordMiddleware:
             await send(message)
 
         try:
-            await self.app(scope, noting_receive, noting_send)
+            with ExitStack() as scope["state"]["held"]:  # what the request takes, until its answer is sent
+                await self.app(scope, noting_receive, noting_send)
         except Exception as exc:
             record.error_type = reason_of(exc)
             log.exception("unhandled exception", extra={"fields": {"id": record.request_id}})

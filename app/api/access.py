@@ -8,7 +8,7 @@ from app.errors import Forbidden
 from app.keys import Key
 
 
-def get_key(request: Request) -> Key | None:
+async def get_key(request: Request) -> Key | None:
     """The key of this request; None where the service has no keys."""
     key: Key | None = request.scope["state"].get("key")
     return key
@@ -17,7 +17,7 @@ def get_key(request: Request) -> Key | None:
 KeyDep = Annotated[Key | None, Depends(get_key)]
 
 
-def require_admin(key: KeyDep) -> Key:
+async def require_admin(key: KeyDep) -> Key:
     """The admin key of this request. Raises Forbidden for any other, and where there are no keys at all."""
     if key is None:
         raise Forbidden("this path needs an admin key, and this service has no keys")

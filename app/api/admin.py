@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 
 from app.api.access import AdminDep, require_admin
 from app.api.bounds import Strict, check_text
-from app.api.deps import Services, ServicesDep
+from app.api.deps import CallDep, Services
 from app.engine.errors import Draining
 from app.engine.lane import DRAIN_RETRY_SECONDS
 from app.engine.registry import AnyTask
@@ -57,9 +57,9 @@ class LoadedModel(TypedDict):
 
 
 @router.get("", response_model=list[LoadedModel], responses=_ERRORS)
-async def list_models(services: ServicesDep) -> Json:
+async def list_models(call: CallDep) -> Json:
     """Every model that is loaded, being loaded, or about to leave."""
-    registry = services.registry
+    registry = call.services.registry
     models = [_describe(endpoint, task, "ready") for endpoint, task in registry]
     models += [_describe(endpoint, task, "leaving") for endpoint, task in registry.leaving]
     if registry.loading is not None:
@@ -79,12 +79,13 @@ async def list_models(services: ServicesDep) -> Json:
 
 
 @router.post("", response_model=LoadedModel, status_code=201, responses=_ERRORS)
-async def load_model(body: LoadRequest, services: ServicesDep, key: AdminDep) -> Json:
+async def load_model(body: LoadRequest, call: CallDep, key: AdminDep) -> Json:
     """Load a model beside the others, or in the place of one. Answers when it serves.
 
     Until then everything goes on as it was, and where the load fails it stays so. It goes on when the client
     leaves; GET tells how far it is.
     """
+    services = call.services
     if services.lifecycle.draining:
         raise Draining(DRAIN_RETRY_SECONDS)
     try:
@@ -102,12 +103,12 @@ async def load_model(body: LoadRequest, services: ServicesDep, key: AdminDep) ->
 
 
 @router.delete("/{endpoint}/{name}", response_model=LoadedModel, responses=_ERRORS)
-async def unload_model(endpoint: str, name: str, services: ServicesDep, key: AdminDep) -> Json:
+async def unload_model(endpoint: str, name: str, call: CallDep, key: AdminDep) -> Json:
     """No request gets the model any more; those that have it go on, and with the last its memory is free."""
     if endpoint not in get_args(Endpoint):
         raise InvalidRequest(f"endpoint is {brief(endpoint)!r}, it must be {', '.join(get_args(Endpoint))}")
     log.info("unload", extra={"fields": {"key": key.name, "endpoint": endpoint, "name": brief(name)}})
-    task = services.registry.unload(endpoint, name)
+    task = call.services.registry.unload(endpoint, name)
     return Json(_describe(endpoint, task, "leaving"))
 
 

@@ -1,25 +1,15 @@
 """POST /classify: which of its labels does a classifier give a text?"""
 
 import math
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from app.api.bounds import Strict, Texts, check_count, check_texts, input_names
-from app.api.deps import (
-    AttendanceDep,
-    ModelsDep,
-    RecordDep,
-    ServicesDep,
-    admitted,
-    gather,
-    note_times,
-    prepare,
-)
+from app.api.deps import Call, CallDep, gather, note_times, prepare
 from app.engine.batch import BatchItem, Logits
 from app.engine.registry import OneShotLane, Task
 from app.errors import InvalidRequest, Json
@@ -70,32 +60,30 @@ class ClassifyWork:
         return [LabelScore(label=label, score=score) for label, score in ranked[: self.top_k]]
 
 
-async def admit(
-    body: ClassifyRequest, services: ServicesDep, models: ModelsDep, record: RecordDep
-) -> AsyncIterator[ClassifyWork]:
-    """Check, tokenise and submit; abort what is left on exit."""
-    task = models.classify(body.model)
+async def admit(body: ClassifyRequest, call: Call) -> ClassifyWork:
+    """Check, tokenise and submit."""
+    settings = call.services.settings
+    task = call.models.classify(body.model)
     parameters = body.parameters or ClassifyParameters()
     if parameters.top_k is not None:
-        check_count("top_k", parameters.top_k, 1, services.settings.max_top_k)
-    texts = check_texts(body.inputs, services.settings)
+        check_count("top_k", parameters.top_k, 1, settings.max_top_k)
+    texts = check_texts(body.inputs, settings)
     named = dict(zip(input_names(body.inputs), texts, strict=True))
     encoded = await prepare(sum(map(len, texts)), _encode_all, named, task)
     items = [BatchItem(token_ids=ids, segment_ids=[0] * len(ids), task="classify") for ids in encoded]
-    record.n_prompt_tokens = sum(map(len, encoded))
+    call.record.n_prompt_tokens = sum(map(len, encoded))
+    call.submit(task.lane, items)
     function = parameters.function_to_apply or "softmax"
-    async with admitted(services, task.lane, items):
-        yield ClassifyWork(task, items, parameters.top_k, function, isinstance(body.inputs, list))
+    return ClassifyWork(task, items, parameters.top_k, function, isinstance(body.inputs, list))
 
 
 @router.post("/classify", response_model=list[LabelScore] | list[list[LabelScore]])
-async def classify(
-    work: Annotated[ClassifyWork, Depends(admit)], attendance: AttendanceDep, record: RecordDep
-) -> Json:
+async def classify(body: ClassifyRequest, call: CallDep) -> Json:
     """The labels of each text with their scores, best first."""
-    results = await attendance.wait_for(gather(_logits(item) for item in work.items))
-    note_times(record, work.items)
-    record.n_generated_tokens = 0
+    work = await admit(body, call)
+    results = await call.attendance.wait_for(gather(_logits(item) for item in work.items))
+    note_times(call.record, work.items)
+    call.record.n_generated_tokens = 0
     answers = [work.answer(result) for result in results]
     return Json(answers if work.is_list else answers[0])
 

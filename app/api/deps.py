@@ -1,9 +1,10 @@
-"""What routes share: the services, admission to a lane, waiting for work while the client is there."""
+"""What routes share: the services, the request with what it holds, waiting while the client is there."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Protocol, TypeVar
 
 from fastapi import Depends, Request
@@ -61,32 +62,16 @@ class Services:
         return {endpoint: next(iter(shelf)) for endpoint, shelf in self.shelves.items()}
 
 
-def get_services(request: Request) -> Services:
-    """Raises NotReady while the models are being loaded."""
-    services: Services | None = request.app.state.services
-    if services is None:
-        raise NotReady("the models are being loaded; /ready tells when they are")
-    return services
-
-
-def get_record(request: Request) -> RequestRecord:
-    record: RequestRecord = request.scope["state"]["record"]
-    return record
-
-
-ServicesDep = Annotated[Services, Depends(get_services)]
-RecordDep = Annotated[RequestRecord, Depends(get_record)]
-
-
 class Models:
     """The models of one request: named by its body or its path, else the default.
 
     What it takes stays loaded until the request has ended, whatever takes its place meanwhile.
     """
 
-    def __init__(self, services: Services, record: RequestRecord, path_name: str | None) -> None:
-        self._services, self._record, self._path_name = services, record, path_name
-        self._held: list[AnyTask] = []
+    def __init__(
+        self, services: Services, record: RequestRecord, path_name: str | None, held: ExitStack
+    ) -> None:
+        self._services, self._record, self._path_name, self._held = services, record, path_name, held
 
     def translate(
         self, name: str | None, src: str | None = None, tgt: str | None = None
@@ -134,12 +119,6 @@ class Models:
             raise NoSuchModel("any task", wanted, names)
         return found
 
-    def release(self) -> None:
-        """The request has ended."""
-        for task in self._held:
-            task.n_users -= 1
-        self._held = []
-
     def _take(self, shelf: Shelf[LaneT], name: str | None) -> Task[LaneT]:
         if not len(shelf):
             others = ", ".join(self._services.tasks) or "none"
@@ -152,9 +131,13 @@ class Models:
 
     def _hold(self, task: Task[LaneT]) -> Task[LaneT]:
         task.n_users += 1
-        self._held.append(task)
+        self._held.callback(_let_go, task)
         self._record.model = task.name
         return task
+
+
+def _let_go(task: AnyTask) -> None:
+    task.n_users -= 1
 
 
 def _translates(tokenizer: Tokenizer, src: str | None, tgt: str | None) -> bool:
@@ -162,86 +145,113 @@ def _translates(tokenizer: Tokenizer, src: str | None, tgt: str | None) -> bool:
     return all(code is None or find_language(code, known) is not None for code, known in named)
 
 
-async def get_models(request: Request, services: ServicesDep, record: RecordDep) -> AsyncIterator[Models]:
-    models = Models(services, record, request.scope["state"].get("model"))
-    try:
-        yield models
-    finally:
-        models.release()
-
-
-ModelsDep = Annotated[Models, Depends(get_models)]
-
-
-@asynccontextmanager
-async def admitted(services: Services, lane: Desk[Item], items: list[Item]) -> AsyncIterator[None]:
-    """Submit on enter, abort on exit. Enter it in a `yield` dependency: its exit runs in every case."""
-    if services.lifecycle.draining:
-        raise Draining(DRAIN_RETRY_SECONDS)
-    lane.submit(items)
-    try:
-        yield
-    finally:
-        lane.abort(items)
-
-
 class Attendance:
-    """Waits for work as long as the client is there and the request's time is not over."""
+    """Waits for work as long as the client is there and the request's time is not over.
+
+    One timer and one listener for all that a request waits for: a stream waits for each of its tokens.
+    """
 
     def __init__(self, receive: Receive, record: RequestRecord, timeout_seconds: float) -> None:
-        self._receive = receive
-        self._record = record
-        self._timeout_seconds = timeout_seconds
-
-    def expired(self) -> TimedOut:
-        return TimedOut(f"the request took longer than {self._timeout_seconds:g} seconds")
-
-    @property
-    def remaining_seconds(self) -> float:
-        return max(self._timeout_seconds - self._record.total_seconds, 0.0)
+        self._receive, self._record, self._timeout_seconds = receive, record, timeout_seconds
+        self._over: Exception | None = None  # why nothing is waited for any more
+        self._waiting: asyncio.Task[Any] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._leaving: asyncio.Task[None] | None = None
 
     async def wait_for(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of work; cancels it and raises ClientGone or TimedOut when that comes first."""
-        working = asyncio.create_task(work)
-        leaving = asyncio.create_task(self._client_leaves())
+        if self._leaving is None:
+            self._begin()
+        over = self._over
+        if over is not None:
+            work.close()
+            raise over
+        task = self._waiting = asyncio.current_task()
+        assert task is not None
+        n_cancelled = task.cancelling()
         try:
-            done, _ = await asyncio.wait(
-                (working, leaving), timeout=self.remaining_seconds, return_when=asyncio.FIRST_COMPLETED
-            )
-            if working in done:
-                return working.result()
-            raise ClientGone("the client left") if leaving in done else self.expired()
+            return await work
+        except asyncio.CancelledError:
+            # As in asyncio.timeout: somebody else may have cancelled the task as well.
+            if self._over is None or task.uncancel() > n_cancelled:
+                raise
+            raise self._over from None
         finally:
-            working.cancel()
-            leaving.cancel()
-            await asyncio.gather(working, leaving, return_exceptions=True)
+            self._waiting = None
 
-    @asynccontextmanager
-    async def deadline(self) -> AsyncIterator[None]:
-        """Raises TimedOut when the block outlasts the request's time."""
-        try:
-            async with asyncio.timeout(self.remaining_seconds):
-                yield
-        except TimeoutError:
-            raise self.expired() from None
+    def end(self) -> None:
+        """Nothing will be waited for any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._leaving is not None:
+            self._leaving.cancel()
+
+    def _begin(self) -> None:
+        seconds = max(self._timeout_seconds - self._record.total_seconds, 0.0)
+        expired = TimedOut(f"the request took longer than {self._timeout_seconds:g} seconds")
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._stop, expired)
+        self._leaving = asyncio.create_task(self._client_leaves())
 
     async def _client_leaves(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        self._stop(ClientGone("the client left"))
+
+    def _stop(self, reason: Exception) -> None:
+        if self._over is None:
+            self._over = reason
+            if self._waiting is not None:
+                self._waiting.cancel()
 
 
-def get_attendance(request: Request, services: ServicesDep, record: RecordDep) -> Attendance:
-    return Attendance(request.receive, record, services.settings.timeout_seconds)
+class Call:
+    """One request as a route sees it, and what it holds until its answer is sent."""
+
+    def __init__(self, request: Request, services: Services) -> None:
+        state = request.scope["state"]
+        self.request, self.services = request, services
+        self.record: RequestRecord = state["record"]
+        self._held: ExitStack = state["held"]
+        self.models = Models(services, self.record, state.get("model"), self._held)
+
+    @cached_property
+    def attendance(self) -> Attendance:
+        seconds = self.services.settings.timeout_seconds
+        attendance = Attendance(self.request.receive, self.record, seconds)
+        self._held.callback(attendance.end)
+        return attendance
+
+    def submit(self, lane: Desk[Item], items: list[Item]) -> None:
+        """Put work into a lane; what is left of it when the request has ended is aborted."""
+        if self.services.lifecycle.draining:
+            raise Draining(DRAIN_RETRY_SECONDS)
+        lane.submit(items)
+        self._held.callback(lane.abort, items)
 
 
-AttendanceDep = Annotated[Attendance, Depends(get_attendance)]
+async def get_call(request: Request) -> Call:
+    """Raises NotReady while the models are being loaded.
+
+    A coroutine, and the only dependency of most routes: FastAPI calls a plain function in a thread, where
+    each hand-over waits for the interpreter lock, and takes its time to resolve what depends on others.
+    """
+    services: Services | None = request.app.state.services
+    if services is None:
+        raise NotReady("the models are being loaded; /ready tells when they are")
+    return Call(request, services)
+
+
+CallDep = Annotated[Call, Depends(get_call)]
 
 
 async def gather(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """All results in order. The first failure cancels the rest and is raised as itself."""
+    works = list(work)
+    if len(works) == 1:
+        return [await works[0]]
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(each) for each in work]
+            tasks = [group.create_task(each) for each in works]
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
     return [task.result() for task in tasks]

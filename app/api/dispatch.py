@@ -9,7 +9,7 @@ from fastapi.routing import APIRoute
 from starlette.responses import Response
 
 from app.api import classify, fill_mask, generate, next_sentence, openai, translate
-from app.api.deps import Models, ModelsDep, RecordDep, Services, ServicesDep
+from app.api.deps import CallDep, Models, Services
 from app.api.libretranslate import is_libretranslate
 from app.bodies import is_json
 from app.dialects import Dialect, speak
@@ -46,10 +46,10 @@ _BODY = {
 
 
 @router.post("/", openapi_extra=_BODY, responses={400: {"description": "The body fits no one task."}})
-async def dispatch(request: Request, services: ServicesDep, models: ModelsDep, record: RecordDep) -> Response:
+async def dispatch(request: Request, call: CallDep) -> Response:
     """By the task of the model that is named, the one task that is loaded, or the shape of the body."""
-    path = choose_path(await _read(request), services, models)
-    record.endpoint = ENDPOINTS[path]
+    path = choose_path(await _read(request), call.services, call.models)
+    call.record.endpoint = ENDPOINTS[path]
     if path == "/v1/completions":
         speak(request.scope, Dialect.OPENAI)
     return await _handler(path)(request)

@@ -1,24 +1,13 @@
 """POST /fill-mask: what stands behind the mask?"""
 
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Annotated
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from app.api.bounds import Strict, Texts, check_count, check_length, check_text, check_texts, input_names
-from app.api.deps import (
-    AttendanceDep,
-    ModelsDep,
-    RecordDep,
-    ServicesDep,
-    admitted,
-    gather,
-    note_times,
-    prepare,
-)
+from app.api.deps import Call, CallDep, gather, note_times, prepare
 from app.engine.batch import BatchItem, Filled
 from app.engine.registry import OneShotLane, Task
 from app.errors import InvalidRequest, Json, NotLoaded, brief
@@ -77,37 +66,35 @@ class FillMaskWork:
     is_list: bool
 
 
-async def admit(
-    body: FillMaskRequest, services: ServicesDep, models: ModelsDep, record: RecordDep
-) -> AsyncIterator[FillMaskWork]:
-    """Check, tokenise and submit; abort what is left on exit."""
-    task = models.fill_mask(body.model)
+async def admit(body: FillMaskRequest, call: Call) -> FillMaskWork:
+    """Check, tokenise and submit."""
+    settings = call.services.settings
+    task = call.models.fill_mask(body.model)
     if not task.config.mlm_head:
         raise NotLoaded(f"the fill-mask model {task.name!r} has no head that fills masks")
     parameters = body.parameters or FillMaskParameters()
-    targets = _check(parameters, services.settings)
-    texts = check_texts(body.inputs, services.settings)
+    targets = _check(parameters, settings)
+    texts = check_texts(body.inputs, settings)
     n_chars = sum(map(len, [*texts, *(targets or ())]))
-    masked = await prepare(n_chars, _encode_all, body.inputs, task, services.settings)
+    masked = await prepare(n_chars, _encode_all, body.inputs, task, settings)
     top_k = DEFAULT_TOP_K if parameters.top_k is None else parameters.top_k
     if targets is not None:
         top_k = min(top_k, len(targets))
-    _check_fillings(sum(len(text.spaced) for text in masked), top_k, services.settings)
+    _check_fillings(sum(len(text.spaced) for text in masked), top_k, settings)
     wanted = await prepare(n_chars, _resolve, targets, masked, task.tokenizer)
     items = [_item(text, wanted, top_k) for text in masked]
-    record.n_prompt_tokens = sum(len(item.token_ids) for item in items)
-    async with admitted(services, task.lane, items):
-        yield FillMaskWork(task, masked, items, isinstance(body.inputs, list))
+    call.record.n_prompt_tokens = sum(len(item.token_ids) for item in items)
+    call.submit(task.lane, items)
+    return FillMaskWork(task, masked, items, isinstance(body.inputs, list))
 
 
 @router.post("/fill-mask", response_model=Fillings | list[Fillings])
-async def fill_mask(
-    work: Annotated[FillMaskWork, Depends(admit)], attendance: AttendanceDep, record: RecordDep
-) -> Json:
+async def fill_mask(body: FillMaskRequest, call: CallDep) -> Json:
     """The most probable words for each mask."""
-    results = await attendance.wait_for(gather(_filled(item) for item in work.items))
-    note_times(record, work.items)
-    record.n_generated_tokens = 0
+    work = await admit(body, call)
+    results = await call.attendance.wait_for(gather(_filled(item) for item in work.items))
+    note_times(call.record, work.items)
+    call.record.n_generated_tokens = 0
     # Each filling is written with its whole text.
     n_chars = sum(
         (len(text.text) + _FILLING_CHARS) * sum(map(len, result))

@@ -1,13 +1,12 @@
 """POST /generate, whole or streamed, and POST /generate_stream, in the form of Text Generation Inference."""
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Any, Literal, NotRequired
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from pydantic import Field
-from starlette.requests import Request
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
@@ -22,18 +21,9 @@ from app.api.bounds import (
     check_texts,
     input_names,
 )
-from app.api.deps import (
-    Attendance,
-    AttendanceDep,
-    ModelsDep,
-    RecordDep,
-    ServicesDep,
-    admitted,
-    gather,
-    note_times,
-    prepare,
-)
+from app.api.deps import Call, CallDep, gather, note_times, prepare
 from app.api.generation import (
+    EventStream,
     Generation,
     Token,
     check_stops,
@@ -41,13 +31,11 @@ from app.api.generation import (
     fit_new_tokens,
     max_new_tokens,
     sse_event,
-    sse_response,
 )
 from app.dialects import Dialect, error_body
 from app.engine.registry import GeneratingLane, Task
 from app.engine.sequence import Sequence
-from app.errors import InvalidRequest, Json, brief, classify
-from app.middleware import RequestRecord
+from app.errors import ClientGone, InvalidRequest, Json, brief, classify
 from app.settings import Settings
 from model.sampling import SamplingParams
 from model.tokenizer import TextStream, Tokenizer
@@ -138,15 +126,13 @@ class GenerateWork:
         return [generation for group in self.generations for generation in group]
 
 
-async def admit(
-    body: GenerateRequest, request: Request, services: ServicesDep, models: ModelsDep, record: RecordDep
-) -> AsyncIterator[GenerateWork]:
-    """Check, tokenise and submit; abort what is left on exit."""
-    task = models.generate(body.model)
+async def admit(body: GenerateRequest, call: Call, *, streamed: bool) -> GenerateWork:
+    """Check, tokenise and submit."""
+    settings = call.services.settings
+    task = call.models.generate(body.model)
     parameters = body.parameters or GenerateParameters()
-    texts = check_texts(body.inputs, services.settings)
-    stops = _check(parameters, services.settings, task)
-    streamed = is_streamed(body, request)
+    texts = check_texts(body.inputs, settings)
+    stops = _check(parameters, settings, task)
     if streamed:
         _check_stream(parameters, texts)
     # A stream's events carry them, details too, and the best of several are found by them.
@@ -154,71 +140,62 @@ async def admit(
     sampling = replace(_sampling(parameters), logprobs=scored)
     prompts = await prepare(sum(map(len, texts)), _encode_all, texts, parameters, task.tokenizer)
     generations = [
-        _generations(name, prompt, sampling, parameters, stops, task, services.settings)
+        _generations(name, prompt, sampling, parameters, stops, task, settings)
         for name, prompt in zip(input_names(body.inputs), prompts, strict=True)
     ]
     work = GenerateWork(
         texts, generations, parameters, sampling.temperature > 0, isinstance(body.inputs, list)
     )
     sequences = [generation.sequence for generation in work.flat]
-    record.n_prompt_tokens = sum(map(len, prompts))
-    async with admitted(services, task.lane, sequences):
-        yield work
+    call.record.n_prompt_tokens = sum(map(len, prompts))
+    call.submit(task.lane, sequences)
+    return work
 
 
-AdmittedWork = Annotated[GenerateWork, Depends(admit)]
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 
 @router.post("/generate", response_model=Generated | list[Generated], responses=_STREAM)
-async def generate(
-    body: GenerateRequest, work: AdmittedWork, attendance: AttendanceDep, record: RecordDep
-) -> Response:
+async def generate(body: GenerateRequest, call: CallDep) -> Response:
     """Continue the text; with `"stream": true` as server-sent events, one for each token."""
+    work = await admit(body, call, streamed=bool(body.stream))
     if body.stream:
-        return await _stream(work, attendance, record)
-    await attendance.wait_for(gather(generation.run() for generation in work.flat))
-    note_times(record, (generation.sequence for generation in work.flat))
-    record.n_generated_tokens = sum(len(generation.tokens) for generation in work.flat)
+        return await _stream(work, call)
+    await call.attendance.wait_for(gather(generation.run() for generation in work.flat))
+    note_times(call.record, (generation.sequence for generation in work.flat))
+    call.record.n_generated_tokens = sum(len(generation.tokens) for generation in work.flat)
     answers = [_answer(text, group, work) for text, group in zip(work.texts, work.generations, strict=True)]
     return Json(answers if work.is_list else answers[0])
 
 
 @router.post("/generate_stream", response_class=Response, responses=_STREAM)
-async def generate_stream(work: AdmittedWork, attendance: AttendanceDep, record: RecordDep) -> Response:
+async def generate_stream(body: GenerateRequest, call: CallDep) -> Response:
     """Continue the text, always as server-sent events."""
-    return await _stream(work, attendance, record)
+    return await _stream(await admit(body, call, streamed=True), call)
 
 
-def is_streamed(body: GenerateRequest, request: Request) -> bool:
-    return bool(body.stream) or request.url.path.endswith("/generate_stream")
-
-
-async def _stream(work: GenerateWork, attendance: Attendance, record: RequestRecord) -> Response:
+async def _stream(work: GenerateWork, call: Call) -> Response:
     """Waits for the first token, so that what fails before it is still an ordinary error."""
     generation = work.flat[0]
     steps = generation.steps()
-    first = await attendance.wait_for(first_of(steps))
-    note_times(record, [generation.sequence])
-    return sse_response(_events(first, steps, work, attendance, record))
+    first = await call.attendance.wait_for(first_of(steps))
+    note_times(call.record, [generation.sequence])
+    return EventStream(_events(first, steps, work, call))
 
 
 async def _events(
-    first: Token,
-    steps: AsyncGenerator[Token, None],
-    work: GenerateWork,
-    attendance: Attendance,
-    record: RequestRecord,
-) -> AsyncIterator[bytes]:
-    generation, token = work.flat[0], first
+    first: Token, steps: AsyncGenerator[Token, None], work: GenerateWork, call: Call
+) -> AsyncGenerator[bytes, None]:
+    generation, token, record = work.flat[0], first, call.record
     try:
         while True:
             record.n_generated_tokens = len(generation.tokens)
             yield sse_event(_step(token, work))
             if generation.finish_reason is not None:
                 return
-            async with attendance.deadline():
-                token = await anext(steps)
+            token = await call.attendance.wait_for(first_of(steps))
+    except ClientGone:
+        pass  # the record knows, and nobody reads on
     except Exception as exc:
         record.error_type = classify(exc)[1]
         if record.error_type == "generation":

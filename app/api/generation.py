@@ -1,11 +1,13 @@
 """What the two dialects of generation share: tokens to text, stop strings, events of a stream."""
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from fastapi.sse import EventSourceResponse, format_sse_event
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 from typing_extensions import TypedDict
 
 from app.api.bounds import check_length, check_text
@@ -16,6 +18,8 @@ from app.settings import Settings
 from model.tokenizer import TextStream, Tokenizer
 
 T = TypeVar("T")
+
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class Token(TypedDict):
@@ -133,9 +137,27 @@ async def first_of(items: AsyncGenerator[T, None]) -> T:
 
 def sse_event(content: Any) -> bytes:
     """One event of a stream; ASCII, because some clients split lines at U+2028, U+2029 and U+0085."""
-    return format_sse_event(data_str=json.dumps(content, separators=(",", ":")))
+    return f"data: {_encode(content)}\n\n".encode()
 
 
-def sse_response(events: AsyncIterator[bytes]) -> EventSourceResponse:
-    """A stream that no proxy should keep or hold back."""
-    return EventSourceResponse(events, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+class EventStream(Response):
+    """A stream of events that no proxy should keep or hold back.
+
+    Starlette's own listens in a task of its own whether the client leaves; these events end when it does.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        self._events = events
+        self.status_code, self.background = 200, None
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._events) as events:
+            await send(
+                {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+            )
+            async for event in events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})

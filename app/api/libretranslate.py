@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NotRequired
 from urllib.parse import parse_qsl
 
-from fastapi import APIRouter, Body, Query, Request
+from fastapi import APIRouter, Body, Query
 from pydantic import BeforeValidator, Field
 from starlette.datastructures import QueryParams
 from typing_extensions import TypedDict
 
 from app.api.bounds import Strict, Texts, check_count, check_text, check_texts, input_names
-from app.api.deps import ModelsDep, ServicesDep
+from app.api.deps import CallDep
 from app.api.translation import (
     Found,
     Plan,
@@ -222,15 +222,14 @@ def _search(n_alternatives: int, settings: Settings, task: Task[GeneratingLane])
 
 @router.post("/detect", response_model=list[Detection], responses=_ERRORS)
 async def detect_text(
-    request: Request,
-    services: ServicesDep,
+    call: CallDep,
     body: Annotated[Annotated[DetectRequest, BeforeValidator(read_form)] | None, Body()] = None,
 ) -> Json:
     """The language of a text, whether a model here knows it or not."""
-    text = body.q if body is not None and body.q is not None else request.query_params.get("q")
+    text = body.q if body is not None and body.q is not None else call.request.query_params.get("q")
     if text is None:
         raise InvalidRequest("q: Field required")
-    check_text("q", text, services.settings.max_text_chars)
+    check_text("q", text, call.services.settings.max_text_chars)
     found = detect_language(text)
     return Json([Detection(confidence=round(100 * found.probability, 1), language=found.code)])
 
@@ -239,13 +238,12 @@ async def detect_text(
 @router.post("/languages", response_model=list[Language], responses=_ERRORS, include_in_schema=False)
 @router.get("/languages", response_model=list[Language], responses=_ERRORS)
 async def list_languages(
-    services: ServicesDep,
-    models: ModelsDep,
+    call: CallDep,
     model: Annotated[str | None, Query(description="as /info names it; by default all together")] = None,
 ) -> Json:
     """The languages, each with what it can be translated to by one model or another."""
-    chosen = models.translate(model)
-    tasks = [chosen] if models.named(model) else services.registry.translate
+    chosen = call.models.translate(model)
+    tasks = [chosen] if call.models.named(model) else call.services.registry.translate
     targets: dict[str, set[str]] = {}
     for tokenizer in (task.tokenizer for task in tasks):
         for code in {*tokenizer.sources, *tokenizer.targets}:

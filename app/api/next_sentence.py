@@ -1,24 +1,14 @@
 """POST /next-sentence: does the second sentence follow the first?"""
 
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from pydantic import FailFast, Field
 from typing_extensions import TypeAliasType, TypedDict
 
 from app.api.bounds import Strict, check_length, check_text, input_names
-from app.api.deps import (
-    AttendanceDep,
-    ModelsDep,
-    RecordDep,
-    ServicesDep,
-    admitted,
-    gather,
-    note_times,
-    prepare,
-)
+from app.api.deps import Call, CallDep, gather, note_times, prepare
 from app.engine.batch import BatchItem
 from app.engine.registry import OneShotLane, Task
 from app.errors import InvalidRequest, Json, NotLoaded
@@ -64,34 +54,31 @@ class NextSentenceWork:
     is_list: bool
 
 
-async def admit(
-    body: NextSentenceRequest, services: ServicesDep, models: ModelsDep, record: RecordDep
-) -> AsyncIterator[NextSentenceWork]:
-    """Check, tokenise and submit; abort what is left on exit."""
-    task = models.fill_mask(body.model)
+async def admit(body: NextSentenceRequest, call: Call) -> NextSentenceWork:
+    """Check, tokenise and submit."""
+    task = call.models.fill_mask(body.model)
     if not task.config.nsp_head:
         raise NotLoaded(
             f"the fill-mask model {task.name!r} has no head that tells whether a sentence follows"
         )
-    pairs = _check(body.inputs, services.settings)
+    pairs = _check(body.inputs, call.services.settings)
     n_chars = sum(len(pair.first) + len(pair.second) for pair in pairs.values())
     encoded = await prepare(n_chars, _encode_all, pairs, task)
     items = [
         BatchItem(token_ids=ids, segment_ids=segments, task="next-sentence") for ids, segments in encoded
     ]
-    record.n_prompt_tokens = sum(len(item.token_ids) for item in items)
-    async with admitted(services, task.lane, items):
-        yield NextSentenceWork(items, isinstance(body.inputs, list))
+    call.record.n_prompt_tokens = sum(len(item.token_ids) for item in items)
+    call.submit(task.lane, items)
+    return NextSentenceWork(items, isinstance(body.inputs, list))
 
 
 @router.post("/next-sentence", response_model=NextSentenceAnswer | list[NextSentenceAnswer])
-async def next_sentence(
-    work: Annotated[NextSentenceWork, Depends(admit)], attendance: AttendanceDep, record: RecordDep
-) -> Json:
+async def next_sentence(body: NextSentenceRequest, call: CallDep) -> Json:
     """Whether the second sentence follows the first, and how probable that is."""
-    scores = await attendance.wait_for(gather(_score(item) for item in work.items))
-    note_times(record, work.items)
-    record.n_generated_tokens = 0
+    work = await admit(body, call)
+    scores = await call.attendance.wait_for(gather(_score(item) for item in work.items))
+    note_times(call.record, work.items)
+    call.record.n_generated_tokens = 0
     answers = [NextSentenceAnswer(follows=score >= 0.5, score=score) for score in scores]
     return Json(answers if work.is_list else answers[0])
 

@@ -4,11 +4,11 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from fastapi.sse import format_sse_event
 from pydantic import FailFast, Field
 from starlette.responses import Response
@@ -28,31 +28,20 @@ from app.api.bounds import (
     check_text,
     input_names,
 )
-from app.api.deps import (
-    Attendance,
-    AttendanceDep,
-    ModelsDep,
-    RecordDep,
-    ServicesDep,
-    admitted,
-    gather,
-    note_times,
-    prepare,
-)
+from app.api.deps import Call, CallDep, gather, note_times, prepare
 from app.api.generation import (
+    EventStream,
     Generation,
     check_stops,
     first_of,
     fit_new_tokens,
     max_new_tokens,
     sse_event,
-    sse_response,
 )
 from app.dialects import Dialect, error_body
 from app.engine.registry import GeneratingLane, Task
 from app.engine.sequence import FinishReason, Sequence
-from app.errors import InvalidRequest, Json, brief, classify
-from app.middleware import RequestRecord
+from app.errors import ClientGone, InvalidRequest, Json, brief, classify
 from app.settings import Settings
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer, text_pieces
@@ -344,16 +333,13 @@ class CompletionWork:
         }
 
 
-async def admit(
-    body: CompletionRequest, services: ServicesDep, models: ModelsDep, record: RecordDep
-) -> AsyncIterator[CompletionWork]:
-    """Check, tokenise and submit; abort what is left on exit."""
-    task = models.generate(body.model)
-    stops = _check(body, services.settings, task)
-    prompts = await _read_prompts("" if body.prompt is None else body.prompt, task, services.settings)
-    groups = [
-        _choices(name, prompt, body, stops, task, services.settings) for name, prompt in prompts.items()
-    ]
+async def admit(body: CompletionRequest, call: Call) -> CompletionWork:
+    """Check, tokenise and submit."""
+    settings = call.services.settings
+    task = call.models.generate(body.model)
+    stops = _check(body, settings, task)
+    prompts = await _read_prompts("" if body.prompt is None else body.prompt, task, settings)
+    groups = [_choices(name, prompt, body, stops, task, settings) for name, prompt in prompts.items()]
     work = CompletionWork(
         id=f"cmpl-{uuid.uuid4().hex}",
         created=int(time.time()),
@@ -362,39 +348,35 @@ async def admit(
         n=1 if body.n is None else body.n,
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
     )
-    record.n_prompt_tokens = work.usage["prompt_tokens"]
-    async with admitted(services, task.lane, work.sequences):
-        yield work
+    call.record.n_prompt_tokens = work.usage["prompt_tokens"]
+    call.submit(task.lane, work.sequences)
+    return work
 
 
 @router.post("/v1/completions", response_model=Completion, responses=_ERRORS | _STREAM)
-async def complete(
-    body: CompletionRequest,
-    work: Annotated[CompletionWork, Depends(admit)],
-    attendance: AttendanceDep,
-    record: RecordDep,
-) -> Response:
+async def complete(body: CompletionRequest, call: CallDep) -> Response:
     """Continue each prompt; with `"stream": true` as server-sent events that end with `data: [DONE]`."""
+    work = await admit(body, call)
     if body.stream:
-        return await _stream(work, attendance, record)
-    await attendance.wait_for(gather(choice.generation.run() for choice in work.choices))
-    note_times(record, work.sequences)
-    record.n_generated_tokens = work.usage["completion_tokens"]
+        return await _stream(work, call)
+    await call.attendance.wait_for(gather(choice.generation.run() for choice in work.choices))
+    note_times(call.record, work.sequences)
+    call.record.n_generated_tokens = work.usage["completion_tokens"]
     best = [choice for group in work.groups for choice in _most_probable(group, work.n)]
     choices = [choice.take(index) for index, choice in enumerate(best)]
     return Json(work.answer(choices) | {"usage": work.usage})
 
 
 @router.get("/v1/models", response_model=ModelList, responses=_ERRORS)
-async def list_models(services: ServicesDep) -> ModelList:
+async def list_models(call: CallDep) -> ModelList:
     """The models that complete; the others have routes of their own."""
-    return ModelList(object="list", data=[_model(name) for name in services.registry.generate.names])
+    return ModelList(object="list", data=[_model(name) for name in call.services.registry.generate.names])
 
 
 @router.get("/v1/models/{model_id:path}", response_model=Model, responses=_ERRORS)
-async def get_model(model_id: str, models: ModelsDep) -> Model:
+async def get_model(model_id: str, call: CallDep) -> Model:
     """One of them."""
-    return _model(models.generate(model_id).name)
+    return _model(call.models.generate(model_id).name)
 
 
 def _model(name: str) -> Model:
@@ -408,12 +390,12 @@ def _most_probable(group: list[Choice], n: int) -> list[Choice]:
     return sorted(group, key=lambda choice: choice.generation.mean_logprob, reverse=True)[:n]
 
 
-async def _stream(work: CompletionWork, attendance: Attendance, record: RequestRecord) -> Response:
+async def _stream(work: CompletionWork, call: Call) -> Response:
     """Waits for the first token, so that what fails before it is still an ordinary error."""
     growing = grow(work.choices)
-    first = await attendance.wait_for(first_of(growing))
-    note_times(record, work.sequences)
-    return sse_response(_events(first, growing, work, attendance, record))
+    first = await call.attendance.wait_for(first_of(growing))
+    note_times(call.record, work.sequences)
+    return EventStream(_events(first, growing, work, call))
 
 
 async def grow(choices: list[Choice]) -> AsyncGenerator[int, None]:
@@ -438,22 +420,20 @@ async def grow(choices: list[Choice]) -> AsyncGenerator[int, None]:
 
 
 async def _events(
-    first: int,
-    growing: AsyncGenerator[int, None],
-    work: CompletionWork,
-    attendance: Attendance,
-    record: RequestRecord,
-) -> AsyncIterator[bytes]:
+    first: int, growing: AsyncGenerator[int, None], work: CompletionWork, call: Call
+) -> AsyncGenerator[bytes, None]:
     index: int | None = first
+    record = call.record
     try:
         while index is not None:
             chunk = work.choices[index].take(index)
             if chunk["text"] or chunk["finish_reason"]:
                 yield sse_event(_chunk(work, [chunk], None))
-            async with attendance.deadline():
-                index = await anext(growing, None)
+            index = await call.attendance.wait_for(anext(growing, None))
         if work.include_usage:
             yield sse_event(_chunk(work, [], work.usage))
+    except ClientGone:
+        pass  # the record knows, and nobody reads on
     except Exception as exc:
         record.error_type = classify(exc)[1]
         if record.error_type == "generation":

@@ -9,7 +9,7 @@ from starlette.responses import PlainTextResponse, Response
 from typing_extensions import TypedDict
 
 from app import __version__, metrics
-from app.api.deps import ModelsDep, Services, ServicesDep
+from app.api.deps import CallDep, Services
 from app.dialects import error_response
 from app.engine.errors import Draining
 from app.engine.lane import DRAIN_RETRY_SECONDS
@@ -60,11 +60,12 @@ async def ready(request: Request) -> Response:
 
 
 @router.get("/info")
-async def info(services: ServicesDep, models: ModelsDep) -> Json:
+async def info(call: CallDep) -> Json:
     """What runs here, and its limits: the default model of each task, and all of them by name.
 
     Behind the path of a model, that model alone.
     """
+    services, models = call.services, call.models
     wanted = models.named(None)
     described = {
         endpoint: {

@@ -7,7 +7,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from app.api.bounds import Strict, Texts, check_texts
-from app.api.deps import Models, ModelsDep, Services, ServicesDep, prepare
+from app.api.deps import Call, CallDep, prepare
 from app.errors import InvalidRequest, Json, NotLoaded
 from model.tokenizer import Piece, Tokenizer
 
@@ -36,24 +36,24 @@ class TokenSpan(TypedDict):
 
 
 @router.post("/tokenize", response_model=list[TokenSpan] | list[list[TokenSpan]])
-async def tokenize(body: TokenizeRequest, services: ServicesDep, models: ModelsDep) -> Json:
+async def tokenize(body: TokenizeRequest, call: CallDep) -> Json:
     """Nothing is added to the text. For fill-mask the mask token counts, with the space before it."""
-    name = _task_name(body, services, models)
-    texts = check_texts(body.inputs, services.settings)
-    n_chars, limit = sum(map(len, texts)), services.settings.max_tokenize_chars
+    name = _task_name(body, call)
+    texts = check_texts(body.inputs, call.services.settings)
+    n_chars, limit = sum(map(len, texts)), call.services.settings.max_tokenize_chars
     if n_chars > limit:
         raise InvalidRequest(f"inputs has {n_chars} characters in all, the limit is {limit}")
-    tokenizer = models.of(name, body.model).tokenizer
+    tokenizer = call.models.of(name, body.model).tokenizer
     is_list = isinstance(body.inputs, list)
     return await prepare(n_chars, _answer, texts, is_list, name == "fill-mask", tokenizer)
 
 
-def _task_name(body: TokenizeRequest, services: Services, models: Models) -> str:
-    names = list(services.tasks)
+def _task_name(body: TokenizeRequest, call: Call) -> str:
+    names = list(call.services.tasks)
     if not names:
         raise NotLoaded("no model is loaded")
     if body.task is None:
-        return models.endpoints(body.model)[0]
+        return call.models.endpoints(body.model)[0]
     if body.task not in names:
         raise InvalidRequest(f"task: no task {body.task[:20]!r} is loaded; there are {', '.join(names)}")
     return body.task

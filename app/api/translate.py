@@ -1,10 +1,9 @@
 """POST /translate: texts of any length, sentence by sentence, in the form of either dialect."""
 
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NotRequired
 
-from fastapi import APIRouter, Body, Depends, Request
+from fastapi import APIRouter, Body
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 from typing_extensions import TypedDict
 
@@ -20,7 +19,7 @@ from app.api.bounds import (
     check_texts,
     input_names,
 )
-from app.api.deps import AttendanceDep, ModelsDep, RecordDep, ServicesDep, admitted, prepare
+from app.api.deps import Call, CallDep, prepare
 from app.api.libretranslate import (
     FORM_BODY,
     LibreError,
@@ -177,29 +176,26 @@ AnyRequest = Annotated[
 
 
 async def admit(
-    request: Request,
-    services: ServicesDep,
-    models: ModelsDep,
-    record: RecordDep,
-    body: Annotated[AnyRequest | None, Body()] = None,
-) -> AsyncIterator[TranslateWork | LibreTranslateWork]:
-    """Check, split, tokenise and submit all sentences of all texts; abort what is left on exit."""
+    body: TranslateRequest | LibreTranslateRequest | None, call: Call
+) -> TranslateWork | LibreTranslateWork:
+    """Check, split, tokenise and submit all sentences of all texts."""
+    request, models, settings = call.request, call.models, call.services.settings
     work: TranslateWork | LibreTranslateWork
     if isinstance(body, TranslateRequest):
         parameters = body.parameters or TranslateParameters()
         task = models.translate(body.model, parameters.src_lang, parameters.tgt_lang)
-        work = await _plan(body, task, services.settings)
+        work = await _plan(body, task, settings)
     elif body is None and "q" not in request.query_params:
         raise InvalidRequest(NO_OBJECT)
     else:
         speak(request.scope, Dialect.LIBRETRANSLATE)
         merged = merge_query(body, request.query_params)
         task = models.translate(merged.model, merged.named_source, merged.target)
-        work = await plan_libretranslate(merged, task, services.settings)
+        work = await plan_libretranslate(merged, task, settings)
     sequences = work.plan.sequences
-    record.n_prompt_tokens = sum(len(sequence.prompt_ids) for sequence in sequences)
-    async with admitted(services, task.lane, sequences):
-        yield work
+    call.record.n_prompt_tokens = sum(len(sequence.prompt_ids) for sequence in sequences)
+    call.submit(task.lane, sequences)
+    return work
 
 
 @router.post(
@@ -208,17 +204,14 @@ async def admit(
     responses=_ERRORS,
     openapi_extra=FORM_BODY,
 )
-async def translate(
-    work: Annotated[TranslateWork | LibreTranslateWork, Depends(admit)],
-    attendance: AttendanceDep,
-    record: RecordDep,
-) -> Json:
+async def translate(call: CallDep, body: Annotated[AnyRequest | None, Body()] = None) -> Json:
     """Translate each text; white space and line breaks between its sentences stay as they are.
 
     With `inputs` in the form of Hugging Face, with `q` in that of LibreTranslate. Addresses (URLs, e-mail),
     code in backticks and numbers are kept.
     """
-    found = await translate_plan(work.plan, attendance, record)
+    work = await admit(body, call)
+    found = await translate_plan(work.plan, call.attendance, call.record)
     return Json(await prepare(work.plan.n_chars, work.answer, found))
 
 
