@@ -149,11 +149,14 @@ NO_OBJECT = "the body must be a JSON object, sent with Content-Type: application
 _UNPARSABLE = "the body is not valid JSON"
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
 class Json(JSONResponse):
     """JSON in UTF-8. A lone surrogate, which UTF-8 cannot hold, leaves as its JSON escape."""
 
     def render(self, content: Any) -> bytes:
-        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text = _encode(content)
         return text.encode("utf-8", "backslashreplace")
 
 

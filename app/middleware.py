@@ -4,14 +4,14 @@ Plain ASGI: under Starlette's `@app.middleware("http")` a client's disconnect do
 """
 
 import logging
+import random
 import re
 import time
-import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import metrics
@@ -61,19 +61,22 @@ class RequestRecord:
             return "failed" if self.error_type else "success"
         return "refused"
 
-    def headers(self) -> dict[str, str]:
+    def headers(self) -> list[tuple[bytes, bytes]]:
         """The response headers that tell of this request."""
-        found: dict[str, str] = {"x-request-id": self.request_id}
+        found = [(b"x-request-id", self.request_id.encode())]
         if self.endpoint is None:
             return found
-        times = {
-            "queue": self.queue_seconds,
-            "inference": self.inference_seconds,
-            "total": self.total_seconds,
-        }
-        found |= {f"x-{name}-time": f"{1000 * t:.2f}" for name, t in times.items() if t is not None}
-        counts = {"prompt": self.n_prompt_tokens, "generated": self.n_generated_tokens}
-        return found | {f"x-{name}-tokens": str(n) for name, n in counts.items() if n is not None}
+        times = (
+            (b"x-queue-time", self.queue_seconds),
+            (b"x-inference-time", self.inference_seconds),
+            (b"x-total-time", self.total_seconds),
+        )
+        found += [(name, b"%.2f" % (1000 * t)) for name, t in times if t is not None]
+        counts = (
+            (b"x-prompt-tokens", self.n_prompt_tokens),
+            (b"x-generated-tokens", self.n_generated_tokens),
+        )
+        return found + [(name, b"%d" % n) for name, n in counts if n is not None]
 
 
 class ModelPathMiddleware:
@@ -126,7 +129,7 @@ class RecordMiddleware:
         async def noting_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                MutableHeaders(scope=message).update(record.headers())
+                message["headers"] = [*message["headers"], *record.headers()]
             elif message["type"] == "http.response.body":
                 record.complete = not message.get("more_body", False)
             await send(message)
@@ -143,16 +146,18 @@ class RecordMiddleware:
 
 def _request_id(scope: Scope) -> str:
     given = Headers(scope=scope).get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    # No secret: `uuid.uuid4` asks the system, which gives up the interpreter lock and waits for it again.
+    return given if _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
 
 
 def _conclude(record: RequestRecord, scope: Scope) -> None:
     seconds = record.total_seconds
+    outcome = record.outcome
     if record.endpoint is not None:
         model = record.model if metrics.is_known(record.endpoint, record.model) else metrics.NO_MODEL
-        metrics.requests_total.labels(record.endpoint, model, record.outcome).inc()
+        metrics.requests_total.labels(record.endpoint, model, outcome).inc()
         metrics.request_duration_seconds.labels(record.endpoint).observe(seconds)
-        if record.outcome == "refused" and record.error_type in metrics.REASONS:
+        if outcome == "refused" and record.error_type in metrics.REASONS:
             metrics.rejected_total.labels(record.endpoint, record.error_type).inc()
     fields = {
         "id": record.request_id,
