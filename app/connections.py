@@ -7,17 +7,17 @@ opens connections and says nothing, or asks for a stream and does not read it, w
 import asyncio
 import json
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 # Above the limit, as many connections again are taken on which probes are answered and all else is told to
 # come back; what comes on top of those is closed without a word.
 FACTOR = 2
-_CLOSING_SECONDS = 1.0  # after the guard's own answer to a slow body
+_MAX_HEAD_BYTES = 64 * 1024
+_HEAD_SECONDS, _BODY_SECONDS = 0.0, 1.0  # on top of the limit; a slow body is first answered by the guard
 _MESSAGE = "this is not HTTP/1.1 as the server understands it"
 
 
-class BoundedProtocol(H11Protocol):
+class BoundedProtocol(HttpToolsProtocol):
     """A connection under watch. Make a subclass with the bounds for each server: `bounded`."""
 
     max_connections = 1000
@@ -26,6 +26,8 @@ class BoundedProtocol(H11Protocol):
 
     _arrival: asyncio.TimerHandle | None = None
     _reading: asyncio.TimerHandle | None = None
+    _awaited: float | None = _HEAD_SECONDS  # what is to come now: a head, a body; None when all is in
+    _n_head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -45,27 +47,54 @@ class BoundedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        before = self.conn.their_state
+        before = self._awaited
+        self._n_head_bytes += len(data)
         super().data_received(data)
-        if self.conn.their_state is not before or self._arrival is None:
+        too_large = self._awaited == _HEAD_SECONDS and self._n_head_bytes > _MAX_HEAD_BYTES
+        if too_large and not self.transport.is_closing():
+            self.send_400_response(_MESSAGE)
+        if self._awaited is not before or self._arrival is None:
             self._watch_arrival()
+
+    def on_message_begin(self) -> None:
+        self._awaited, self._n_head_bytes = _HEAD_SECONDS, 0
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._awaited == _HEAD_SECONDS:  # not what comes behind the body
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        n_hosts = sum(name == b"host" for name, _ in self.headers)
+        if n_hosts > 1 or (n_hosts == 0 and self.parser.get_http_version() == "1.1"):
+            raise ValueError("a request names one host")
+        self._awaited = _BODY_SECONDS
+        super().on_headers_complete()
+        if self.scope["method"] == "POST":  # its answer has a body
+            self.cycle.transport = _Answer(self.transport)  # type: ignore[assignment]
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._awaited, self._n_head_bytes = _HEAD_SECONDS if self.cycle.response_complete else None, 0
 
     def on_response_complete(self) -> None:
         if self.app_state.get("crowded"):
             self.transport.close()  # one answer each; the next may find room
         super().on_response_complete()
+        if self._awaited is None and self.cycle.response_complete:  # not with the next in its pipeline
+            self._awaited = _HEAD_SECONDS
         self._watch_arrival()
 
     def _watch_arrival(self) -> None:
-        """Time what is to come: a head, or a body. What is in is not timed, nor is an idle connection."""
+        """Time what is to come: a head, or a body, unless it waits for us; no idle connection."""
         if self._arrival is not None:
             self._arrival.cancel()
             self._arrival = None
         if self.transport.is_closing() or self.timeout_keep_alive_task is not None:
             return
-        seconds = {h11.IDLE: 0.0, h11.SEND_BODY: _CLOSING_SECONDS}.get(self.conn.their_state)
-        if seconds is not None:
-            self._arrival = self.loop.call_later(self.receive_seconds + seconds, self.transport.abort)
+        if self._awaited is not None and not self.flow.read_paused:
+            seconds = self.receive_seconds + self._awaited
+            self._arrival = self.loop.call_later(seconds, self.transport.abort)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -79,23 +108,40 @@ class BoundedProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """In JSON like all others. Nothing can be said in the middle of an answer."""
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE) or self._answers():
+        cycle: RequestResponseCycle | None = self.cycle  # none before the first request
+        answers = cycle is not None and not cycle.response_complete
+        if self._awaited != _HEAD_SECONDS or answers:
             self.transport.abort()
             return
         body = json.dumps({"error": _MESSAGE, "error_type": "validation"}).encode()
-        head = [
-            ("content-type", "application/json"),
-            ("content-length", str(len(body))),
-            ("connection", "close"),
-        ]
-        events = (h11.Response(status_code=400, headers=head), h11.Data(data=body), h11.EndOfMessage())
-        self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
+        head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         self.transport.close()
 
-    def _answers(self) -> bool:
-        """Is a route at work on this connection? Two answers to one request would mix."""
-        cycle: RequestResponseCycle | None = self.cycle  # none before the first request
-        return cycle is not None and not cycle.response_complete
+
+class _Answer:
+    """Where an answer is written to: its head waits for what follows, so that both leave in one system call.
+
+    Each gives up the interpreter lock, for which the event loop then waits again.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head: bytes | None = None  # until there is one; empty when it has left
+        self.is_closing = transport.is_closing
+
+    def write(self, data: bytes) -> None:
+        if self._head is None and not data.startswith(b"HTTP/1.1 100 "):
+            self._head = data
+            return
+        if self._head:
+            data, self._head = self._head + data, b""
+        self._transport.write(data)
+
+    def close(self) -> None:
+        if self._head:
+            self._transport.write(self._head)
+        self._transport.close()
 
 
 def bounded(max_connections: int, receive_seconds: float, read_seconds: float) -> type[BoundedProtocol]:

@@ -138,6 +138,55 @@ async def test_what_is_no_http_is_answered_in_json(address: tuple[str, int], gar
         assert json.loads(body)["error_type"] == "validation"
 
 
+@pytest.mark.parametrize("hosts", [b"", b"Host: x\r\nHost: y\r\n"])
+async def test_a_request_names_one_host(address: tuple[str, int], hosts: bytes) -> None:
+    async with connection(address) as (reader, writer):
+        writer.write(b"GET /health HTTP/1.1\r\n" + hosts + b"\r\n")
+        assert (await rest(reader)).startswith(b"HTTP/1.1 400 ")
+
+
+async def test_a_head_over_the_limit_is_refused(address: tuple[str, int]) -> None:
+    async with connection(address) as (reader, writer):
+        writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n")
+        pouring = asyncio.create_task(drip(writer, b"x: " + b"y" * 4000 + b"\r\n", times=20))
+        assert (await rest(reader)).startswith(b"HTTP/1.1 400 ")
+        pouring.cancel()
+
+
+async def test_headers_behind_the_body_are_not_the_requests(
+    address: tuple[str, int], generate_lane: FakeDecodeLane
+) -> None:
+    async with connection(address) as (reader, writer):
+        writer.write(HEAD + b"x-request-id: one\r\nTransfer-Encoding: chunked\r\n\r\n")
+        writer.write(b'f\r\n{"inputs": "a"}\r\n0\r\nx-request-id: two\r\n\r\n')
+        answer = await reader.readuntil(b"}")
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert b"x-request-id: one\r\n" in answer
+
+
+async def test_requests_in_a_row_are_answered_in_a_row(
+    address: tuple[str, int], generate_lane: FakeDecodeLane
+) -> None:
+    generate_lane.pause_seconds = 0.1
+    async with connection(address) as (reader, writer):
+        for inputs in (b"y", b"a"):
+            content = b'{"inputs": "%s", "parameters": {"max_new_tokens": 6}}' % inputs
+            writer.write(HEAD + b"Content-Length: %d\r\n\r\n" % len(content) + content)
+        writer.write(b"HEAD / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answers = await rest(reader)
+        assert answers.count(b"HTTP/1.1 200 ") == 3
+        assert answers.index(b'"z"') < answers.index(b'"bcdefg"') < answers.index(b"text/html")
+        assert answers.endswith(b"\r\n\r\n")
+
+
+async def test_a_client_that_asks_first_is_told_to_go_on(address: tuple[str, int]) -> None:
+    async with connection(address) as (reader, writer):
+        writer.write(HEAD + b"Content-Length: 15\r\nExpect: 100-continue\r\n\r\n")
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(b'{"inputs": "a"}')
+        assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200 ")
+
+
 async def test_garbage_behind_a_request_ends_it(
     address: tuple[str, int], generate_lane: FakeDecodeLane
 ) -> None:
