@@ -84,6 +84,7 @@ def make_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         app,
         host=settings.host,
         port=settings.port,
+        loop="uvloop",
         http=bounded(settings.max_connections, settings.receive_seconds, settings.read_seconds),
         ws="none",
         log_config=None,

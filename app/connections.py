@@ -70,8 +70,6 @@ class BoundedProtocol(HttpToolsProtocol):
             raise ValueError("a request names one host")
         self._awaited = _BODY_SECONDS
         super().on_headers_complete()
-        if self.scope["method"] == "POST":  # its answer has a body
-            self.cycle.transport = _Answer(self.transport)  # type: ignore[assignment]
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -117,31 +115,6 @@ class BoundedProtocol(HttpToolsProtocol):
         head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
         self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         self.transport.close()
-
-
-class _Answer:
-    """Where an answer is written to: its head waits for what follows, so that both leave in one system call.
-
-    Each gives up the interpreter lock, for which the event loop then waits again.
-    """
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self._head: bytes | None = None  # until there is one; empty when it has left
-        self.is_closing = transport.is_closing
-
-    def write(self, data: bytes) -> None:
-        if self._head is None and not data.startswith(b"HTTP/1.1 100 "):
-            self._head = data
-            return
-        if self._head:
-            data, self._head = self._head + data, b""
-        self._transport.write(data)
-
-    def close(self) -> None:
-        if self._head:
-            self._transport.write(self._head)
-        self._transport.close()
 
 
 def bounded(max_connections: int, receive_seconds: float, read_seconds: float) -> type[BoundedProtocol]:
