@@ -57,11 +57,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Results:
-    """A run's answers in the order of their calls, its length, and the processor seconds of this process."""
+    """A run's answers in the order of their calls, its length, and the processor seconds of this process.
+
+    And those of the server, from whoever starts the run.
+    """
 
     answers: list[Answer]
     seconds: float
     cpu_seconds: float
+    server_cpu_seconds: float = 0.0
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Results:

@@ -95,7 +95,7 @@ class Report:
     def __init__(self) -> None:
         self._table = Table(
             *("load", "endpoint", "requests/s", "tokens/s", "first token, ms", "between tokens, ms"),
-            *("whole request, ms", "failures", "client's CPU", "bare engine"),
+            *("whole request, ms", "failures", "client's CPU", "server's CPU, ms", "bare engine"),
         )
 
     def add(self, load: str, results: Results, bare: str = "") -> None:
@@ -114,8 +114,16 @@ class Report:
                 milliseconds([answer.ended - answer.sent for answer in good]),
                 failures(answers),
                 f"{100 * results.cpu_seconds / results.seconds:.0f}%",
+                server_cost(results),
                 bare,
             )
+
+
+def server_cost(results: Results) -> str:
+    """Processor time of the whole server a request, and an event of its streams."""
+    cost, n_events = 1000 * results.server_cpu_seconds, sum(len(each.events) for each in results.answers)
+    each = f"{cost / len(results.answers):.2f} a request"
+    return f"{each}, {cost / n_events:.3f} an event" if n_events else each
 
 
 def failures(answers: list[Answer]) -> str:
@@ -250,7 +258,7 @@ def main(words: list[str] | None = None) -> None:
     settings = dict(arguments.settings)
     notes = (
         f"server, load generator and bare engine are three processes on the same {n_cores()} cores",
-        "client's CPU: what the load generator took of one of them",
+        "client's CPU: what the load generator took of one of them; server's CPU: all of its threads",
         f"settings: {settings or 'defaults'}; streamed generations of {arguments.new} tokens, beam 4",
         "times are p50 / p95 / p99; first token and whole request count from the sending of the request",
     )

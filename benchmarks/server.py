@@ -68,7 +68,7 @@ def _ready(port: int, process: subprocess.Popen[bytes]) -> bool:
 
 def send(port: int, calls: list[Call], n_clients: int = 0) -> Results:
     """Run the load in its own process; see `benchmarks.load`."""
-    plan = json.dumps(asdict(Plan(port, calls, n_clients)))
+    plan, before = json.dumps(asdict(Plan(port, calls, n_clients))), _cpu_seconds(port)
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.load"],
         cwd=ROOT,
@@ -79,4 +79,12 @@ def send(port: int, calls: list[Call], n_clients: int = 0) -> Results:
     )
     if done.returncode:
         raise RuntimeError(f"the load generator failed: {done.stderr[-2000:]}")
-    return Results.from_dict(json.loads(done.stdout))
+    spent = _cpu_seconds(port) - before
+    return Results.from_dict(json.loads(done.stdout) | {"server_cpu_seconds": spent})
+
+
+def _cpu_seconds(port: int) -> float:
+    """What the server has taken of its processors, its engine included."""
+    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as r:
+        lines = r.read().decode().splitlines()
+    return float(next(line for line in lines if line.startswith("process_cpu_seconds_total ")).split()[1])

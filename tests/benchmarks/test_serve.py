@@ -84,6 +84,9 @@ def test_gaps_and_what_http_costs() -> None:
     answers = [Answer("/", 0.0, 200, 0.25, 5), Answer("/", 1.0, 200, 1.25, 5)]
     cost = serve.http_cost([(Results(answers, 2.0, 0.0), Loop(1.0, [0.15, 0.15], 10))])
     assert cost == "2.0 requests/s; HTTP has 50% of it, adds 100.0 ms"
+    assert serve.server_cost(Results(answers, 2.0, 0.0, 0.005)) == "2.50 a request"
+    streams = [Answer("/", 0.0, 200, 0.25, 5, events=[0.1] * 5)]
+    assert serve.server_cost(Results(streams, 2.0, 0.0, 0.005)) == "5.00 a request, 1.000 an event"
     assert "OTHER TOKENS: 9" in serve.http_cost([(Results(answers, 2.0, 0.0), Loop(1.0, [0.1], 9))])
 
 
