@@ -9,12 +9,12 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from app.api.bounds import Strict, Texts, check_count, check_texts, input_names
-from app.api.deps import Call, CallDep, gather, note_times, prepare
+from app.api.deps import BodyRoute, Call, CallDep, gather, note_times, prepare
 from app.engine.batch import BatchItem, Logits
 from app.engine.registry import OneShotLane, Task
 from app.errors import InvalidRequest, Json
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 Function = Literal["softmax", "sigmoid", "none"]
 

@@ -7,14 +7,14 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from app.api.bounds import Strict, Texts, check_count, check_length, check_text, check_texts, input_names
-from app.api.deps import Call, CallDep, gather, note_times, prepare
+from app.api.deps import BodyRoute, Call, CallDep, gather, note_times, prepare
 from app.engine.batch import BatchItem, Filled
 from app.engine.registry import OneShotLane, Task
 from app.errors import InvalidRequest, Json, NotLoaded, brief
 from app.settings import Settings
 from model.tokenizer import Tokenizer
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 DEFAULT_TOP_K = 5
 _FILLING_CHARS = 16  # the least that a filling counts for, so that a few hundred are no small work

@@ -21,7 +21,7 @@ from app.api.bounds import (
     check_texts,
     input_names,
 )
-from app.api.deps import Call, CallDep, gather, note_times, prepare
+from app.api.deps import BodyRoute, Call, CallDep, gather, note_times, prepare
 from app.api.generation import (
     EventStream,
     Generation,
@@ -41,7 +41,7 @@ from model.sampling import SamplingParams
 from model.tokenizer import TextStream, Tokenizer
 
 log = logging.getLogger("app")
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 class GenerateParameters(Strict):
@@ -208,21 +208,19 @@ async def _events(
 
 def _step(token: Token, work: GenerateWork) -> dict[str, Any]:
     """One event; the last one, whose generation has its finish_reason, has the whole text."""
-    generation = work.flat[0]
-    ended = generation.finish_reason is not None
+    generation = work.generations[0][0]
     step: dict[str, Any] = {"index": len(generation.tokens), "token": token}
     if work.parameters.top_n_tokens:
         step["top_tokens"] = generation.top_tokens[-1]
+    if generation.finish_reason is None:
+        return step | {"generated_text": None, "details": None}
     details = {
         "finish_reason": generation.finish_reason,
         "generated_tokens": len(generation.tokens),
         "input_length": len(generation.sequence.prompt_ids),
         "seed": _seed(generation, work),
     }
-    return step | {
-        "generated_text": _full_text(work.texts[0], generation, work) if ended else None,
-        "details": details if ended else None,
-    }
+    return step | {"generated_text": _full_text(work.texts[0], generation, work), "details": details}
 
 
 def _answer(text: str, group: list[Generation], work: GenerateWork) -> Generated:

@@ -88,6 +88,8 @@ class Generation:
 
 def find_stop(before: str, new: str, stops: list[str]) -> int | None:
     """How much of the new text belongs to the output, when a stop string ends in it; else None."""
+    if not stops:  # nor is the whole text copied for each token
+        return None
     text = before + new
     ends = []
     for stop in stops:

@@ -8,13 +8,13 @@ from pydantic import FailFast, Field
 from typing_extensions import TypeAliasType, TypedDict
 
 from app.api.bounds import Strict, check_length, check_text, input_names
-from app.api.deps import Call, CallDep, gather, note_times, prepare
+from app.api.deps import BodyRoute, Call, CallDep, gather, note_times, prepare
 from app.engine.batch import BatchItem
 from app.engine.registry import OneShotLane, Task
 from app.errors import InvalidRequest, Json, NotLoaded
 from app.settings import Settings
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 class Pair(Strict):

@@ -28,7 +28,7 @@ from app.api.bounds import (
     check_text,
     input_names,
 )
-from app.api.deps import Call, CallDep, gather, note_times, prepare
+from app.api.deps import BodyRoute, Call, CallDep, gather, note_times, prepare
 from app.api.generation import (
     EventStream,
     Generation,
@@ -47,7 +47,7 @@ from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer, text_pieces
 
 log = logging.getLogger("app")
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 _MAX_BIAS = 100.0  # OpenAI's; with as much a token is certain or impossible

@@ -19,7 +19,7 @@ from app.api.bounds import (
     check_texts,
     input_names,
 )
-from app.api.deps import Call, CallDep, prepare
+from app.api.deps import BodyRoute, Call, CallDep, prepare
 from app.api.libretranslate import (
     FORM_BODY,
     LibreError,
@@ -52,7 +52,7 @@ from app.settings import Settings
 from model.sampling import BeamParams
 from model.tokenizer import TextStream, Tokenizer
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 class BeamParameters(Strict):
