@@ -56,12 +56,15 @@ async def close(writer: asyncio.StreamWriter) -> None:
 
 
 async def rest(reader: asyncio.StreamReader) -> bytes:
-    """All that comes until the server closes; nothing where it resets."""
+    """All that comes until the server closes or resets."""
+    found = b""
     async with asyncio.timeout(20):
-        try:
-            return await reader.read()
-        except ConnectionResetError:
-            return b""
+        while not reader.at_eof():
+            try:
+                found += await reader.read(65536)
+            except ConnectionResetError:  # the reader keeps to itself what came just before
+                return found + bytes(reader._buffer)  # type: ignore[attr-defined]
+    return found
 
 
 async def drip(writer: asyncio.StreamWriter, data: bytes, *, times: int = 10_000) -> None:
