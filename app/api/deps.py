@@ -177,11 +177,13 @@ class Attendance:
             return await work
         except asyncio.CancelledError:
             # As in asyncio.timeout: somebody else may have cancelled the task as well.
-            if self._over is None or task.uncancel() > n_cancelled:
+            if self._over is None or task.cancelling() > n_cancelled + 1:
                 raise
             raise self._over from None
         finally:
             self._waiting = None
+            if self._over is not None:  # whatever work made of it: a failure of its own, too
+                task.uncancel()
 
     def end(self) -> None:
         """Nothing will be waited for any more."""

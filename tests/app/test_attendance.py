@@ -100,3 +100,21 @@ async def test_another_cancellation_is_one(attendance: Attendance, client: Clien
         await waiting
     assert work.cancelled
     assert leaves or caught.type is asyncio.CancelledError
+
+
+async def test_a_failure_of_the_work_itself_leaves_no_cancellation_behind(
+    attendance: Attendance, client: Client
+) -> None:
+    async def fail() -> None:
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            raise ZeroDivisionError from None
+
+    asyncio.get_running_loop().call_later(0.02, client.left.set)
+    with pytest.raises(ZeroDivisionError):
+        await attendance.wait_for(fail())
+    task = asyncio.current_task()
+    assert task is not None
+    assert not task.cancelling()
+    await asyncio.sleep(0)
