@@ -7,12 +7,14 @@ opens connections and says nothing, or asks for a stream and does not read it, w
 import asyncio
 import json
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 # Above the limit, as many connections again are taken on which probes are answered and all else is told to
 # come back; what comes on top of those is closed without a word.
 FACTOR = 2
 _MAX_HEAD_BYTES = 64 * 1024
+_MAX_PIPELINED = 64  # requests of one connection that wait for their turn
 _HEAD_SECONDS, _BODY_SECONDS = 0.0, 1.0  # on top of the limit; a slow body is first answered by the guard
 _MESSAGE = "this is not HTTP/1.1 as the server understands it"
 
@@ -28,6 +30,8 @@ class BoundedProtocol(HttpToolsProtocol):
     _reading: asyncio.TimerHandle | None = None
     _awaited: float | None = _HEAD_SECONDS  # what is to come now: a head, a body; None when all is in
     _n_head_bytes = 0
+    _running: RequestResponseCycle | None = None  # `cycle` is the last of the pipeline
+    _is_last = False  # what comes behind the requests that are in is not heard
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -44,17 +48,33 @@ class BoundedProtocol(HttpToolsProtocol):
             if timer is not None:
                 timer.cancel()
         self._arrival = self._reading = None
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        self.pipeline.clear()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_last:
+            return
         before = self._awaited
         self._n_head_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._feed(data)
         too_large = self._awaited == _HEAD_SECONDS and self._n_head_bytes > _MAX_HEAD_BYTES
         if too_large and not self.transport.is_closing():
             self.send_400_response(_MESSAGE)
         if self._awaited is not before or self._arrival is None:
             self._watch_arrival()
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._unsupported_upgrade_warning()
+        except httptools.HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response(_MESSAGE)
 
     def on_message_begin(self) -> None:
         self._awaited, self._n_head_bytes = _HEAD_SECONDS, 0
@@ -68,8 +88,15 @@ class BoundedProtocol(HttpToolsProtocol):
         n_hosts = sum(name == b"host" for name, _ in self.headers)
         if n_hosts > 1 or (n_hosts == 0 and self.parser.get_http_version() == "1.1"):
             raise ValueError("a request names one host")
-        self._awaited = _BODY_SECONDS
+        codings = {value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"}
+        if codings - {b"chunked"}:
+            raise ValueError("a body comes as it is, or in chunks")
+        if len(self.pipeline) >= _MAX_PIPELINED:
+            raise ValueError("too many requests in a row")
         super().on_headers_complete()
+        self._awaited = _BODY_SECONDS
+        if not self.pipeline:
+            self._running = self.cycle
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -78,6 +105,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         if self.app_state.get("crowded"):
             self.transport.close()  # one answer each; the next may find room
+        if self.pipeline:
+            self._running = self.pipeline[-1][0]
         super().on_response_complete()
         if self._awaited is None and self.cycle.response_complete:  # not with the next in its pipeline
             self._awaited = _HEAD_SECONDS
@@ -105,11 +134,13 @@ class BoundedProtocol(HttpToolsProtocol):
             self._reading = None
 
     def send_400_response(self, msg: str) -> None:
-        """In JSON like all others. Nothing can be said in the middle of an answer."""
-        cycle: RequestResponseCycle | None = self.cycle  # none before the first request
-        answers = cycle is not None and not cycle.response_complete
-        if self._awaited != _HEAD_SECONDS or answers:
+        """In JSON like all others. Nothing can be said in the middle of an answer: that is then the last."""
+        if self._awaited == _BODY_SECONDS:
             self.transport.abort()
+            return
+        cycle: RequestResponseCycle | None = self.cycle  # none before the first request
+        if cycle is not None and not cycle.response_complete:
+            self._awaited, self._is_last, cycle.keep_alive = None, True, False
             return
         body = json.dumps({"error": _MESSAGE, "error_type": "validation"}).encode()
         head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"

@@ -141,6 +141,27 @@ async def test_what_is_no_http_is_answered_in_json(address: tuple[str, int], gar
         assert json.loads(body)["error_type"] == "validation"
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET http://x HTTP/1.1\r\nHost: x\r\n",
+        b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n",
+        HEAD + b"Transfer-Encoding: identity\r\n",
+        HEAD + b"Transfer-Encoding: gzip, chunked\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 15\r\n",
+        HEAD + b"Content-Length: 15\r\nContent-Length: 15\r\n",
+    ],
+)
+async def test_a_head_that_means_nothing_here_is_answered_in_json(
+    address: tuple[str, int], head: bytes
+) -> None:
+    async with connection(address) as (reader, writer):
+        writer.write(head + b"\r\n")
+        answer, _, body = (await rest(reader)).partition(b"\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(body)["error_type"] == "validation"
+
+
 @pytest.mark.parametrize("hosts", [b"", b"Host: x\r\nHost: y\r\n"])
 async def test_a_request_names_one_host(address: tuple[str, int], hosts: bytes) -> None:
     async with connection(address) as (reader, writer):
@@ -198,6 +219,50 @@ async def test_garbage_behind_a_request_ends_it(
         writer.write(HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n")
         assert await rest(reader) == b""
         assert not generate_lane.running
+
+
+async def test_garbage_between_requests_spares_the_first(
+    address: tuple[str, int], generate_lane: FakeDecodeLane
+) -> None:
+    """As where a client counts its body a byte too short."""
+    generate_lane.pause_seconds = 0.2
+    async with connection(address) as (reader, writer):
+        writer.write(HEAD + b'Content-Length: 15\r\n\r\n{"inputs": "y"}}')
+        await asyncio.sleep(0.1)
+        writer.write(b"}" * 1000)
+        answer = await rest(reader)
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert b"connection: close" in answer
+        assert answer.count(b"HTTP/1.1") == 1
+
+
+async def test_no_more_than_so_many_requests_wait_in_a_row(
+    address: tuple[str, int], generate_lane: FakeDecodeLane
+) -> None:
+    generate_lane.pause_seconds = 0.1
+    async with connection(address) as (reader, writer):
+        writer.write(HEAD + b'Content-Length: 15\r\n\r\n{"inputs": "y"}')
+        writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+        assert (await rest(reader)).count(b"HTTP/1.1 200 ") == 65
+
+
+@pytest.mark.parametrize("content", [b'{"inputs": "a", "stream": true}', b'{"inputs": "a"}'])
+async def test_who_leaves_with_a_request_in_waiting_ends_both(
+    address: tuple[str, int],
+    generate_lane: FakeDecodeLane,
+    content: bytes,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    generate_lane.pause_seconds = 0.3
+    async with connection(address) as (_, writer):
+        writer.write((HEAD + b"Content-Length: %d\r\n\r\n" % len(content) + content) * 2)
+        await until(lambda: bool(generate_lane.running))
+        await asyncio.sleep(0.5)
+    async with asyncio.timeout(2):
+        await until(lambda: not generate_lane.running)
+    await asyncio.sleep(0.1)
+    assert len(generate_lane.submitted) == 1
+    assert "exception" not in caplog.text
 
 
 async def test_an_unread_stream_is_cut_off(address: tuple[str, int], app: FastAPI) -> None:
