@@ -32,6 +32,7 @@ class BoundedProtocol(HttpToolsProtocol):
     _n_head_bytes = 0
     _running: RequestResponseCycle | None = None  # `cycle` is the last of the pipeline
     _is_last = False  # what comes behind the requests that are in is not heard
+    _is_muted = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -70,13 +71,32 @@ class BoundedProtocol(HttpToolsProtocol):
     def _feed(self, data: bytes) -> None:
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._unsupported_upgrade_warning()
+        except httptools.HttpParserUpgrade as offer:
+            self._decline(data[offer.args[0] :])
         except httptools.HttpParserError:
             self.logger.warning("Invalid HTTP request received.")
             self.send_400_response(_MESSAGE)
 
+    def _decline(self, rest: bytes) -> None:
+        """Stay with HTTP/1.1, whatever a client offers: some do with each request.
+
+        The parser takes what follows the head for the other protocol. For a body there is a new one, which
+        is told of the body's length alone.
+        """
+        framing = b"".join(b"%s: %s\r\n" % header for header in self._framing())
+        if framing:
+            self.parser = httptools.HttpRequestParser(self)
+            self._is_muted = True
+            self.parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n" % framing)
+            self._is_muted = False
+        self._feed(rest)
+
+    def _framing(self) -> list[tuple[bytes, bytes]]:
+        return [header for header in self.headers if header[0] in (b"content-length", b"transfer-encoding")]
+
     def on_message_begin(self) -> None:
+        if self._is_muted:
+            return
         self._awaited, self._n_head_bytes = _HEAD_SECONDS, 0
         super().on_message_begin()
 
@@ -85,6 +105,8 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self._is_muted:
+            return
         n_hosts = sum(name == b"host" for name, _ in self.headers)
         if n_hosts > 1 or (n_hosts == 0 and self.parser.get_http_version() == "1.1"):
             raise ValueError("a request names one host")
@@ -99,6 +121,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._running = self.cycle
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade() and self._framing():
+            return  # the body is still to come
         super().on_message_complete()
         self._awaited, self._n_head_bytes = _HEAD_SECONDS if self.cycle.response_complete else None, 0
 

@@ -265,6 +265,33 @@ async def test_who_leaves_with_a_request_in_waiting_ends_both(
     assert "exception" not in caplog.text
 
 
+@pytest.mark.parametrize("together", [False, True])
+async def test_an_offer_of_another_protocol_is_passed_over(
+    address: tuple[str, int], *, together: bool
+) -> None:
+    """Java's client makes it with each request."""
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AA\r\n"
+    content = b'{"inputs": "y"}'
+    requests = [
+        HEAD + offer + b"Content-Length: 15\r\n\r\n" + content,
+        HEAD + offer + b"Transfer-Encoding: chunked\r\n\r\nf\r\n" + content + b"\r\n0\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\n" + offer + b"\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\n" + offer + b"Content-Length: 0\r\n\r\n",
+        HEAD + b"Connection: close\r\nContent-Length: 15\r\n\r\n" + content,
+    ]
+    async with connection(address) as (reader, writer):
+        if together:
+            writer.write(b"".join(requests))
+        else:
+            for byte in b"".join(requests):
+                writer.write(bytes([byte]))
+                await writer.drain()
+                await asyncio.sleep(0)
+        answers = await rest(reader)
+        assert answers.count(b"HTTP/1.1 200 ") == 5
+        assert answers.count(b'{"generated_text":"z"}') == 3
+
+
 async def test_an_unread_stream_is_cut_off(address: tuple[str, int], app: FastAPI) -> None:
     ended = asyncio.Event()
 
