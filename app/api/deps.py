@@ -285,12 +285,15 @@ async def gather(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     works = list(work)
     if len(works) == 1:
         return [await works[0]]
+    tasks = [asyncio.create_task(each) for each in works]
     try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(each) for each in works]
-    except ExceptionGroup as failures:
-        raise failures.exceptions[0] from None
-    return [task.result() for task in tasks]
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        # No TaskGroup: where one of its tasks fails it cancels its parent as well, and leaves that counted.
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 # Above this many characters tokenising would hold up the event loop for more than a step.

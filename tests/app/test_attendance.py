@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 from starlette.types import Message
 
-from app.api.deps import Attendance
+from app.api.deps import Attendance, gather
 from app.errors import ClientGone, TimedOut
 from app.middleware import RequestRecord
 
@@ -118,3 +118,17 @@ async def test_a_failure_of_the_work_itself_leaves_no_cancellation_behind(
     assert task is not None
     assert not task.cancelling()
     await asyncio.sleep(0)
+
+
+async def test_a_failure_among_several_ends_the_others_and_nothing_else(attendance: Attendance) -> None:
+    async def fail() -> str:
+        await asyncio.sleep(0.01)
+        raise ZeroDivisionError
+
+    work = Work()
+    with pytest.raises(ZeroDivisionError):
+        await attendance.wait_for(gather([work.done(30), fail(), fail()]))
+    assert work.cancelled
+    task = asyncio.current_task()
+    assert task is not None
+    assert not task.cancelling()
