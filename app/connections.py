@@ -58,14 +58,14 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._is_last:
             return
-        before = self._awaited
+        before = self._awaited, self.cycle
         self._n_head_bytes += len(data)
         self._unset_keepalive_if_required()
         self._feed(data)
         too_large = self._awaited == _HEAD_SECONDS and self._n_head_bytes > _MAX_HEAD_BYTES
         if too_large and not self.transport.is_closing():
             self.send_400_response(_MESSAGE)
-        if self._awaited is not before or self._arrival is None:
+        if (self._awaited, self.cycle) != before or self._arrival is None:
             self._watch_arrival()
 
     def _feed(self, data: bytes) -> None:
@@ -143,6 +143,9 @@ class BoundedProtocol(HttpToolsProtocol):
             self._arrival = None
         if self.transport.is_closing() or self.timeout_keep_alive_task is not None:
             return
+        cycle: RequestResponseCycle | None = self.cycle
+        if self._awaited == _HEAD_SECONDS and cycle is not None and not cycle.response_complete:
+            return  # the beginning of the next request, whose turn is yet to come
         if self._awaited is not None and not self.flow.read_paused:
             seconds = self.receive_seconds + self._awaited
             self._arrival = self.loop.call_later(seconds, self.transport.abort)

@@ -236,6 +236,20 @@ async def test_garbage_between_requests_spares_the_first(
         assert answer.count(b"HTTP/1.1") == 1
 
 
+async def test_half_a_request_in_waiting_does_not_cut_off_the_answer(
+    address: tuple[str, int], generate_lane: FakeDecodeLane
+) -> None:
+    generate_lane.pause_seconds = 0.2
+    async with connection(address) as (reader, writer):
+        content = b'{"inputs": "a", "parameters": {"max_new_tokens": 5}}'
+        writer.write(HEAD + b"Content-Length: %d\r\n\r\n" % len(content) + content + HEAD)
+        answer = await reader.readuntil(b"}")
+        assert b'"bcdef"' in answer
+        dripping = asyncio.create_task(drip(writer, b"x: y\r\n"))
+        assert await rest(reader) == b""
+        dripping.cancel()
+
+
 async def test_no_more_than_so_many_requests_wait_in_a_row(
     address: tuple[str, int], generate_lane: FakeDecodeLane
 ) -> None:
