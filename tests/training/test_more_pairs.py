@@ -111,7 +111,7 @@ def test_machine_words_are_no_target(tokenizer: Tokenizer, tmp_path: Path) -> No
     shard = write_shard(tmp_path, tokenizer, [(label, list(PAIRS[i])) for i, label in enumerate(labels)])
     task = TranslateTask(shard, tokenizer, weights={"": 1.0}, budget=400)
     examples = sorted(np.concatenate(task.batches(0)).tolist())
-    assert examples == [0, 3, 4, 5]  # to Korean; to English; both
+    assert examples == [0, 5, 8, 9]  # to Korean; to English; both
     source = task.collate(np.array([0]), np.random.default_rng(0))["src"][0, 0]
     assert source == tokenizer.tags["back"]
 
