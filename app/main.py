@@ -1,6 +1,7 @@
 """The application: load -> warm up -> start -> serve -> drain -> stop."""
 
 import asyncio
+import gc
 import logging
 import platform
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -211,6 +212,11 @@ async def open_services(app: FastAPI) -> None:
     await warm_up(services)
     metrics.forget_warm_up()
     announce(services)
+    if app.state.listen_early:  # a process of its own
+        # Else the collector looks through all that was loaded, every second or two under load, and for a tenth
+        # of a second nobody is answered.
+        gc.collect()
+        gc.freeze()
     lifecycle.phase = Phase.SERVING
     log.info("ready", extra={"fields": {"tasks": list(services.tasks), "device": services.device}})
 

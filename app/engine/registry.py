@@ -6,6 +6,7 @@ Everything here lives on the event loop; only what `build` does happens in a thr
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -261,6 +262,7 @@ class Registry:
             await asyncio.sleep(0.02)
         await self.worker.remove(task.lane)
         self.leaving.remove((endpoint, task))
+        gc.unfreeze()  # or circles among what the start left frozen would outlive the model
         if self.loading != (endpoint, task.name):
             self._forget_series(endpoint, task.name)
 
