@@ -213,8 +213,8 @@ async def open_services(app: FastAPI) -> None:
     metrics.forget_warm_up()
     announce(services)
     if app.state.listen_early:  # a process of its own
-        # Else the collector looks through all that was loaded, every second or two under load, and for a tenth
-        # of a second nobody is answered.
+        # Else the collector looks through all that was loaded, every second or two under load, and nobody is
+        # answered for a tenth of a second.
         gc.collect()
         gc.freeze()
     lifecycle.phase = Phase.SERVING
