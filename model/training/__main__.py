@@ -28,6 +28,7 @@ from model.training.classify import add_classify_arguments, classify_command
 from model.training.evaluate import add_evaluate_arguments, evaluate_command
 from model.training.loop import Options, Task, Trainer
 from model.training.masked import MaskedTask
+from model.training.packs import find_pack
 from model.training.rnn_race import add_rnn_arguments, rnn_command
 from model.training.score_pairs import add_score_pairs_arguments, score_pairs_command
 from model.training.shards import Shard, write_shard
@@ -182,7 +183,7 @@ def make_task(
         return TranslateTask(shard, tokenizer, weights=weights, noise=noise, **common)
     if arguments.command == "masked":
         return MaskedTask(shard, tokenizer, mask_ratio=data.get("mask_ratio", 0.15), **common)
-    return CausalTask(shard, tokenizer, **common)
+    return CausalTask(shard, tokenizer, weights=None if held else data.get("weights"), **common)
 
 
 def _shard(arguments: argparse.Namespace, data: dict[str, Any], tokenizer: Tokenizer, *, held: bool) -> Shard:
@@ -191,8 +192,8 @@ def _shard(arguments: argparse.Namespace, data: dict[str, Any], tokenizer: Token
         time.sleep(1)  # of several processes the first writes
     if (folder / "meta.json").exists():
         return Shard(folder)
-    pairs = [arguments.data / name for name in data.get("pairs", [])]
-    texts = [arguments.data / name for name in data.get("documents", [])]
+    pairs = [find_pack(arguments.data, name) for name in data.get("pairs", [])]
+    texts = [find_pack(arguments.data, name) for name in data.get("documents", [])]
 
     def documents() -> Any:
         if ARCHITECTURES[arguments.command] == "translator":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,3 +45,15 @@ def sample_by_weight(weights: NDArray[np.float64], rng: np.random.Generator) -> 
     copies = np.floor(weights).astype(np.int64)
     copies += rng.random(len(weights)) < (weights - copies)
     return np.repeat(np.arange(len(weights), dtype=np.int64), copies)
+
+
+def weights_by_label(
+    labels: NDArray[np.uint8], names: Sequence[str], weights: Mapping[str, float]
+) -> NDArray[np.float64]:
+    """How often an epoch holds each document; of the prefixes of its label's name the longest counts."""
+
+    def weight(name: str) -> float:
+        fitting = [prefix for prefix in weights if name.startswith(prefix)]
+        return weights[max(fitting, key=len)] if fitting else 0.0
+
+    return np.array([weight(name) for name in names], dtype=np.float64)[labels]

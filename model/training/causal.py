@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from model.masks import document_mask
 from model.models import CausalLM
 from model.tokenizer import Tokenizer
-from model.training.batches import Indices
+from model.training.batches import Indices, sample_by_weight, weights_by_label
 from model.training.loss import linear_cross_entropy
 from model.training.shards import Shard
 
@@ -21,6 +23,7 @@ class CausalTask:
 
     A window that falls inside a document begins with its next sentence, behind a begin token of its own. In
     use every prompt stands behind one; without this it would mostly be seen before texts of one sentence.
+    `weights` maps a prefix of a document's label to how often an epoch holds it; the longest prefix counts.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class CausalTask:
         *,
         budget: int,
         max_len: int = 256,
+        weights: Mapping[str, float] | None = None,
         seed: int = 0,
     ) -> None:
         self.shard, self.tokenizer, self.max_len, self.seed = shard, tokenizer, max_len, seed
@@ -37,12 +41,14 @@ class CausalTask:
         units = np.asarray(shard.units)
         docs = np.asarray(shard.docs)
         self.starts, self.sizes = units[docs[:-1]], units[docs[1:]] - units[docs[:-1]]
+        self.weights = weights_by_label(np.asarray(shard.labels), shard.label_names, weights or {"": 1.0})
 
     def batches(self, epoch: int) -> list[Indices]:
         """Batches of windows (B, 2): offset in the epoch's stream, epoch; a partial batch only alone."""
         rng = np.random.default_rng((self.seed, epoch))
-        total = int((self.sizes + 2).sum())
-        windows = np.arange((total - 1) // self.max_len, dtype=np.int64)
+        _, ends = self._stream(epoch)
+        total = int(ends[-1]) if len(ends) else 0
+        windows = np.arange(max(0, total - 1) // self.max_len, dtype=np.int64)
         rng.shuffle(windows)
         n_batches = max(min(1, len(windows)), len(windows) // self.rows)
         columns = np.stack((windows * self.max_len, np.full_like(windows, epoch)), axis=1)
@@ -83,7 +89,8 @@ class CausalTask:
 
     def _stream(self, epoch: int) -> tuple[Indices, Indices]:
         if getattr(self, "_epoch", None) != epoch:
-            order = np.random.default_rng((self.seed, epoch, 1)).permutation(len(self.sizes))
+            rng = np.random.default_rng((self.seed, epoch, 1))
+            order = rng.permutation(sample_by_weight(self.weights, rng))
             self._order, self._ends, self._epoch = order, np.cumsum(self.sizes[order] + 2), epoch
         return self._order, self._ends
 

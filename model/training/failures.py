@@ -7,11 +7,11 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-from model.training.packs import PackError, clean_pair, read_pairs
+from model.training.packs import TEXTS, PackError, clean_pair, read_pairs
 from model.training.scores import DIRECTIONS, Corpus, Row, Translation, percent, score_corpus
 from model.training.shards import held_out
 
-COPYING = Path(__file__).parent / "texts" / "copying.tsv"
+COPYING = TEXTS / "copying.tsv"
 KINDS = ("name", "number", "address", "code")
 Translate = Callable[[Sequence[str], str], list[Translation]]  # texts, the language to translate into
 

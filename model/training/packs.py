@@ -1,15 +1,19 @@
 """Readers of text packs: pairs (`source TAB english TAB korean`) and documents (a paragraph a line).
 
-A pack may be compressed with xz. A blank line ends a document.
+A pack may be compressed with xz. A blank line ends a document; pairs, too, may stand in documents, as a
+story told in two languages does.
 """
 
 from __future__ import annotations
 
 import lzma
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple, TextIO, TypeVar
+
+TEXTS = Path(__file__).parent / "texts"  # packs that come with the code
+_T = TypeVar("_T")
 
 
 class Pair(NamedTuple):
@@ -24,6 +28,12 @@ class PackError(ValueError):
     """A pack that cannot be read; the message names the file and the line."""
 
 
+def find_pack(folder: Path, name: str) -> Path:
+    """The pack of this name in the folder of the data, or else among those that come with the code."""
+    shipped = TEXTS / name
+    return shipped if shipped.exists() and not (folder / name).exists() else folder / name
+
+
 def open_pack(path: Path) -> TextIO:
     """Open a text or an xz file for reading as UTF-8, lines ended by \\n only."""
     if path.suffix == ".xz":
@@ -33,27 +43,48 @@ def open_pack(path: Path) -> TextIO:
 
 def read_pairs(path: Path) -> Iterator[Pair]:
     """The pairs of a pack. Raises `PackError` on a line without exactly three columns."""
+    return (pair for pair in _pairs_and_ends(path) if pair is not None)
+
+
+def read_stories(path: Path) -> Iterator[list[Pair]]:
+    """The documents of a pack of pairs, each a list of pairs. Raises as `read_pairs` does."""
+    return _documents(_pairs_and_ends(path))
+
+
+def read_documents(path: Path) -> Iterator[list[str]]:
+    """The documents of a pack, each a list of paragraphs."""
+    with open_pack(path) as file:
+        yield from _documents(line.strip() or None for line in file)
+
+
+def is_pair_pack(path: Path) -> bool:
+    """Do the lines of this pack hold pairs, by its name?"""
+    return ".tsv" in path.suffixes
+
+
+def _pairs_and_ends(path: Path) -> Iterator[Pair | None]:
     with open_pack(path) as file:
         for number, line in enumerate(file, 1):
-            columns = line.rstrip("\n").split("\t")
+            if not (text := line.rstrip("\n")):
+                yield None
+                continue
+            columns = text.split("\t")
             if len(columns) != 3:
                 raise PackError(f"{path}:{number}: {len(columns)} columns, not 3")
             yield Pair(*columns)
 
 
-def read_documents(path: Path) -> Iterator[list[str]]:
-    """The documents of a pack, each a list of paragraphs."""
-    paragraphs: list[str] = []
-    with open_pack(path) as file:
-        for line in file:
-            text = line.strip()
-            if text:
-                paragraphs.append(text)
-            elif paragraphs:
-                yield paragraphs
-                paragraphs = []
-    if paragraphs:
-        yield paragraphs
+def _documents(parts: Iterable[_T | None]) -> Iterator[list[_T]]:
+    """Runs of parts between the places where there is None."""
+    document: list[_T] = []
+    for part in parts:
+        if part is not None:
+            document.append(part)
+        elif document:
+            yield document
+            document = []
+    if document:
+        yield document
 
 
 # Good enough for training passages: an end mark, closing quotes, white space. Abbreviations split wrongly

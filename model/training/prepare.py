@@ -12,8 +12,10 @@ from model.training.packs import (
     clean_pair,
     clean_paragraph,
     figures,
+    is_pair_pack,
     read_documents,
     read_pairs,
+    read_stories,
     reading_grade,
     split_sentences,
 )
@@ -71,10 +73,14 @@ def passages(
 ) -> Iterator[Document]:
     """Documents as lists of sentences, each with the space before it; `share` keeps a sample by hash.
 
-    What is held out is taken as it is. For training, `max_grade` keeps the documents that are easy to read
+    A pack of pairs gives the stories that it holds, once in each language. What is held out is taken as it
+    is. For training, `max_grade` keeps the documents that are easy to read
     (`packs.reading_grade`), `max_figures` the paragraphs with few dates and brackets (`packs.figures`).
     """
     for path in paths:
+        if is_pair_pack(path):
+            yield from stories(path, held=held)
+            continue
         label = path.name.split(".txt")[0]
         for paragraphs in read_documents(path):
             if held_out(paragraphs[0]) != held or not held_out(paragraphs[0] + "sample", share):
@@ -88,6 +94,17 @@ def passages(
                 units += ["\n" + first if units else first, *(" " + sentence for sentence in rest)]
             if units:
                 yield label, units
+
+
+def stories(path: Path, *, held: bool) -> Iterator[Document]:
+    """The documents of a pack of pairs, in English and in Korean; units as `passages` gives them.
+
+    Single pairs are none: they tell no story.
+    """
+    for pairs in read_stories(path):
+        if len(pairs) > 1 and held_out(pairs[0].en) == held:
+            for label, (first, *rest) in (("en", [p.en for p in pairs]), ("ko", [p.ko for p in pairs])):
+                yield f"stories.{label}", [first, *(" " + sentence for sentence in rest)]
 
 
 def _easy(paragraphs: list[str], max_grade: float, max_figures: float) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.models import Translator
 from model.tokenizer import Tokenizer
-from model.training.batches import Indices, pad, sample_by_weight, token_budget_batches
+from model.training.batches import Indices, pad, sample_by_weight, token_budget_batches, weights_by_label
 from model.training.loss import linear_cross_entropy
 from model.training.shards import Shard
 
@@ -44,8 +44,8 @@ class TranslateTask:
         self.sizes = sizes + 3  # tag, language, end
         self.lengths = np.maximum(self.sizes[self.first], self.sizes[self.first + 1])
         self.twins = np.diff(np.asarray(shard.docs)) == 4
-        by_label = np.array([_weight(name, weights) for name in shard.label_names])
-        self.weights: NDArray[np.float64] = by_label[np.asarray(shard.labels)] * (self.lengths <= max_len)
+        by_label = weights_by_label(np.asarray(shard.labels), shard.label_names, weights)
+        self.weights: NDArray[np.float64] = by_label * (self.lengths <= max_len)
         self.tags = [source_tag(name) for name in shard.label_names]
         learned = np.array([[_learned(name, d) for d in (0, 1)] for name in shard.label_names])
         self.learned = learned[np.asarray(shard.labels)]  # (documents, direction)
@@ -106,8 +106,3 @@ def _learned(name: str, direction: int) -> bool:
     """Is this direction (0 to Korean, 1 to English) learned from a source? Not towards a machine's words."""
     written = {"back-ko": 0, "back-en": 1}
     return all(direction == only for prefix, only in written.items() if name.startswith(prefix))
-
-
-def _weight(name: str, weights: Mapping[str, float]) -> float:
-    fitting = [prefix for prefix in weights if name.startswith(prefix)]
-    return weights[max(fitting, key=len)] if fitting else 0.0

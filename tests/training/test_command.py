@@ -22,7 +22,7 @@ sentences = ["written"]
 documents = ["mono.en.txt"]
 batch_tokens = 512
 max_len = 64
-weights = { written = 1.0 }
+weights = { written = 1.0, mono = 1.0, sentences = 1.0 }
 """
 LAYERS = {
     "masked": "n_encoder_layers = 1\nn_segments = 2\n",

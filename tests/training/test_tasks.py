@@ -242,6 +242,21 @@ def test_labels_are_the_next_tokens_within_a_document(causal: CausalTask) -> Non
             assert not attends[row, column:, :column].any()
 
 
+def test_documents_occur_by_the_weight_of_their_label(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    texts = [
+        (label, [f"{label} {i}, I go home."]) for label in ("story.en", "story.ko", "mono") for i in range(20)
+    ]
+    shard = write_shard(tmp_path, tokenizer, texts)
+    weights = {"story": 3.0, "story.ko": 1.5}
+    causal = CausalTask(shard, tokenizer, budget=128, max_len=32, weights=weights)
+    counts = np.bincount(causal._stream(0)[0], minlength=60)
+    assert (counts[:20] == 3).all()
+    assert set(counts[20:40]) == {1, 2}
+    assert not counts[40:].any()
+    tokens = int(((causal.sizes + 2) * counts).sum())
+    assert abs(sum(map(len, causal.batches(0))) - tokens // 32) <= causal.rows
+
+
 def test_a_shard_shorter_than_a_window_holds_no_batch(tokenizer: Tokenizer, tmp_path: Path) -> None:
     shard = write_shard(tmp_path, tokenizer, [("a", ["I go home."])])
     assert CausalTask(shard, tokenizer, budget=128, max_len=64).batches(0) == []

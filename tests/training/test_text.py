@@ -9,13 +9,16 @@ import pytest
 
 from model.tokenizer import Tokenizer
 from model.training.packs import (
+    TEXTS,
     PackError,
     Pair,
     clean_pair,
     clean_paragraph,
     figures,
+    find_pack,
     read_documents,
     read_pairs,
+    read_stories,
     reading_grade,
     split_sentences,
 )
@@ -44,6 +47,42 @@ def test_a_bad_line_is_named(tmp_path: Path) -> None:
     path = write_pack(tmp_path / "pairs.tsv", "written\ta\t가\nwritten\tonly two\n")
     with pytest.raises(PackError, match=r"pairs\.tsv:2: 2 columns, not 3"):
         list(read_pairs(path))
+
+
+STORIES = (
+    "tale\tI slept.\t나는 잤다.\ntale\tI woke.\t나는 깼다.\n\n\n"
+    "tale\tA cat sat.\t고양이가 앉았다.\ntale\tIt ran.\t뛰었다.\n\ntale\tAlone.\t혼자.\n"
+)
+
+
+def test_stories_are_documents_of_pairs(tmp_path: Path) -> None:
+    path = write_pack(tmp_path / "stories.en-ko.tsv.xz", STORIES)
+    slept, woke, sat, ran, alone = list(read_pairs(path))
+    assert list(read_stories(path)) == [[slept, woke], [sat, ran], [alone]]
+
+
+def test_a_story_is_a_passage_in_each_language(tmp_path: Path) -> None:
+    path = write_pack(tmp_path / "stories.en-ko.tsv", STORIES)
+    mono = write_pack(tmp_path / "mono.en.txt", "Long ago there was a very old house on the hill.\n")
+    trained, held = (list(passages([path, mono], held=held)) for held in (False, True))
+    assert ("stories.en", ["I slept.", " I woke."]) in trained
+    assert ("stories.ko", ["고양이가 앉았다.", " 뛰었다."]) in trained
+    assert not held
+    assert len([label for label, _ in trained if label.startswith("stories")]) == 4  # a single pair is none
+    everything = write_pack(
+        tmp_path / "many.tsv", "\n".join(f"tale\tStory {i}.\t{i}번.\ntale\tOn.\t또.\n" for i in range(300))
+    )
+    told = [{units[0] for _, units in passages([everything], held=h)} for h in (False, True)]
+    assert told[1]
+    assert not told[0] & told[1]
+    assert sum(map(len, told)) == 600
+
+
+def test_packs_that_come_with_the_code_are_found(tmp_path: Path) -> None:
+    assert find_pack(tmp_path, "copying.tsv") == TEXTS / "copying.tsv"
+    assert find_pack(tmp_path, "other.tsv") == tmp_path / "other.tsv"
+    own = write_pack(tmp_path / "copying.tsv", "")
+    assert find_pack(tmp_path, "copying.tsv") == own  # the folder of the data comes first
 
 
 def test_documents(tmp_path: Path) -> None:
