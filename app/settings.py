@@ -147,14 +147,14 @@ class Settings(BaseSettings):
     )
 
     translate_slots: int = Field(
-        32,
+        128,
         ge=1,
         le=4096,
         description="rows (beams) that translate at once; on cuda, unless given, that many or as many more "
         "as memory holds",
     )
     generate_slots: int = Field(
-        16, ge=1, le=4096, description="rows that generate at once; on cuda as translate_slots"
+        32, ge=1, le=4096, description="rows that generate at once; on cuda as translate_slots"
     )
     max_slots: int = Field(
         256, ge=1, le=4096, description="rows of a model at most, where memory says how many"

@@ -6,6 +6,8 @@ slice of the buffers and never gathers.
 
 from __future__ import annotations
 
+import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +42,22 @@ class LayerCache:
         return self.k[self.first : last, :, : self.length], self.v[self.first : last, :, : self.length]
 
 
+def zeros(shape: tuple[int, ...], *, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """As `torch.zeros`; on the CPU what nothing has written yet takes no memory.
+
+    The kernel hands out pages of zeros at the first touch, so rows that no load ever needs cost address space
+    alone. `torch.zeros` writes them all.
+    """
+    n_bytes = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or not n_bytes:
+        return torch.zeros(shape, device=device, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, n_bytes, **_PRIVATE), dtype=dtype).view(shape)
+
+
+# Memory of this process alone, not shared with its children.
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+
+
 class KVCache:
     """Static buffers for `n_slots` rows of `max_len` positions in every layer."""
 
@@ -56,8 +74,8 @@ class KVCache:
     ) -> None:
         shape = (n_layers, n_slots, n_kv_heads, max_len, head_dim)
         # Zeros, not empty: a masked position still enters the product with v, and 0 * NaN is NaN.
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.k = zeros(shape, device=device, dtype=dtype)
+        self.v = zeros(shape, device=device, dtype=dtype)
         self.n_layers, self.n_slots, self.max_len = n_layers, n_slots, max_len
         self.origins: Tensor | None = None
 

@@ -1,12 +1,14 @@
 """Cached decoding equals uncached decoding, token for token and logit for logit."""
 
+import resource
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from model.cache import KVCache
+from model.cache import KVCache, zeros
 from model.masks import length_mask, position_mask
 from model.models import CausalLM, Translator, build_model, make_cache
 from tests.tiny import tiny_config
@@ -162,3 +164,25 @@ def test_a_view_outside_the_buffers_is_refused() -> None:
 
 def test_bytes_are_counted() -> None:
     assert KVCache(2, 3, 1, 8, 4, dtype=torch.bfloat16).n_bytes == 2 * (2 * 3 * 1 * 8 * 4) * 2
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
+def test_rows_that_nobody_needs_take_no_memory() -> None:
+    before = _resident()
+    cache = KVCache(2, 64, 4, 1024, 64)
+    assert cache.n_bytes == 2**28
+    assert _resident() - before < 2**26
+    assert not cache.k[1, 63].any()
+    cache.k[1, 63] = 1.0
+    assert cache.k[1, 63].all()
+    assert not cache.k[1, 62].any()
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zeros_are_those_of_torch(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    assert torch.equal(zeros(shape, device="cpu", dtype=dtype), torch.zeros(shape, dtype=dtype))
