@@ -181,9 +181,10 @@ def make_task(
         weights = {"": 1.0} if held else data["weights"]
         noise = 0.0 if held else data.get("noise", 0.15)
         return TranslateTask(shard, tokenizer, weights=weights, noise=noise, **common)
+    common["weights"] = None if held else data.get("weights")
     if arguments.command == "masked":
         return MaskedTask(shard, tokenizer, mask_ratio=data.get("mask_ratio", 0.15), **common)
-    return CausalTask(shard, tokenizer, weights=None if held else data.get("weights"), **common)
+    return CausalTask(shard, tokenizer, **common)
 
 
 def _shard(arguments: argparse.Namespace, data: dict[str, Any], tokenizer: Tokenizer, *, held: bool) -> Shard:

@@ -19,7 +19,7 @@ from model.training import prepare
 from model.training.failures import copying_rows, failure_rows, read_copying
 from model.training.labelled import Labelled, probabilities, read_labelled, score_labels
 from model.training.ngram import NGram, shard_sequences
-from model.training.packs import PackError
+from model.training.packs import PackError, find_pack
 from model.training.scores import (
     DIRECTIONS,
     Corpus,
@@ -37,6 +37,8 @@ from model.training.shards import Document, Shard
 
 T = TypeVar("T")
 PAIR_PACK = "written.en-ko.tsv.xz"
+OWN_PACKS = ("more.en-ko.tsv.xz", "tales.en-ko.tsv.xz")  # that come with the code
+STORIES = OWN_PACKS[-1]
 TEXT_PACKS = ("mono.en.txt.xz", "mono.ko.txt.xz")
 CARD, HELD = "README.md", "held-out"
 START, STOP = "<!-- scores -->", "<!-- /scores -->"
@@ -276,9 +278,9 @@ def corpora(arguments: argparse.Namespace) -> Iterator[Corpus]:
         yield from _both_ways(
             english.stem, read_parallel(english, english.with_suffix(".kor")), arguments.limit
         )
-    pack = arguments.data / PAIR_PACK
-    if pack.exists():
-        yield from _held_corpora(pack, arguments.limit)
+    for pack in (find_pack(arguments.data, name) for name in (PAIR_PACK, *OWN_PACKS)):
+        if pack.exists():
+            yield from _held_corpora(pack, arguments.limit)
 
 
 def _held_corpora(pack: Path, limit: int) -> Iterator[Corpus]:
@@ -317,7 +319,7 @@ def english_first(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def held_texts(arguments: argparse.Namespace) -> Iterator[tuple[str, list[Document]]]:
-    """The beginnings of each language's held-out documents, then the held-out everyday sentences of each."""
+    """The beginnings of each language's held-out documents, its held-out everyday sentences and stories."""
     if arguments.data is None:
         return
     for pack in (arguments.data / name for name in TEXT_PACKS):
@@ -329,6 +331,11 @@ def held_texts(arguments: argparse.Namespace) -> Iterator[tuple[str, list[Docume
         pairs = [units for _, units in prepare.pair_documents([pack], held=True)]
         for side, name in enumerate(("sentences.en", "sentences.ko")):
             yield name, [(name, [pair[side]]) for pair in sample(pairs, arguments.limit)]
+    pack = find_pack(arguments.data, STORIES)
+    if pack.exists():
+        stories = list(prepare.stories(pack, held=True))
+        for name in dict.fromkeys(name for name, _ in stories):
+            yield name, sample([story for story in stories if story[0] == name], arguments.limit)
 
 
 def sample(items: Sequence[T], limit: int) -> list[T]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -10,7 +12,14 @@ from torch.nn import functional as F
 
 from model.models import MaskedLM
 from model.tokenizer import Tokenizer
-from model.training.batches import Indices, pad, padded_width, token_budget_batches
+from model.training.batches import (
+    Indices,
+    pad,
+    padded_width,
+    sample_by_weight,
+    token_budget_batches,
+    weights_by_label,
+)
 from model.training.loss import linear_cross_entropy
 from model.training.shards import Shard
 
@@ -22,7 +31,8 @@ IGNORE = -100
 class MaskedTask:
     """Passages of consecutive sentences, [CLS] A [SEP] B [SEP]; B is the real continuation half the time.
 
-    A document of one sentence gives [CLS] A [SEP], which takes no part in next-sentence prediction.
+    A document of one sentence gives [CLS] A [SEP], which takes no part in next-sentence prediction. `weights`
+    maps a prefix of a document's label to how often an epoch holds it; the longest prefix counts.
     """
 
     def __init__(
@@ -36,12 +46,14 @@ class MaskedTask:
         whole_word: float = 0.5,
         short: float = 0.3,
         split_particles: float = 0.4,
+        weights: Mapping[str, float] | None = None,
         seed: int = 0,
     ) -> None:
         self.shard, self.tokenizer, self.budget, self.max_len = shard, tokenizer, budget, max_len
         self.mask_ratio, self.whole_word, self.short, self.seed = mask_ratio, whole_word, short, seed
         self.split_particles, self.particles = split_particles, particle_splits(tokenizer)
         self.sizes = np.diff(np.asarray(shard.units))
+        self.weights = weights_by_label(np.asarray(shard.labels), shard.label_names, weights or {"": 1.0})
         self.newline = tokenizer.encode("\n")[0]
         self.starts_word = word_starts(tokenizer)
         self.of_label = [np.flatnonzero(np.asarray(shard.labels) == i) for i in range(len(shard.label_names))]
@@ -61,7 +73,7 @@ class MaskedTask:
     def _passages(self, rng: np.random.Generator) -> Indices:
         found: list[Passage] = []
         room = self.max_len - 3
-        for document in rng.permutation(len(self.shard)):
+        for document in rng.permutation(sample_by_weight(self.weights, rng)):
             first, end = int(self.shard.docs[document]), int(self.shard.docs[document + 1])
             while first < end:
                 # Some passages are just two sentences, the length at which people ask.

@@ -255,6 +255,11 @@ def test_documents_occur_by_the_weight_of_their_label(tokenizer: Tokenizer, tmp_
     assert not counts[40:].any()
     tokens = int(((causal.sizes + 2) * counts).sum())
     assert abs(sum(map(len, causal.batches(0))) - tokens // 32) <= causal.rows
+    masked = MaskedTask(shard, tokenizer, budget=128, max_len=32, weights=weights)
+    counts = np.bincount(np.concatenate(masked.batches(0))[:, 0], minlength=60)  # a sentence is a passage
+    assert (counts[:20] == 3).all()
+    assert set(counts[20:40]) == {1, 2}
+    assert not counts[40:].any()
 
 
 def test_a_shard_shorter_than_a_window_holds_no_batch(tokenizer: Tokenizer, tmp_path: Path) -> None:
