@@ -15,6 +15,14 @@
 #define HAS_INT8 0
 #endif
 
+#if HAS_INT8 && defined(__AMX_INT8__) && defined(__linux__)
+#define HAS_TILES 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#define HAS_TILES 0
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
 #define LITTLE 60000 /* numbers: work on fewer is done before another thread has woken */
 
@@ -44,6 +52,10 @@ static void *scratch(size_t size)
 #define VECTORS 4      /* of a panel */
 #define MOST_ROWS 6    /* of a tile: their 24 sums and a panel's 4 weights fit into the 32 registers */
 #define BLOCK_ROWS 96  /* in eight bits at a time, so that they stay in the second cache */
+#define BLOCK_ROWS_TILED 128
+#ifndef FEWEST_TILED
+#define FEWEST_TILED 6 /* rows: fewer are done sooner in the ordinary registers */
+#endif
 
 /* A row in steps of scale, each number plus 128; returns the scale, NaN where the row holds no number. */
 static float quantise(const float *x, long n, uint8_t *out)
@@ -77,6 +89,29 @@ struct product {
     float *out;
 };
 
+/* Sixteen outputs, of which the last may be beyond the end. */
+struct column {
+    long n;
+    __mmask16 part;
+    __m512 w_scale, bias;
+};
+
+INLINE struct column column(const struct product *p, long n)
+{
+    const long left = p->n_out - n;
+    const __mmask16 part = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
+    return (struct column){n, part, _mm512_maskz_loadu_ps(part, p->w_scale + n),
+                           _mm512_maskz_loadu_ps(part, p->bias + n)};
+}
+
+/* A row's sums in units of the scales, and the bias. */
+INLINE void finish(const struct product *p, const struct column *c, long row, __m512i sums)
+{
+    const __m512 unit = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), c->w_scale);
+    const __m512 y = _mm512_fmadd_ps(unit, _mm512_set1_ps(p->scale[row]), c->bias);
+    _mm512_mask_storeu_ps(p->out + row * p->n_out + c->n, c->part, y);
+}
+
 /* `n_rows` rows, known when compiling, times a panel: all sums stay in registers. Of the intrinsic function
  * GCC 12 makes copies of every sum, at half the speed; hence the instruction itself. */
 INLINE void tile(const struct product *p, long row, long panel, const int n_rows)
@@ -107,16 +142,10 @@ INLINE void tile(const struct product *p, long row, long panel, const int n_rows
     }
 #pragma GCC unroll 8
     for (int j = 0; j < VECTORS; j++) {
-        const long n = panel * PANEL + 16 * j, left = p->n_out - n;
-        const __mmask16 part = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
-        const __m512 w_scale = _mm512_maskz_loadu_ps(part, p->w_scale + n);
-        const __m512 bias = _mm512_maskz_loadu_ps(part, p->bias + n);
+        const struct column c = column(p, panel * PANEL + 16 * j);
 #pragma GCC unroll 8
-        for (int i = 0; i < n_rows; i++) {
-            const __m512 unit = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[i][j]), w_scale);
-            const __m512 y = _mm512_fmadd_ps(unit, _mm512_set1_ps(p->scale[row + i]), bias);
-            _mm512_mask_storeu_ps(p->out + (row + i) * p->n_out + n, part, y);
-        }
+        for (int i = 0; i < n_rows; i++)
+            finish(p, &c, row + i, sums[i][j]);
     }
 }
 
@@ -135,17 +164,102 @@ INLINE void all_rows(const struct product *p, long n_rows, long panel)
     }
 }
 
+#if HAS_TILES
+
+#define TILE_ROWS 16
+
+/* May this process use the registers for matrices? Linux has to be asked, once for all threads. */
+static int may_tile(void)
+{
+    static int granted; /* 1, or -1 */
+    int known = __atomic_load_n(&granted, __ATOMIC_RELAXED);
+    if (known == 0) {
+        known = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0 ? 1 : -1;
+        __atomic_store_n(&granted, known, __ATOMIC_RELAXED);
+    }
+    return known > 0;
+}
+
+/* All eight registers hold 16 rows of 64 bytes. */
+static void begin_tiles(void)
+{
+    struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } shape = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        shape.row_bytes[i] = 64;
+        shape.rows[i] = TILE_ROWS;
+    }
+    _tile_loadconfig(&shape);
+}
+
+/* Up to 32 rows times half a panel: in four registers their sums, 64 numbers of a row at a time. */
+static void tiled_half(const uint8_t *x, long depth, const int8_t *w, int two, int32_t (*sums)[PANEL])
+{
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long k = 0; k < depth; k += 64) {
+        _tile_loadd(4, w + k * PANEL, 4 * PANEL);
+        _tile_loadd(5, w + k * PANEL + 64, 4 * PANEL);
+        _tile_loadd(6, x + k, depth);
+        _tile_dpbusd(0, 6, 4);
+        _tile_dpbusd(1, 6, 5);
+        if (two) {
+            _tile_loadd(7, x + TILE_ROWS * depth + k, depth);
+            _tile_dpbusd(2, 7, 4);
+            _tile_dpbusd(3, 7, 5);
+        }
+    }
+    _tile_stored(0, sums[0], 4 * PANEL);
+    _tile_stored(1, sums[0] + 16, 4 * PANEL);
+    if (two) {
+        _tile_stored(2, sums[TILE_ROWS], 4 * PANEL);
+        _tile_stored(3, sums[TILE_ROWS] + 16, 4 * PANEL);
+    }
+}
+
+/* As `all_rows`, with the same sums. Reads up to a whole register's rows past the last. */
+static void all_rows_tiled(const struct product *p, long n_rows, long panel)
+{
+    int32_t sums[2 * TILE_ROWS][PANEL] __attribute__((aligned(64)));
+    const int8_t *w = p->weight + panel * p->x_stride * PANEL;
+    for (long row = 0; row < n_rows; row += 2 * TILE_ROWS) {
+        const long n = n_rows - row < 2 * TILE_ROWS ? n_rows - row : 2 * TILE_ROWS;
+        for (int half = 0; half < 2; half++)
+            tiled_half(p->x + row * p->x_stride, p->x_stride, w + 128 * half, n > TILE_ROWS,
+                       (int32_t(*)[PANEL])(sums[0] + 32 * half));
+        for (int j = 0; j < VECTORS; j++) {
+            const struct column c = column(p, panel * PANEL + 16 * j);
+            const __m512i shift = _mm512_loadu_si512(p->shift + panel * PANEL + 16 * j);
+            for (long i = 0; i < n; i++)
+                finish(p, &c, row + i, _mm512_add_epi32(_mm512_load_si512(sums[i] + 16 * j), shift));
+        }
+    }
+}
+
+#endif
+
+#if !HAS_TILES
+static int may_tile(void) { return 0; }
+#endif
+
 /* x (M, K), out (M, N); `weight` in panels with K padded to `depth` = a multiple of 4, N to one of 16.
  * Every row is rounded by itself and sums of whole numbers are exact, so no row feels another.
  * 0, or 1 where there is no memory. */
 int int8_linear(const float *x, long n_rows, long n_in, long depth, const int8_t *weight, const int32_t *shift,
                 const float *w_scale, const float *bias, long n_out, float *out, int n_threads)
 {
-    const long at_once = n_rows < BLOCK_ROWS ? n_rows : BLOCK_ROWS;
-    uint8_t *eights = scratch((size_t)(at_once * (depth + 4)) + 64);
+    const int tiled = n_rows >= FEWEST_TILED && depth % 64 == 0 && may_tile();
+    const long most = tiled ? BLOCK_ROWS_TILED : BLOCK_ROWS, at_once = n_rows < most ? n_rows : most;
+    const long room = (at_once + 15) / 16 * 16; /* rows */
+    uint8_t *eights = scratch((size_t)(room * (depth + 4)));
     if (eights == NULL)
         return 1;
-    float *scale = (float *)(eights + ((at_once * depth + 63) / 64) * 64);
+    float *scale = (float *)(eights + room * depth);
     const long n_panels = (n_out + PANEL - 1) / PANEL;
     for (long first = 0; first < n_rows; first += at_once) {
         const long n = n_rows - first < at_once ? n_rows - first : at_once;
@@ -153,6 +267,19 @@ int int8_linear(const float *x, long n_rows, long n_in, long depth, const int8_t
         for (long i = 0; i < n; i++)
             scale[i] = quantise(x + (first + i) * n_in, n_in, eights + i * depth);
         const struct product p = {weight, shift, w_scale, bias, scale, eights, depth, n_out, out + first * n_out};
+#if HAS_TILES
+        if (tiled) {
+#pragma omp parallel num_threads(n_threads) if (n_threads > 1 && n * n_out * depth > 64 * LITTLE)
+            {
+                begin_tiles();
+#pragma omp for schedule(static)
+                for (long panel = 0; panel < n_panels; panel++)
+                    all_rows_tiled(&p, n, panel);
+                _tile_release();
+            }
+            continue;
+        }
+#endif
 #pragma omp parallel for schedule(static) num_threads(n_threads) if (n_threads > 1 && n * n_out * depth > 64 * LITTLE)
         for (long panel = 0; panel < n_panels; panel++)
             all_rows(&p, n, panel);

@@ -42,12 +42,14 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return (whole * x_step * w_step.T + bias).float()
 
 
-@pytest.mark.parametrize(("n_out", "n_in"), [(64, 64), (24, 32), (129, 37), (1, 2), (70, 515), (256, 1030)])
+@pytest.mark.parametrize(
+    ("n_out", "n_in"), [(64, 64), (24, 32), (129, 37), (1, 2), (70, 515), (256, 1030), (100, 192)]
+)
 def test_an_int8_product_is_what_it_says(eight_bits: Kernels, n_out: int, n_in: int) -> None:
     torch.manual_seed(n_out)
     weight, bias = torch.randn(n_out, n_in), torch.randn(n_out)
     layer = KernelInt8Linear(weight, bias, eight_bits)
-    for n_rows in (*range(1, 14), 95, 97, 200):
+    for n_rows in (*range(1, 14), 16, 17, 31, 33, 48, 95, 97, 127, 128, 129, 200):
         # No number may stand between two steps, where either is right: those of x are whole steps.
         x = torch.randint(-127, 128, (n_rows, n_in)).float()
         x[:, 0] = 127
@@ -68,13 +70,14 @@ def test_it_is_as_near_as_torchs_own(eight_bits: Kernels) -> None:
     assert own < 1.05 * (Int8Linear(weight, bias)(x) - exact).norm()
 
 
-@pytest.mark.parametrize("n_rows", [1, 2, 5, 6, 7, 100])
-def test_an_int8_row_does_not_feel_its_neighbours(eight_bits: Kernels, n_rows: int) -> None:
+@pytest.mark.parametrize("n_rows", [1, 2, 5, 6, 7, 15, 16, 31, 32, 100, 127, 128])
+@pytest.mark.parametrize("n_in", [66, 128])  # registers for matrices, where there are any, take whole 64
+def test_an_int8_row_does_not_feel_its_neighbours(eight_bits: Kernels, n_in: int, n_rows: int) -> None:
     torch.manual_seed(3)
-    layer = KernelInt8Linear(torch.randn(70, 66), torch.randn(70), eight_bits)
-    row = torch.randn(1, 66)
+    layer = KernelInt8Linear(torch.randn(70, n_in), torch.randn(70), eight_bits)
+    row = torch.randn(1, n_in)
     alone = layer(row)
-    for others in (1e6 * torch.randn(n_rows, 66), torch.full((n_rows, 66), torch.nan)):
+    for others in (1e6 * torch.randn(n_rows, n_in), torch.full((n_rows, n_in), torch.nan)):
         assert torch.equal(layer(torch.cat((others, row)))[-1:], alone)
         assert torch.equal(layer(torch.cat((row, others)))[:1], alone)
 
