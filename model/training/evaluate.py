@@ -16,7 +16,7 @@ from model.checkpoint import Checkpoint, CheckpointError, load
 from model.models import CausalLM, Classifier, MaskedLM, Translator
 from model.sampling import BeamParams
 from model.training import prepare
-from model.training.failures import copying_rows, failure_rows, read_copying
+from model.training.failures import copying_rows, everyday_rows, failure_rows, read_copying
 from model.training.labelled import Labelled, probabilities, read_labelled, score_labels
 from model.training.ngram import NGram, shard_sequences
 from model.training.packs import PackError, find_pack
@@ -78,6 +78,9 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "--copying",
         action="store_true",
         help="do names, numbers, addresses and code come through a translator?",
+    )
+    parser.add_argument(
+        "--everyday", action="store_true", help="a translator's versions of a hundred sentences, to be read"
     )
     parser.add_argument(
         "--failures", type=int, default=0, metavar="N",
@@ -199,6 +202,8 @@ def _failure_tables(
         return translate_all(model, checkpoint.tokenizer, texts, language, params, arguments.rows)
 
     tables = [copying_rows(translate, read_copying())] if arguments.copying else []
+    if arguments.everyday:
+        tables.append(everyday_rows(translate))
     if arguments.failures:
         packs = sorted(arguments.data.glob("*.en-ko.tsv.xz")) if arguments.data else []
         if not packs:

@@ -12,6 +12,7 @@ from model.training.scores import DIRECTIONS, Corpus, Row, Translation, percent,
 from model.training.shards import held_out
 
 COPYING = TEXTS / "copying.tsv"
+EVERYDAY = TEXTS / "everyday.tsv"
 KINDS = ("name", "number", "address", "code")
 Translate = Callable[[Sequence[str], str], list[Translation]]  # texts, the language to translate into
 
@@ -39,6 +40,17 @@ def read_copying(path: Path = COPYING) -> list[Copying]:
             raise PackError(f"{path}:{number}: not a kind, a language, a sentence and stretches of it")
         found.append(Copying(kind, language, text, tuple(spans)))
     return found
+
+
+def everyday_rows(translate: Translate, path: Path = EVERYDAY) -> list[Row]:
+    """Everyday sentences (language TAB sentence) with their translations, for a person to read."""
+    sentences = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+    rows: list[Row] = []
+    for direction in DIRECTIONS:
+        texts = [text for language, text in sentences if language == direction[:2]]
+        translations = translate(texts, direction[-2:])
+        rows += [{"everyday": s, "translation": t.text} for s, t in zip(texts, translations, strict=True)]
+    return rows
 
 
 def copying_rows(translate: Translate, sentences: Sequence[Copying]) -> list[Row]:

@@ -14,15 +14,17 @@ from model.models import Translator
 from model.tokenizer import Tokenizer
 from model.training.__main__ import main
 from model.training.back_translate import Output, sentences, sound_pairs
-from model.training.evaluate import add_evaluate_arguments, evaluate_command
+from model.training.evaluate import OWN_PACKS, STORIES, add_evaluate_arguments, evaluate_command
 from model.training.failures import (
+    EVERYDAY,
     Copying,
     copying_rows,
+    everyday_rows,
     failure_rows,
     held_sentences,
     read_copying,
 )
-from model.training.packs import PackError, Pair, read_pairs
+from model.training.packs import TEXTS, PackError, Pair, clean_pair, read_pairs, read_stories
 from model.training.score_pairs import pair_scores
 from model.training.scores import Translation
 from model.training.shards import held_out, write_shard
@@ -166,6 +168,32 @@ def test_pairs_over_the_limit_go(
 
 
 # --- copying, and plain failures ----------------------------------------------------------------
+
+
+def test_the_packs_beside_the_code() -> None:
+    everyday = [line.split("\t") for line in EVERYDAY.read_text(encoding="utf-8").splitlines()]
+    assert [language for language, _ in everyday] == ["en"] * 50 + ["ko"] * 50
+    read = {_bare(text) for _, text in everyday}
+    assert len(read) == 100
+    more, tales = (list(read_pairs(TEXTS / name)) for name in OWN_PACKS)
+    assert {pair.source for pair in tales} == {"written-tales"}
+    for pair in [*more, *tales]:
+        assert clean_pair(pair)
+        assert pair.source.startswith(("written-", "wikipedia-"))
+        assert not {_bare(pair.en), _bare(pair.ko)} & read
+    assert len({(pair.en, pair.ko) for pair in more}) == len(more) > 50_000
+    assert all(len(story) > 3 for story in read_stories(TEXTS / STORIES))
+
+
+def _bare(text: str) -> str:
+    return "".join(c for c in text.casefold() if c.isalnum())
+
+
+def test_everyday_sentences_are_shown_with_their_translations() -> None:
+    rows = everyday_rows(lambda texts, language: [Translation(f"{language} {t}", True, False) for t in texts])
+    assert rows[0] == {"everyday": "I am going home by bus.", "translation": "ko I am going home by bus."}
+    assert rows[-1]["translation"].startswith("en 산 위에")
+    assert len(rows) == 100
 
 
 def test_our_sentences_for_copying() -> None:
