@@ -83,6 +83,8 @@ _SETTINGS = {
 
 # And its rows, where it has some.
 _SLOTS = {"translate": "translate_slots", "generate": "generate_slots"}
+# So few where nobody said how many, and a big model leaves no room for more.
+_FEWEST = {"translate": 32, "generate": 16}
 
 
 # Reading so many tokens of a prompt takes about as long as a step of many rows.
@@ -124,6 +126,7 @@ def load_services(settings: Settings, lifecycle: Lifecycle) -> Services:
         n_prefix_tokens=settings.prefix_tokens,
         launch_ahead=_LAUNCH_AHEAD[settings.launch_ahead],
         sizing=row_sizing(settings, wanted) if device.type == "cuda" else None,
+        fewest=fewest_rows(settings),
     )
     tasks: dict[str, list[Any]] = {endpoint: [] for endpoint in LANES}
     for endpoint, name, folder in wanted:
@@ -134,6 +137,16 @@ def load_services(settings: Settings, lifecycle: Lifecycle) -> Services:
     registry = Registry(tasks, worker, workshop, max_models=settings.max_models)
     dtype_name = str(dtype).removeprefix("torch.")
     return Services(registry, settings, lifecycle, device=str(device), dtype=dtype_name)
+
+
+def fewest_rows(settings: Settings) -> dict[str, int]:
+    """The least rows of endpoints whose number was not given; a request's beams must fit."""
+    least = {"translate": settings.max_beams}
+    return {
+        endpoint: max(n, least.get(endpoint, 0))
+        for endpoint, n in _FEWEST.items()
+        if not is_given(settings, _SLOTS[endpoint])
+    }
 
 
 def row_sizing(settings: Settings, wanted: Iterable[tuple[str, str, Path]]) -> RowSizing:

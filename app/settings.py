@@ -150,11 +150,15 @@ class Settings(BaseSettings):
         128,
         ge=1,
         le=4096,
-        description="rows (beams) that translate at once; on cuda, unless given, that many or as many more "
-        "as memory holds",
+        description="rows (beams) that translate at once; unless given, down to a quarter where memory is "
+        "short, and on cuda as many more as it holds",
     )
     generate_slots: int = Field(
-        32, ge=1, le=4096, description="rows that generate at once; on cuda as translate_slots"
+        32,
+        ge=1,
+        le=4096,
+        description="rows that generate at once; unless given, down to half where memory is short, "
+        "on cuda as translate_slots",
     )
     max_slots: int = Field(
         256, ge=1, le=4096, description="rows of a model at most, where memory says how many"

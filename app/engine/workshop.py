@@ -57,7 +57,8 @@ class ModelWorkshop:
     `max_bytes` bounds all models together, 0 stands for what the device has. `max_context` bounds the tokens
     that a row of a decoding model holds, 0 stands for what the model can. `quantization` "auto" is int8 for
     models trained here, of which it is known what that costs, and none for those that others made. With
-    `sizing`, `n_slots` are the least of the endpoints that it names. `kernels` are for a CPU.
+    `sizing`, `n_slots` are the least of the endpoints that it names. Where there is no room for `n_slots`, an
+    endpoint of `fewest` has a half of them or a half of that, down to so many. `kernels` are for a CPU.
     """
 
     def __init__(
@@ -79,8 +80,9 @@ class ModelWorkshop:
         n_prefix_tokens: int = 0,
         launch_ahead: bool | None = None,
         sizing: RowSizing | None = None,
+        fewest: dict[str, int] | None = None,
     ) -> None:
-        self._launch_ahead, self._sizing = launch_ahead, sizing
+        self._launch_ahead, self._sizing, self._fewest = launch_ahead, sizing, fewest or {}
         self._n_sized = 0
         self.device, self.dtype, self._quantization = device, dtype, quantization
         self._kernels = kernels
@@ -97,14 +99,15 @@ class ModelWorkshop:
         beside what is loaded already.
         """
         config = self._check_folder(endpoint, folder)
-        n_slots = self._n_slots.get(endpoint, 0)
-        needed = weight_bytes(config, self.dtype) + self._cache_bytes(config, n_slots)
+        n_weights = weight_bytes(config, self.dtype)
+        n_slots = self._rows_with_room(endpoint, config, n_weights, loaded)
+        needed = n_weights + self._cache_bytes(config, n_slots)
         self._check_room(str(folder), needed, loaded)
         try:
             checkpoint = load(folder, device=self.device, dtype=self.dtype)
             optimise(checkpoint.model, self._quantization_of(checkpoint), self._kernels)
             share_weights(checkpoint.model, [task.model for task in loaded if task.model is not None])
-            n_slots = self._count_rows(endpoint, checkpoint.model, loaded)
+            n_slots = self._count_rows(endpoint, checkpoint.model, loaded, n_slots)
             return self._task(endpoint, dataclasses.replace(checkpoint, name=name), folder, n_slots)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
@@ -134,16 +137,32 @@ class ModelWorkshop:
         return config
 
     def _check_room(self, model: str, needed: int, loaded: list[AnyTask]) -> None:
-        taken = held_bytes(task.model for task in loaded) + sum(task.n_cache_bytes for task in loaded)
-        left, free = self._max_bytes - taken, free_bytes(self.device)
-        if self._max_bytes and needed > left:
+        left, free = self._left(loaded), free_bytes(self.device)
+        if left is not None and needed > left:
             raise NoRoom(model, needed, max(left, 0), f"of max_model_bytes {self._max_bytes} there are left")
         if free is not None and needed > free:
             raise NoRoom(model, needed, free, "the device has")
 
-    def _count_rows(self, endpoint: str, model: Model, loaded: list[AnyTask]) -> int:
-        """The rows of a model whose weights are on the device: as was said, or as many as memory holds."""
-        least, sizing = self._n_slots.get(endpoint, 0), self._sizing
+    def _left(self, loaded: list[AnyTask]) -> int | None:
+        """Of `max_bytes`, if there is such a bound."""
+        taken = held_bytes(task.model for task in loaded) + sum(task.n_cache_bytes for task in loaded)
+        return self._max_bytes - taken if self._max_bytes else None
+
+    def _rows_with_room(
+        self, endpoint: str, config: TransformerConfig, n_weights: int, loaded: list[AnyTask]
+    ) -> int:
+        """As many rows as were said, or fewer where that may be: big models have big rows."""
+        n_slots, fewest = self._n_slots.get(endpoint, 0), self._fewest.get(endpoint)
+        bounds = [n for n in (self._left(loaded), free_bytes(self.device)) if n is not None]
+        if fewest is None or not bounds:
+            return n_slots
+        while n_slots // 2 >= fewest and n_weights + self._cache_bytes(config, n_slots) > min(bounds):
+            n_slots //= 2
+        return n_slots
+
+    def _count_rows(self, endpoint: str, model: Model, loaded: list[AnyTask], least: int) -> int:
+        """The rows of a model whose weights are on the device: the least, or as many as memory holds."""
+        sizing = self._sizing
         if not least or sizing is None:
             return least
         n_sharing = max(1, sizing.n_sharing - self._n_sized)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from app.__main__ import main, warn_of_unknown_variables
 from app.engine.memory import RowSizing
-from app.main import row_sizing
+from app.main import fewest_rows, row_sizing
 from app.settings import PREFIX, Settings, is_given, named_folders, settings_table, unknown_variables
 from tests.app.fakes import make_settings
 
@@ -75,6 +75,8 @@ def test_rows_follow_from_memory_where_their_number_was_not_given() -> None:
     settings = make_settings(generate_slots=4, max_slots=9, gpu_memory_utilization=0.5)
     wanted = [(endpoint, "some", Path()) for endpoint in ("translate", "fill-mask", "generate", "generate")]
     assert row_sizing(settings, wanted) == RowSizing(frozenset({"translate"}), 0.5, 9, n_sharing=3)
+    assert fewest_rows(settings) == {"translate": 32}
+    assert fewest_rows(make_settings(max_beams=50)) == {"translate": 50, "generate": 16}
 
 
 def test_a_contradiction_ends_with_a_message() -> None:

@@ -183,6 +183,28 @@ def test_what_does_not_fit_is_refused(tiny_folders: TinyFolders, monkeypatch: py
         make_workshop().build("generate", "second", tiny_folders.generate, [])
 
 
+def test_big_models_get_fewer_rows_where_nobody_said_how_many(
+    tiny_folders: TinyFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = checkpoint.load_config(tiny_folders.generate)
+    weights, row = weight_bytes(config, torch.float32), cache_bytes(config, torch.float32, 1)
+
+    def n_rows(n_free: int, fewest: int | None, **changes: Any) -> int:
+        monkeypatch.setattr("app.engine.workshop.free_bytes", lambda _: n_free)
+        changes |= {"n_slots": {"generate": 12}, "fewest": {"generate": fewest} if fewest else {}}
+        task: Any = make_workshop(**changes).build("generate", "g", tiny_folders.generate, [])
+        return int(task.lane.limits.n_slots)
+
+    assert n_rows(weights + 12 * row, 3) == 12
+    assert n_rows(weights + 12 * row - 1, 3) == 6
+    assert n_rows(weights + 3 * row, 3) == 3
+    assert n_rows(weights + 12 * row, 3, max_bytes=weights + 6 * row) == 6
+    with pytest.raises(NoRoom):
+        n_rows(weights + 3 * row - 1, 3)
+    with pytest.raises(NoRoom):
+        n_rows(weights + 12 * row - 1, None)
+
+
 def test_rows_fill_the_share_of_memory_that_they_may(
     tiny_folders: TinyFolders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
