@@ -46,12 +46,16 @@ def zeros(shape: tuple[int, ...], *, device: torch.device | str, dtype: torch.dt
     """As `torch.zeros`; on the CPU what nothing has written yet takes no memory.
 
     The kernel hands out pages of zeros at the first touch, so rows that no load ever needs cost address space
-    alone. `torch.zeros` writes them all.
+    alone. `torch.zeros` writes them all. Raises MemoryError where there is not even that.
     """
     n_bytes = math.prod(shape) * dtype.itemsize
     if torch.device(device).type != "cpu" or not n_bytes:
         return torch.zeros(shape, device=device, dtype=dtype)
-    return torch.frombuffer(mmap.mmap(-1, n_bytes, **_PRIVATE), dtype=dtype).view(shape)
+    try:
+        memory = mmap.mmap(-1, n_bytes, **_PRIVATE)
+    except OSError as error:
+        raise MemoryError(f"no room for {n_bytes} bytes of a cache: {error}") from None
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 # Memory of this process alone, not shared with its children.

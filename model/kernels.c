@@ -15,7 +15,7 @@
 #define HAS_INT8 0
 #endif
 
-#if HAS_INT8 && defined(__AMX_INT8__) && defined(__linux__)
+#if HAS_INT8 && defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__linux__)
 #define HAS_TILES 1
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -180,7 +180,8 @@ static int may_tile(void)
     return known > 0;
 }
 
-/* All eight registers hold 16 rows of 64 bytes. */
+/* All eight registers hold 16 rows of 64 bytes. The instruction itself, because GCC before 12.4 believes that the
+ * intrinsic function reads the first 8 bytes alone, and may leave out the rest (its bug 114098). */
 static void begin_tiles(void)
 {
     struct {
@@ -192,7 +193,7 @@ static void begin_tiles(void)
         shape.row_bytes[i] = 64;
         shape.rows[i] = TILE_ROWS;
     }
-    _tile_loadconfig(&shape);
+    __asm__ volatile("ldtilecfg %0" : : "m"(shape));
 }
 
 /* Up to 32 rows times half a panel: in four registers their sums, 64 numbers of a row at a time. */
@@ -241,10 +242,10 @@ static void all_rows_tiled(const struct product *p, long n_rows, long panel)
     }
 }
 
-#endif
+#else
 
-#if !HAS_TILES
 static int may_tile(void) { return 0; }
+
 #endif
 
 /* x (M, K), out (M, N); `weight` in panels with K padded to `depth` = a multiple of 4, N to one of 16.
@@ -253,6 +254,8 @@ static int may_tile(void) { return 0; }
 int int8_linear(const float *x, long n_rows, long n_in, long depth, const int8_t *weight, const int32_t *shift,
                 const float *w_scale, const float *bias, long n_out, float *out, int n_threads)
 {
+    if (n_rows == 0)
+        return 0;
     const int tiled = n_rows >= FEWEST_TILED && depth % 64 == 0 && may_tile();
     const long most = tiled ? BLOCK_ROWS_TILED : BLOCK_ROWS, at_once = n_rows < most ? n_rows : most;
     const long room = (at_once + 15) / 16 * 16; /* rows */

@@ -73,9 +73,9 @@ def passages(
 ) -> Iterator[Document]:
     """Documents as lists of sentences, each with the space before it; `share` keeps a sample by hash.
 
-    A pack of pairs gives the stories that it holds, once in each language. What is held out is taken as it
-    is. For training, `max_grade` keeps the documents that are easy to read
+    What is held out is taken as it is. For training, `max_grade` keeps the documents that are easy to read
     (`packs.reading_grade`), `max_figures` the paragraphs with few dates and brackets (`packs.figures`).
+    A pack of pairs gives all the stories that it holds, once in each language.
     """
     for path in paths:
         if is_pair_pack(path):

@@ -1,6 +1,6 @@
 """Cached decoding equals uncached decoding, token for token and logit for logit."""
 
-import resource
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -167,7 +167,7 @@ def test_bytes_are_counted() -> None:
 
 
 def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
@@ -186,3 +186,14 @@ def test_rows_that_nobody_needs_take_no_memory() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_zeros_are_those_of_torch(shape: tuple[int, int], dtype: torch.dtype) -> None:
     assert torch.equal(zeros(shape, device="cpu", dtype=dtype), torch.zeros(shape, dtype=dtype))
+
+
+def test_no_room_for_a_cache_is_a_memory_error() -> None:
+    with pytest.raises(MemoryError, match="bytes of a cache"):
+        zeros((2**56,), device="cpu", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu", 0), "meta"])
+def test_zeros_lie_on_any_device(device: torch.device | str) -> None:
+    made = zeros((2, 3), device=device, dtype=torch.float32)
+    assert made.device.type == torch.device(device).type

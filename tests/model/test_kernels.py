@@ -1,7 +1,9 @@
 """The kernels in C against torch's operations, and against themselves in other company."""
 
 import logging
+import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,35 @@ def test_an_int8_product_is_what_it_says(eight_bits: Kernels, n_out: int, n_in: 
     torch.testing.assert_close(
         KernelInt8Linear(weight, None, eight_bits)(ones) + bias, layer(ones), rtol=1e-5, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("n_in", [66, 128])
+def test_no_rows_are_no_work(native: Kernels, n_in: int) -> None:
+    if not native.has_int8:
+        pytest.skip("no AVX-512 VNNI")
+    layer = KernelInt8Linear(torch.randn(70, n_in), None, native)
+    shapes: list[tuple[int, ...]] = []
+    # In a thread of its own, which has no memory from earlier calls.
+    thread = threading.Thread(target=lambda: shapes.append(tuple(layer(torch.empty(0, n_in)).shape)))
+    thread.start()
+    thread.join()
+    assert shapes == [(0, 70)]
+
+
+def test_registers_for_matrices_change_no_bit(eight_bits: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = shutil.which("gcc")
+    if compiler is None or "amx_int8" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("no registers for matrices, or a compiler that cannot leave them out")
+    monkeypatch.setenv("CC", f"{compiler} -mno-amx-int8")
+    without = kernels.compiled.__wrapped__()
+    assert without is not None
+    assert without.has_int8
+    torch.manual_seed(7)
+    weight, bias = torch.randn(130, 192), torch.randn(130)
+    with_them, plain = (KernelInt8Linear(weight, bias, each) for each in (eight_bits, without))
+    for n_rows in (5, 6, 16, 17, 33, 129, 200):
+        x = torch.randn(n_rows, 192)
+        assert torch.equal(with_them(x), plain(x))
 
 
 def test_it_is_as_near_as_torchs_own(eight_bits: Kernels) -> None:

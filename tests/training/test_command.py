@@ -10,6 +10,7 @@ from model import checkpoint
 from model.models import build_model
 from model.tokenizer import Tokenizer
 from model.training.__main__ import main, model_config
+from model.training.evaluate import STORIES
 from model.training.loop import Options
 from tests.tiny import PAIRS
 
@@ -95,5 +96,8 @@ def test_the_shipped_recipes_build(path: Path, tokenizer: Tokenizer) -> None:
     command = path.stem.partition("-")[0]
     build_model(model_config(command, recipe["model"], tokenizer))
     options = Options(**recipe["train"])
+    # A story is held out by its first line, a pair by itself: as both, one would tell of the other.
+    if command in ("masked", "causal"):
+        assert STORIES not in recipe["data"]["pairs"]
     assert options.warmup < options.steps
     assert recipe["data"]["max_len"] <= recipe["model"]["max_len"]

@@ -262,6 +262,15 @@ def test_documents_occur_by_the_weight_of_their_label(tokenizer: Tokenizer, tmp_
     assert not counts[40:].any()
 
 
+@pytest.mark.parametrize("weights", [{"other": 2.0}, {"": 0.0}])
+def test_documents_that_weigh_nothing_hold_no_batch(
+    tokenizer: Tokenizer, tmp_path: Path, weights: dict[str, float]
+) -> None:
+    shard = write_shard(tmp_path, tokenizer, [("a", ["I go home.", "You stay."])] * 20)
+    for task in (CausalTask, MaskedTask):
+        assert task(shard, tokenizer, budget=128, max_len=32, weights=weights).batches(0) == []
+
+
 def test_a_shard_shorter_than_a_window_holds_no_batch(tokenizer: Tokenizer, tmp_path: Path) -> None:
     shard = write_shard(tmp_path, tokenizer, [("a", ["I go home."])])
     assert CausalTask(shard, tokenizer, budget=128, max_len=64).batches(0) == []
