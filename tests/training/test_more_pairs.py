@@ -14,7 +14,7 @@ from model.models import Translator
 from model.tokenizer import Tokenizer
 from model.training.__main__ import main
 from model.training.back_translate import Output, sentences, sound_pairs
-from model.training.evaluate import OWN_PACKS, STORIES, add_evaluate_arguments, evaluate_command
+from model.training.evaluate import OWN_PACKS, add_evaluate_arguments, evaluate_command
 from model.training.failures import (
     EVERYDAY,
     Copying,
@@ -175,14 +175,16 @@ def test_the_packs_beside_the_code() -> None:
     assert [language for language, _ in everyday] == ["en"] * 50 + ["ko"] * 50
     read = {_bare(text) for _, text in everyday}
     assert len(read) == 100
-    more, tales = (list(read_pairs(TEXTS / name)) for name in OWN_PACKS)
-    assert {pair.source for pair in tales} == {"written-tales"}
-    for pair in [*more, *tales]:
+    packs = {path.name: list(read_pairs(path)) for path in TEXTS.glob("*.tsv.xz")}
+    assert set(OWN_PACKS) < set(packs)
+    more, stories = packs[OWN_PACKS[0]], [name for name in packs if name.startswith("tales")]
+    assert {pair.source for name in stories for pair in packs[name]} == {"written-tales"}
+    for pair in (pair for pairs in packs.values() for pair in pairs):
         assert clean_pair(pair)
         assert pair.source.startswith(("written-", "wikipedia-"))
         assert not {_bare(pair.en), _bare(pair.ko)} & read
     assert len({(pair.en, pair.ko) for pair in more}) == len(more) > 50_000
-    assert all(len(story) > 3 for story in read_stories(TEXTS / STORIES))
+    assert all(len(story) > 3 for name in stories for story in read_stories(TEXTS / name))
 
 
 def _bare(text: str) -> str:
