@@ -37,8 +37,8 @@ from model.training.shards import Document, Shard
 
 T = TypeVar("T")
 PAIR_PACK = "written.en-ko.tsv.xz"
-OWN_PACKS = ("more.en-ko.tsv.xz", "tales.en-ko.tsv.xz")  # that come with the code
-STORIES = OWN_PACKS[-1]
+STORIES = "tales.en-ko.tsv.xz"
+OWN_PACKS = ("more.en-ko.tsv.xz", STORIES)  # that come with the code
 TEXT_PACKS = ("mono.en.txt.xz", "mono.ko.txt.xz")
 CARD, HELD = "README.md", "held-out"
 START, STOP = "<!-- scores -->", "<!-- /scores -->"
