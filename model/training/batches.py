@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
-WIDTH_STEP = 8  # batches are padded to multiples of this, so that few distinct shapes occur
+WIDTH_STEP = 4  # batches are padded to multiples of this, so that few distinct shapes occur
 
 
 def padded_width(length: int) -> int:
@@ -19,14 +19,17 @@ def padded_width(length: int) -> int:
 def token_budget_batches(lengths: Indices, budget: int, rng: np.random.Generator) -> list[Indices]:
     """Cut examples into batches of at most `budget` padded tokens, neighbours of similar length together.
 
-    Every example occurs exactly once (one longer than the budget is a batch of its own); batches come in
-    random order.
+    lengths (N,), or (N, sides): then the longest side counts, and among examples of equal width those
+    whose other sides are alike stand together. Every example occurs exactly once (one longer than the budget
+    is a batch of its own); batches come in random order.
     """
-    widths = -(-np.maximum(lengths, 1) // WIDTH_STEP) * WIDTH_STEP
-    order = np.lexsort((rng.random(len(lengths)), -widths))  # long first; random among equals
+    sides = lengths[:, None] if lengths.ndim == 1 else lengths
+    widths = -(-np.maximum(sides, 1) // WIDTH_STEP) * WIDTH_STEP
+    widest = widths.max(axis=1, initial=0)
+    order = np.lexsort((rng.random(len(sides)), *-widths.T, -widest))  # long first; random among equals
     batches, start = [], 0
     while start < len(order):
-        rows = max(1, budget // int(widths[order[start]]))
+        rows = max(1, budget // int(widest[order[start]]))
         batches.append(order[start : start + rows])
         start += rows
     return [batches[i] for i in rng.permutation(len(batches))]

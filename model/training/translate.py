@@ -64,9 +64,9 @@ class TranslateTask:
         noisy = self.twins[documents] & (rng.random(len(documents)) < self.noise)
         first = self.first[documents]
         noisy[noisy] = self.sizes[(first + directions)[noisy] + 2] <= self.max_len
-        lengths = np.maximum(self.sizes[first + directions + 2 * noisy], self.sizes[first + 1 - directions])
+        sides = self.sizes[first + directions + 2 * noisy], self.sizes[first + 1 - directions]
         examples = 4 * documents + 2 * noisy + directions
-        return [examples[batch] for batch in token_budget_batches(lengths, self.budget, rng)]
+        return [examples[batch] for batch in token_budget_batches(np.stack(sides, axis=1), self.budget, rng)]
 
     def collate(self, batch: Indices, rng: np.random.Generator) -> Batch:
         """src (B, S); tgt (B, T), which the decoder reads; labels (B, T), which it should say."""
