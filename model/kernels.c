@@ -24,6 +24,11 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__) /* for whoever calls it the same instructions, and so the same bits */
+#define ONE_WAY static __attribute__((noinline))
+#else
+#define ONE_WAY static __attribute__((noipa))
+#endif
 #define LITTLE 60000 /* numbers: work on fewer is done before another thread has woken */
 
 int has_int8(void) { return HAS_INT8; }
@@ -86,7 +91,8 @@ struct product {
     const float *scale;   /* a row each */
     const uint8_t *x;
     long x_stride, n_out;
-    float *out;
+    float *out; /* (rows, out_stride), of which the first number is that of output `first_out` */
+    long out_stride, first_out;
 };
 
 /* Sixteen outputs, of which the last may be beyond the end. */
@@ -109,7 +115,7 @@ INLINE void finish(const struct product *p, const struct column *c, long row, __
 {
     const __m512 unit = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), c->w_scale);
     const __m512 y = _mm512_fmadd_ps(unit, _mm512_set1_ps(p->scale[row]), c->bias);
-    _mm512_mask_storeu_ps(p->out + row * p->n_out + c->n, c->part, y);
+    _mm512_mask_storeu_ps(p->out + row * p->out_stride + c->n - p->first_out, c->part, y);
 }
 
 /* `n_rows` rows, known when compiling, times a panel: all sums stay in registers. Of the intrinsic function
@@ -269,7 +275,8 @@ int int8_linear(const float *x, long n_rows, long n_in, long depth, const int8_t
 #pragma omp parallel for schedule(static) num_threads(n_threads) if (n_threads > 1 && n * depth > LITTLE)
         for (long i = 0; i < n; i++)
             scale[i] = quantise(x + (first + i) * n_in, n_in, eights + i * depth);
-        const struct product p = {weight, shift, w_scale, bias, scale, eights, depth, n_out, out + first * n_out};
+        const struct product p = {weight, shift, w_scale, bias, scale, eights, depth,
+                                  n_out, out + first * n_out, n_out, 0};
 #if HAS_TILES
         if (tiled) {
 #pragma omp parallel num_threads(n_threads) if (n_threads > 1 && n * n_out * depth > 64 * LITTLE)
@@ -495,35 +502,203 @@ INLINE float greatest(const float *x, long n)
     return most;
 }
 
-/* logits (B, V) -> the n_best <= V greatest of each row, the first of equals before the others, and their
- * log-probabilities, each (B, n_best). A row that holds no number has NaN for all that are not -inf. */
-void best_tokens(const float *logits, long n_rows, long vocab_size, long n_best, int64_t *ids, float *logprobs,
-                 int n_threads)
+#define PART 512 /* logits whose exponentials are summed by themselves, as `best_outputs` must */
+
+/* The sum of the exponentials of a part's logits under the greatest of them; 0 where nothing is possible. */
+ONE_WAY float sum_part(const float *x, long n, float most)
 {
+    float sum = 0.0f;
+    if (most == -INFINITY)
+        return sum;
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < n; i++)
+        sum += exponential(x[i] - most);
+    return sum;
+}
+
+/* The greatest logits of a row in the place of their log-probabilities, by the greatest and the sum of each of its
+ * parts, which lie `stride` apart; of a row that holds what is no number, none is. */
+ONE_WAY void to_logprobs(float *values, long n_best, const float *greatests, const float *sums, long n_parts,
+                         long stride, int bad)
+{
+    float most = -INFINITY, sum = 0.0f;
+    for (long part = 0; part < n_parts * stride; part += stride)
+        most = greatests[part] > most ? greatests[part] : most;
+    for (long part = 0; part < n_parts * stride; part += stride)
+        if (greatests[part] != -INFINITY)
+            sum += sums[part] * exponential(greatests[part] - most);
+    const float whole = logf(sum);
+    for (long i = 0; i < n_best; i++)
+        if (bad)
+            values[i] = NAN;
+        else if (values[i] != -INFINITY)
+            values[i] = values[i] - most - whole;
+}
+
+/* A row's best so far, best first, and how many of them there are. */
+struct best {
+    float *values;
+    int64_t *ids;
+    long n, n_wanted;
+};
+
+/* The logits of the outputs from `from` on, in the order of these, the first of equals before the others; returns the
+ * greatest of them. */
+static float look_through(struct best *b, const float *x, long n, long from)
+{
+    float most = -INFINITY;
+    long start = 0;
+    for (; b->n < b->n_wanted && start < n; start++) {
+        insert(b->values, b->ids, b->n++, b->n_wanted, x[start], from + start);
+        most = x[start] > most ? x[start] : most;
+    }
+    for (; start < n; start += 64) {
+        const long end = start + 64 < n ? start + 64 : n;
+        const float top = greatest(x + start, end - start);
+        most = top > most ? top : most;
+        if (top > b->values[b->n_wanted - 1])
+            for (long i = start; i < end; i++)
+                if (x[i] > b->values[b->n_wanted - 1])
+                    insert(b->values, b->ids, b->n_wanted, b->n_wanted, x[i], from + i);
+    }
+    return most;
+}
+
+/* logits (B, V) -> the n_best <= V greatest of each row and their log-probabilities, each (B, n_best). 0, or 1 where
+ * there is no memory. */
+int best_tokens(const float *logits, long n_rows, long vocab_size, long n_best, int64_t *ids, float *logprobs,
+                int n_threads)
+{
+    const long n_parts = (vocab_size + PART - 1) / PART;
+    int failed = 0;
 #pragma omp parallel for schedule(static) num_threads(n_threads) if (n_threads > 1 && n_rows >= 4)
     for (long row = 0; row < n_rows; row++) {
         const float *x = logits + row * vocab_size;
-        float *values = logprobs + row * n_best, sum = 0.0f;
-        int64_t *own = ids + row * n_best;
-        for (long i = 0; i < n_best; i++)
-            insert(values, own, i, n_best, x[i], i);
-        for (long start = n_best; start < vocab_size; start += 64) {
-            const long end = start + 64 < vocab_size ? start + 64 : vocab_size;
-            if (greatest(x + start, end - start) > values[n_best - 1])
-                for (long i = start; i < end; i++)
-                    if (x[i] > values[n_best - 1])
-                        insert(values, own, n_best, n_best, x[i], i);
+        float *greatests = scratch((size_t)n_parts * 2 * sizeof(float)), *sums = greatests + n_parts;
+        if (greatests == NULL) {
+            failed = 1;
+            continue;
         }
-        const float most = values[0];
-#pragma omp simd reduction(+ : sum)
-        for (long i = 0; i < vocab_size; i++)
-            sum += exponential(x[i] - most);
-        const float whole = logf(sum);
-        for (long i = 0; i < n_best; i++)
-            if (values[i] != -INFINITY)
-                values[i] = values[i] - most - whole;
+        struct best b = {logprobs + row * n_best, ids + row * n_best, 0, n_best};
+        int bad = 0;
+        for (long part = 0; part < n_parts; part++) {
+            const long from = part * PART, n = vocab_size - from < PART ? vocab_size - from : PART;
+            greatests[part] = look_through(&b, x + from, n, from);
+            sums[part] = sum_part(x + from, n, greatests[part]);
+            for (long i = from; i < from + n; i++)
+                bad |= x[i] != x[i];
+        }
+        to_logprobs(b.values, n_best, greatests, sums, n_parts, 1, bad);
     }
+    return failed;
 }
+
+#if HAS_INT8
+
+#define PART_PANELS (PART / PANEL)
+#define LOOKED_AT 32 /* rows at a time: their logits of a part are 64 KB */
+
+/* What one thread has found: a list of each row, beside the logits of the part that it looks through. */
+struct finder {
+    float *logits, *values;
+    int64_t *ids;
+    long n_found;
+};
+
+/* `best_tokens` of what `int8_linear` gives, without ever holding all of it: the logits of some hundred outputs at a
+ * time stay in the second cache. `banned` (n_banned, 2) are rows, -1 for all of them, and outputs that are impossible.
+ * The same to the last bit, with whatever rows and threads. 0, or 1 where there is no memory. */
+int best_outputs(const float *x, long n_rows, long n_in, long depth, const int8_t *weight, const int32_t *shift,
+                 const float *w_scale, const float *bias, long n_out, const int64_t *banned, long n_banned,
+                 long n_best, int64_t *ids, float *logprobs, int n_threads)
+{
+#if HAS_TILES
+    const int tiled = n_rows >= FEWEST_TILED && depth % 64 == 0 && may_tile();
+#endif
+    const long most = BLOCK_ROWS_TILED, at_once = n_rows < most ? n_rows : most, room = (at_once + 15) / 16 * 16;
+    const long n_panels = (n_out + PANEL - 1) / PANEL, n_parts = (n_panels + PART_PANELS - 1) / PART_PANELS;
+    const long wanted = n_threads > 1 && at_once * n_out * depth > 64 * LITTLE ? n_threads : 1;
+    const long n_finders = wanted < n_parts ? wanted : n_parts;
+    const size_t listed = (size_t)(at_once * n_best), per_part = (size_t)(n_parts * at_once);
+    const size_t finder_bytes = listed * sizeof(int64_t) + ((size_t)(LOOKED_AT * PART) + listed) * sizeof(float);
+    char *memory = scratch((size_t)n_finders * (finder_bytes + sizeof(struct finder)) + 2 * per_part * sizeof(float) +
+                           (size_t)(room * (depth + 4)) + 64);
+    if (memory == NULL)
+        return 1;
+    int64_t *lists = (int64_t *)memory;
+    struct finder *finders = (struct finder *)(lists + (size_t)n_finders * listed);
+    float *greatests = (float *)(finders + n_finders), *sums = greatests + per_part, *scale = sums + per_part;
+    float *numbers = scale + room;
+    uint8_t *eights = (uint8_t *)(numbers + (size_t)n_finders * ((size_t)(LOOKED_AT * PART) + listed));
+    eights += -(uintptr_t)eights % 64;
+    for (long first = 0; first < n_rows; first += at_once) {
+        const long n = n_rows - first < at_once ? n_rows - first : at_once;
+        for (long i = 0; i < n; i++)
+            scale[i] = quantise(x + (first + i) * n_in, n_in, eights + i * depth);
+#pragma omp parallel for schedule(static) num_threads((int)n_finders) if (n_finders > 1)
+        for (long one = 0; one < n_finders; one++) {
+            struct finder *f = finders + one;
+            f->logits = numbers + one * (LOOKED_AT * PART + (long)listed);
+            f->values = f->logits + LOOKED_AT * PART;
+            f->ids = lists + one * (long)listed;
+            f->n_found = 0;
+#if HAS_TILES
+            if (tiled)
+                begin_tiles();
+#endif
+            for (long part = one * n_parts / n_finders; part < (one + 1) * n_parts / n_finders; part++) {
+                const long from = part * PART, left = n_out - from, own = left < PART ? left : PART;
+                const long end = (part + 1) * PART_PANELS < n_panels ? (part + 1) * PART_PANELS : n_panels;
+                for (long top = 0; top < n; top += LOOKED_AT) {
+                    const long bottom = top + LOOKED_AT < n ? top + LOOKED_AT : n;
+                    const struct product p = {weight, shift, w_scale, bias, scale + top, eights + top * depth, depth,
+                                              n_out, f->logits, PART, from};
+                    for (long panel = part * PART_PANELS; panel < end; panel++) {
+#if HAS_TILES
+                        if (tiled) {
+                            all_rows_tiled(&p, bottom - top, panel);
+                            continue;
+                        }
+#endif
+                        all_rows(&p, bottom - top, panel);
+                    }
+                    for (const int64_t *b = banned; b < banned + 2 * n_banned; b += 2)
+                        if (b[1] >= from && b[1] < from + own)
+                            for (long row = top; row < bottom; row++)
+                                if (b[0] < 0 || b[0] == first + row)
+                                    f->logits[(row - top) * PART + b[1] - from] = -INFINITY;
+                    for (long row = top; row < bottom; row++) {
+                        struct best b = {f->values + row * n_best, f->ids + row * n_best, f->n_found, n_best};
+                        const float *logits = f->logits + (row - top) * PART;
+                        greatests[part * at_once + row] = look_through(&b, logits, own, from);
+                        sums[part * at_once + row] = sum_part(logits, own, greatests[part * at_once + row]);
+                    }
+                }
+                f->n_found = f->n_found + own < n_best ? f->n_found + own : n_best;
+            }
+#if HAS_TILES
+            if (tiled)
+                _tile_release();
+#endif
+        }
+        for (long row = 0; row < n; row++) {
+            float *values = logprobs + (first + row) * n_best;
+            int64_t *own = ids + (first + row) * n_best;
+            long found = 0;
+            for (const struct finder *f = finders; f < finders + n_finders; f++)
+                for (long i = row * n_best; i < row * n_best + f->n_found; i++) {
+                    if (found == n_best && !(f->values[i] > values[n_best - 1]))
+                        break;
+                    insert(values, own, found, n_best, f->values[i], f->ids[i]);
+                    found += found < n_best;
+                }
+            to_logprobs(values, n_best, greatests + row, sums + row, n_parts, at_once, isnan(scale[row]));
+        }
+    }
+    return 0;
+}
+
+#endif
 
 /* ---- the blocks of a decoder, one new token a row -------------------------------------------------------------- */
 

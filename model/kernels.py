@@ -51,10 +51,12 @@ class Kernels:
         self._stored_attention.argtypes = [*_STORED, _pointer, _pointer, _long, _long, _pointer, _int]
         self._best_tokens = library.best_tokens
         self._best_tokens.argtypes = [_pointer, *[_long] * 3, _pointer, _pointer, _int]
-        self._best_tokens.restype = None
         if self.has_int8:
             self._int8_linear = library.int8_linear
             self._int8_linear.argtypes = [_pointer, *[_long] * 3, *[_pointer] * 4, _long, _pointer, _int]
+            self._best_outputs = library.best_outputs
+            self._best_outputs.argtypes = [_pointer, *[_long] * 3, *[_pointer] * 4, _long]
+            self._best_outputs.argtypes += [_pointer, _long, _long, _pointer, _pointer, _int]
             self._decoder_blocks = library.decoder_blocks
             self._decoder_blocks.argtypes = [_pointer, _pointer, _long, *[_pointer] * 3, _long]
 
@@ -78,6 +80,44 @@ class Kernels:
                 torch.get_num_threads(),
             )
         )
+
+    def best_outputs(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        shift: Tensor,
+        w_scale: Tensor,
+        bias: Tensor,
+        n_best: int,
+        banned: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """`best_tokens` of what `int8_linear` gives, which is never stored: (B, n) ids, log-probabilities.
+
+        banned (n, 2), int64: a row, or -1 for all, and the output that is impossible there.
+        """
+        n_rows, n_in = x.shape
+        n_best = min(n_best, len(bias))
+        ids, logprobs = torch.empty(n_rows, n_best, dtype=torch.long), torch.empty(n_rows, n_best)
+        _check(
+            self._best_outputs(
+                x.data_ptr(),
+                n_rows,
+                n_in,
+                weight.size(1) * 4,
+                weight.data_ptr(),
+                shift.data_ptr(),
+                w_scale.data_ptr(),
+                bias.data_ptr(),
+                len(bias),
+                banned.data_ptr(),
+                len(banned),
+                n_best,
+                ids.data_ptr(),
+                logprobs.data_ptr(),
+                torch.get_num_threads(),
+            )
+        )
+        return ids, logprobs
 
     def self_attention(
         self,
@@ -167,14 +207,16 @@ class Kernels:
     def best_tokens(self, logits: Tensor, n_best: int) -> tuple[Tensor, Tensor]:
         """logits (B, V) -> ids of the n greatest of each row, and log-probabilities, each (B, n), best first.
 
-        What is impossible has -inf, everything else of a row that holds no number NaN.
+        What is impossible has -inf; all of a row that holds what is no number has NaN.
         """
         logits = logits.contiguous()
         n_rows, vocab_size = logits.shape
         n_best = min(n_best, vocab_size)
         ids, logprobs = torch.empty(n_rows, n_best, dtype=torch.long), torch.empty(n_rows, n_best)
         out = ids.data_ptr(), logprobs.data_ptr()
-        self._best_tokens(logits.data_ptr(), n_rows, vocab_size, n_best, *out, torch.get_num_threads())
+        _check(
+            self._best_tokens(logits.data_ptr(), n_rows, vocab_size, n_best, *out, torch.get_num_threads())
+        )
         return ids, logprobs
 
 

@@ -101,6 +101,15 @@ class KernelInt8Linear(Int8Linear):
         self._kernels.int8_linear(rows, self.weight, self.shift, self.w_scale, self.bias, out)
         return out.view(*x.shape[:-1], self.out_features)
 
+    def best(self, x: Tensor, n_best: int, banned: Tensor) -> tuple[Tensor, Tensor]:
+        """x (M, K) -> ids and log-probabilities of the n greatest outputs of each row, each (M, n).
+
+        banned (n, 2): a row, or -1 for all, and an output that has -inf there. As `Kernels.best_tokens` of
+        `forward`, in half the time for many rows: no logit ever leaves the cache.
+        """
+        own = self.weight, self.shift, self.w_scale, self.bias
+        return self._kernels.best_outputs(x.contiguous(), *own, n_best, banned)
+
 
 def share_int8(model: nn.Module, other: nn.Module) -> None:
     """Let a model have another's packed weights where, under the same names, they are the same."""

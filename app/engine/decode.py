@@ -720,12 +720,14 @@ class TranslateLane(DecodeLane[Ranked]):
         running = self._owners(rows)
         inputs = self._inputs(running)
         token_ids, positions = zip(*(inputs[row] for row in rows), strict=True)
-        part = self._is_part(rows)
-        logits = self.runner.step(rows[0], list(token_ids), list(positions), part=part)
-        logits = self.runner.guard(logits, self._guards(running, rows))
+        step = rows[0], list(token_ids), list(positions)
+        guards, owed = self._guards(running, rows), self._wanted(running, rows)
         width = 2 * max(sequence.n_rows for sequence in running)
-        best = self.runner.rank(logits, width)
-        wanted = self.runner.score(logits, self._wanted(running, rows))
+        best = None if owed else self.runner.step_and_rank(*step, width, guards)
+        wanted: dict[int, list[Candidate]] = {}
+        if best is None:
+            logits = self.runner.guard(self.runner.step(*step, part=self._is_part(rows)), guards)
+            best, wanted = self.runner.rank(logits, width), self.runner.score(logits, owed)
         return {row: Ranked(best[i], wanted.get(i, [])) for i, row in enumerate(rows)}
 
     def _inputs(self, running: list[Sequence]) -> dict[int, tuple[int, int]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from app.engine.drawing import Drawing, Level
 from app.engine.graphs import Flight, Launcher, StaticStep, make_launcher
@@ -24,6 +24,7 @@ from model.config import TransformerConfig
 from model.inference import kernels_of
 from model.masks import Mask, MaskParts, RowSpans, length_mask, position_mask, split_by_length
 from model.models import CausalLM, Classifier, MaskedLM, Translator, make_cache
+from model.quantize import KernelInt8Linear
 from model.sampling import SamplingRows, penalise, sample, top_tokens
 from model.tokenizer import Tokenizer
 from model.transfer import to_device
@@ -44,6 +45,11 @@ class Guards:
     presence: dict[int, float] = field(default_factory=dict)
     bias: list[tuple[int, int, float]] = field(default_factory=list)  # (row, token, added to its logit)
     forced: dict[int, int] = field(default_factory=dict)  # rows with the one token that may follow
+
+    @property
+    def only_ban(self) -> bool:
+        """Is nothing changed but what is impossible?"""
+        return not (self.histories or self.bias or self.forced)
 
     def penalty(
         self, row: int, history: list[int], repetition: float, frequency: float = 0.0, presence: float = 0.0
@@ -69,6 +75,7 @@ class DecodeRunner:
         self.cache = make_cache(checkpoint.config, n_slots, max_len, self.device, self.dtype)
         suppressed = sorted(_suppressed(checkpoint.tokenizer, checkpoint.config))
         self.suppressed = torch.tensor(suppressed, dtype=torch.long, device=self.device)
+        self._banned_everywhere = [(-1, token) for token in suppressed]
         self.static: StaticStep | None = None
         self.kernels = kernels_of(model)
         # Kernels are told what single queries read by its first and last position.
@@ -102,13 +109,17 @@ class DecodeRunner:
         """
         if self.static is not None and not part:
             return self.static.run(token_ids, positions, self._memory_lengths(len(token_ids)))
+        return self._project(self._read(first, token_ids, positions))
+
+    def _read(self, first: int, token_ids: list[int], positions: list[int]) -> Tensor:
+        """What the decoder makes of each row's next token, (B, 1, D)."""
         ids, places = torch.tensor([token_ids, positions], device=self.device).unsqueeze(-1)
         lengths = [position + 1 for position in positions]
         if self.config.window and not self.spans:  # which the decoder narrows, layer by layer
             mask: Mask | None = position_mask(places, max(lengths))
         else:
             mask = self._length_mask(lengths)
-        return self._project(self._decode(first, ids, places, max(lengths), mask))
+        return self._decode(first, ids, places, max(lengths), mask)
 
     def _project(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.model.head(hidden[:, -1]).float()
@@ -386,6 +397,20 @@ class TranslateRunner(DecodeRunner):
         # In one copy from the device, for which the host waits once.
         ids, bits = torch.stack((indices, logprobs.double().view(torch.long))).cpu()
         return _listed(ids, bits.view(torch.float64))
+
+    def step_and_rank(
+        self, first: int, token_ids: list[int], positions: list[int], n_best: int, guards: Guards
+    ) -> list[list[tuple[int, float]]] | None:
+        """`step`, `guard` and `rank` in one, without logits in between: on a CPU they are a third of a step.
+
+        None where there is no such kernel, and where guards change more than what is impossible.
+        """
+        head: nn.Module = self.model.head
+        if not isinstance(head, KernelInt8Linear) or self.static is not None or not guards.only_ban:
+            return None
+        hidden = self._read(first, token_ids, positions)[:, -1]
+        banned = torch.tensor([*self._banned_everywhere, *guards.banned], dtype=torch.long).view(-1, 2)
+        return _listed(*head.best(hidden, n_best, banned))
 
     def score(
         self, logits: Tensor, tokens: Mapping[int, Sequence[int]]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from app.engine.decode import DecodeLane, DecodeLimits, GenerateLane, TranslateL
 from app.engine.drawing import Drawing, Level, RowRules
 from app.engine.errors import EngineError
 from app.engine.graphs import Flight, Launcher, Work
-from app.engine.runner import GenerateRunner, TranslateRunner
+from app.engine.runner import GenerateRunner, Guards, TranslateRunner
 from app.engine.sequence import Hypothesis, Sequence
 from model.checkpoint import Checkpoint, load
 from model.decoding import Decoded, beam_search, causal_scorer, translator_scorer
@@ -59,13 +60,13 @@ WAYS: dict[str, dict[str, int]] = {
 }
 
 
-def with_kernels(checkpoint: Checkpoint) -> Checkpoint:
-    """A copy that runs as on a CPU with a compiler, in float32."""
+def with_kernels(checkpoint: Checkpoint, quantization: Literal["none", "int8"] = "none") -> Checkpoint:
+    """A copy that runs as on a CPU with a compiler, in float32 or in eight bits."""
     kernels = compiled()
-    if kernels is None:
-        pytest.skip("no C compiler")
+    if kernels is None or (quantization == "int8" and not kernels.has_int8):
+        pytest.skip("no C compiler, or a processor without VNNI")
     model = copy.deepcopy(checkpoint.model)
-    optimise(model, kernels=kernels)
+    optimise(model, quantization, kernels=kernels)
     return replace(checkpoint, model=model)
 
 
@@ -216,6 +217,7 @@ class FailingTranslateRunner(TranslateRunner):
 
     fault: Fault = staticmethod(lambda what, ids: None)
     nan_token = -1
+    n_ranked_at_once = 0
 
     def encode(self, rows: Items[Items[int]], sources: Items[Items[int]]) -> None:
         self.fault("encode", [token for source in sources for token in source])
@@ -232,6 +234,19 @@ class FailingTranslateRunner(TranslateRunner):
     def rank(self, logits: Tensor, n_best: int) -> list[list[tuple[int, float]]]:
         self.fault("rank", [])
         return super().rank(logits, n_best)
+
+    def step_and_rank(
+        self, first: int, token_ids: list[int], positions: list[int], n_best: int, guards: Guards
+    ) -> list[list[tuple[int, float]]] | None:
+        self.fault("step_and_rank", token_ids)
+        best = super().step_and_rank(first, token_ids, positions, n_best, guards)
+        self.n_ranked_at_once += best is not None
+        return best
+
+    def _read(self, first: int, token_ids: list[int], positions: list[int]) -> Tensor:
+        hidden = super()._read(first, token_ids, positions)
+        hidden[[token == self.nan_token for token in token_ids]] = torch.nan
+        return hidden
 
     def move(self, moves: Items[tuple[int, int]], length: int) -> None:
         self.fault("move", [])

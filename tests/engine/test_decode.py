@@ -9,16 +9,18 @@ import torch
 from prometheus_client import REGISTRY
 
 from app.engine.decode import make_decode_lane
-from app.engine.errors import Aborted, Draining, Overloaded, PromptTooLong, RequestTooLarge
+from app.engine.errors import Aborted, Draining, Overloaded, PromptTooLong, RequestTooLarge, StepFailed
 from app.engine.sequence import FinishReason, Sequence
 from model.checkpoint import Checkpoint
 from model.constraints import Phrase, Progress
 from model.sampling import BeamParams, SamplingParams
 from tests.engine.rig import (
     WAYS,
+    FailingTranslateRunner,
     check_generations,
     check_translations,
     drive,
+    fails_on,
     gauge,
     generate_lane,
     load_bold,
@@ -87,6 +89,52 @@ async def test_translations_equal_the_oracle_in_any_mix(
     lane.abort(aborted)
     drive(lane)
     await check_translations(translator_oracle, (s for s in sequences if s not in aborted))
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_ranking_without_logits_changes_nothing(translator: Checkpoint, seed: int) -> None:
+    """Nor does it matter which of a crowd asks for what needs logits."""
+    eight_bits = with_kernels(translator, "int8")
+    answers = []
+    for at_once in (True, False):
+        rng, lane = random.Random(seed), translate_lane(eight_bits, n_slots=16)
+        runner = lane.runner
+        assert isinstance(runner, FailingTranslateRunner)
+        if not at_once:
+            runner.step_and_rank = lambda *_: None  # type: ignore[method-assign]
+        sequences = [random_translation(translator, rng) for _ in range(12)]
+        # No guards at all, so that some steps have none.
+        sequences += [random_translation(translator, rng, repetition_penalty=1.0) for _ in range(12)]
+        for sequence in sequences:
+            lane.submit([sequence])
+            turn(lane)
+        drive(lane)
+        found = [await sequence.result() for sequence in sequences]
+        answers.append([[(h.token_ids, h.score, h.logprobs) for h in each] for each in found])
+        assert (runner.n_ranked_at_once > 0) is at_once
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("place", ["step_and_rank", "nan"])
+async def test_in_eight_bits_only_the_culprit_fails(translator: Checkpoint, place: str) -> None:
+    lane = translate_lane(with_kernels(translator, "int8"), n_slots=12)
+    runner, params = lane.runner, BeamParams(num_beams=3, max_new_tokens=8, min_new_tokens=8)
+    assert isinstance(runner, FailingTranslateRunner)
+    english, korean = (lane.runner.config.languages[name] for name in ("en", "ko"))
+    if place == "nan":
+        runner.nan_token = english
+    else:
+        runner.fault = fails_on(english, place)
+    culprit, *innocent = (
+        Sequence(translator.tokenizer.source_ids([300 + i], "ko" if i else "en"), params) for i in range(4)
+    )
+    assert [s.prompt_ids[1] for s in (culprit, *innocent)] == [english, korean, korean, korean]
+    lane.submit([*innocent[:2], culprit, innocent[2]])
+    drive(lane)
+    assert isinstance(await outcome(culprit), StepFailed)
+    for sequence in innocent:
+        assert len((await sequence.result())[0].token_ids) == 8
+    assert runner.n_ranked_at_once >= 8
 
 
 async def test_required_phrases_are_said_and_change_nothing_beside_them(

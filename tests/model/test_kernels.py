@@ -292,6 +292,64 @@ def test_the_likeliest_of_equals_of_nothing_and_of_what_is_no_number(native: Ker
     assert logprobs[2:].isnan().all()
 
 
+@pytest.mark.parametrize(
+    ("n_rows", "n_in", "n_out", "n_best"),
+    [
+        (1, 64, 16, 1),
+        (4, 64, 1000, 8),
+        (7, 96, 513, 9),
+        (33, 64, 700, 700),
+        (150, 128, 1600, 8),
+        (5, 30, 20, 90),
+    ],
+)
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+def test_the_best_of_a_product_without_its_logits(
+    eight_bits: Kernels, n_rows: int, n_in: int, n_out: int, n_best: int, n_threads: int
+) -> None:
+    torch.manual_seed(n_rows)
+    linear = KernelInt8Linear(torch.randn(n_out, n_in), torch.randn(n_out), eight_bits)
+    x = 2 * torch.randn(n_rows, n_in)
+    last = n_rows - 1
+    banned = torch.tensor([[-1, 3], [last, 0], [last, n_out - 1], [0, 5], [-1, n_out // 2], [0, 5]])
+    logits = linear(x)
+    for row, token in banned.tolist():
+        logits[row if row >= 0 else slice(None), token] = -torch.inf
+    wanted = eight_bits.best_tokens(logits, n_best)
+    alone = linear.best(x[last:], n_best, torch.tensor([[-1, 3], [0, 0], [0, n_out - 1], [0, n_out // 2]]))
+    torch.set_num_threads(n_threads)
+    try:
+        ids, logprobs = linear.best(x, n_best, banned)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(ids, wanted[0])
+    assert torch.equal(logprobs, wanted[1])
+    if n_rows > 1:  # whoever stands beside it
+        assert torch.equal(ids[last:], alone[0])
+        assert torch.equal(logprobs[last:], alone[1])
+
+
+def test_the_best_of_a_product_of_nothing_and_of_what_is_no_number(eight_bits: Kernels) -> None:
+    torch.manual_seed(0)
+    linear = KernelInt8Linear(torch.randn(80, 64), None, eight_bits)
+    x = torch.randn(3, 64)
+    x[1, 7] = torch.nan
+    banned = torch.tensor([[2, token] for token in range(80)] + [[-1, 0]])
+    ids, logprobs = linear.best(x, 4, banned)
+    assert logprobs[0].isfinite().all()
+    assert logprobs[1].isnan().all()
+    assert logprobs[2].tolist() == [-torch.inf] * 4
+    assert [len(set(own)) for own in ids.tolist()] == [4] * 3
+    assert [own.size(1) for own in linear.best(x, 200, banned)] == [80, 80]
+
+
+def test_all_of_a_row_with_what_is_no_number_has_none(native: Kernels) -> None:
+    """What is impossible in it, too: it stands first in a row, and a caller looks there."""
+    logits = torch.full((1, 100), torch.nan)
+    logits[0, :4] = -torch.inf
+    assert native.best_tokens(logits, 3)[1].isnan().all()
+
+
 KINDS: dict[str, dict[str, object]] = {
     "sinusoidal": {"positions": "sinusoidal"},
     "rotary": {"positions": "rotary", "bias": False},
