@@ -43,12 +43,12 @@ def open_pack(path: Path) -> TextIO:
 
 def read_pairs(path: Path) -> Iterator[Pair]:
     """The pairs of a pack. Raises `PackError` on a line without exactly three columns."""
-    return (pair for pair in _pairs_and_ends(path) if pair is not None)
+    return (pair for pair in pairs_and_ends(path) if pair is not None)
 
 
 def read_stories(path: Path) -> Iterator[list[Pair]]:
     """The documents of a pack of pairs, each a list of pairs. Raises as `read_pairs` does."""
-    return _documents(_pairs_and_ends(path))
+    return _documents(pairs_and_ends(path))
 
 
 def read_documents(path: Path) -> Iterator[list[str]]:
@@ -57,12 +57,8 @@ def read_documents(path: Path) -> Iterator[list[str]]:
         yield from _documents(line.strip() or None for line in file)
 
 
-def is_pair_pack(path: Path) -> bool:
-    """Do the lines of this pack hold pairs, by its name?"""
-    return ".tsv" in path.suffixes
-
-
-def _pairs_and_ends(path: Path) -> Iterator[Pair | None]:
+def pairs_and_ends(path: Path) -> Iterator[Pair | None]:
+    """The lines of a pack: pairs, and None for a blank one, which ends a document. Raises as `read_pairs`."""
     with open_pack(path) as file:
         for number, line in enumerate(file, 1):
             if not (text := line.rstrip("\n")):
@@ -72,6 +68,11 @@ def _pairs_and_ends(path: Path) -> Iterator[Pair | None]:
             if len(columns) != 3:
                 raise PackError(f"{path}:{number}: {len(columns)} columns, not 3")
             yield Pair(*columns)
+
+
+def is_pair_pack(path: Path) -> bool:
+    """Do the lines of this pack hold pairs, by its name?"""
+    return ".tsv" in path.suffixes
 
 
 def _documents(parts: Iterable[_T | None]) -> Iterator[list[_T]]:

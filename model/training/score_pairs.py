@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import lzma
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TextIO
@@ -23,7 +23,7 @@ from model.checkpoint import CheckpointError, load
 from model.models import Translator
 from model.tokenizer import Tokenizer
 from model.training.batches import pad
-from model.training.packs import PackError, Pair, read_pairs
+from model.training.packs import PackError, Pair, pairs_and_ends
 from model.training.scores import Row, markdown_table, percent
 from model.training.translate import source_tag
 from model.training.translate_batch import by_length
@@ -63,16 +63,18 @@ def _run(arguments: argparse.Namespace) -> str:
     model = checkpoint.model
     if not isinstance(model, Translator):
         raise CheckpointError(f"{arguments.model}: not a translator")
-    pairs = islice(read_pairs(arguments.pairs), arguments.limit or None)
-    read, kept = Counter[str](), Counter[str]()
+    pairs = islice(_numbered(arguments.pairs), arguments.limit or None)
+    read, kept, last = Counter[str](), Counter[str](), 0
     with _writer(arguments.out) as file, tqdm(mininterval=5, unit="pair") as bar:
-        while chunk := list(islice(pairs, arguments.chunk)):
+        while numbered := list(islice(pairs, arguments.chunk)):
+            chunk = [pair for _, pair in numbered]
             scores = pair_scores(model, checkpoint.tokenizer, chunk, arguments.rows)
-            for pair, score in zip(chunk, scores, strict=True):
+            for (document, pair), score in zip(numbered, scores, strict=True):
                 read[pair.source] += 1
                 if score <= arguments.max_score:
                     kept[pair.source] += 1
-                    file.write("\t".join(pair) + "\n")
+                    file.write("\n" * (document != last and kept.total() > 1) + "\t".join(pair) + "\n")
+                    last = document
             for i in sorted(range(len(chunk)), key=lambda i: -scores[i])[: arguments.show]:
                 bar.write(f"{scores[i]:.2f}  {'  |  '.join(chunk[i])}")
             bar.update(len(chunk))
@@ -86,6 +88,16 @@ def _run(arguments: argparse.Namespace) -> str:
         for source, count in read.most_common()
     ]
     return markdown_table(rows) if rows else f"{arguments.pairs}: no pairs"
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, Pair]]:
+    """The pairs of a pack, each with the number of its document."""
+    document = 0
+    for pair in pairs_and_ends(path):
+        if pair is None:
+            document += 1
+        else:
+            yield document, pair
 
 
 def pair_scores(

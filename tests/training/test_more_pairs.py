@@ -167,6 +167,25 @@ def test_pairs_over_the_limit_go(
     assert "| b      |     1 |    0 |  0.0 |" in capsys.readouterr().out
 
 
+def test_documents_stay_documents(tiny_folders: TinyFolders, tmp_path: Path) -> None:
+    stories = [["a\tOne.\t하나.", "a\tTwo.\t둘."], ["b\tThree.\t셋."], ["c\tFour.\t넷.", "c\tFive.\t다섯."]]
+    (tmp_path / "in.tsv").write_text(
+        "\n\n\n".join("\n".join(each) for each in stories) + "\n", encoding="utf-8"
+    )
+    arguments = [
+        "--model",
+        tiny_folders.translate,
+        "--pairs",
+        tmp_path / "in.tsv",
+        "--out",
+        tmp_path / "out.tsv",
+    ]
+    assert main(["score-pairs", *map(str, arguments), "--max-score", "1e9", "--chunk", "2"]) == 0
+    assert list(read_stories(tmp_path / "out.tsv")) == [
+        [Pair(*line.split("\t")) for line in story] for story in stories
+    ]
+
+
 # --- copying, and plain failures ----------------------------------------------------------------
 
 
