@@ -22,7 +22,7 @@ from model.fused import (
     KernelCrossAttention,
 )
 from model.heads import LMHead
-from model.kernel_decoder import KernelDecoder, is_suited
+from model.kernel_blocks import KernelDecoder, KernelEncoder, is_suited
 from model.kernels import Kernels
 from model.models import CausalLM, Model, Translator
 from model.quantize import Int8Linear, KernelInt8Linear
@@ -35,7 +35,7 @@ def optimise(model: Model, quantization: Quantization = "none", kernels: Kernels
     """Rewrite a model in place; with int8, for a CPU, its blocks and its vocabulary go to 8 bits.
 
     With kernels, for a CPU and float32 alone, attention of single queries and products of 8 bits run in C,
-    with int8 all blocks of a decoder.
+    with int8 all blocks of a decoder, and of an encoder over short texts.
     """
     if next(model.parameters()).dtype != torch.float32:
         kernels = None
@@ -50,8 +50,12 @@ def optimise(model: Model, quantization: Quantization = "none", kernels: Kernels
     _replace(model, nn.Dropout, lambda _: nn.Identity())
     if quantization == "int8":
         _replace(model, LMHead, lambda head: _eight_bits(head.tokens.weight, head.bias, kernels))
-    if kernels is not None and isinstance(model, CausalLM | Translator) and is_suited(model.decoder):
+    if kernels is None:
+        return
+    if isinstance(model, CausalLM | Translator) and is_suited(model.decoder):
         model.decoder = KernelDecoder(model.decoder, kernels)
+    if not isinstance(model, CausalLM) and is_suited(model.encoder):
+        model.encoder = KernelEncoder(model.encoder, kernels)
 
 
 def kernels_of(model: nn.Module) -> Kernels | None:

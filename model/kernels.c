@@ -700,7 +700,7 @@ int best_outputs(const float *x, long n_rows, long n_in, long depth, const int8_
 
 #endif
 
-/* ---- the blocks of a decoder, one new token a row -------------------------------------------------------------- */
+/* ---- the blocks of a decoder, one new token a row, or of an encoder over whole texts --------------------------------- */
 
 #if HAS_INT8
 
@@ -737,7 +737,7 @@ struct step {
     const int64_t *last, *memory_last;
     const float *cosines, *sines;
     int32_t *origins;
-    int64_t origin_stride, first_row;
+    int64_t origin_stride, first_row, length; /* of texts that are read as a whole, else 0 */
     int32_t n_threads;
 };
 
@@ -859,9 +859,30 @@ static void leave(const struct shape *s, const struct norm *norm, float *x, long
         normalise(norm, x, n_rows, s->d_model, x, n_threads);
 }
 
+/* Self-attention of texts of one length S, each row a token of them: qkv (B S, H + 2 H_kv, K) -> out (B S, H, K). Keys
+ * and values go to k and v (B, H_kv, S, K), where each text is read up to last[b]. 0, or 1 where there is no memory. */
+static int text_attention(const struct shape *s, const struct step *t, float *k, float *v, float *qkv, float *out)
+{
+    const long dim = s->head_dim, length = t->length, n_turning = s->n_heads + s->n_kv_heads, half = dim / 2;
+    const long width = (n_turning + s->n_kv_heads) * dim;
+    const struct stored kv = {k, v, s->n_kv_heads * length * dim, length * dim, s->n_heads, s->n_kv_heads, dim, NULL, 0, 0};
+    for (long row = 0; row < t->n_rows; row++) {
+        float *own = qkv + row * width;
+        if (t->cosines != NULL)
+            for (long head = 0; head < n_turning; head++)
+                turn(own + head * dim, t->cosines + row * half, t->sines + row * half, half);
+        for (long head = 0; head < s->n_kv_heads; head++) {
+            const long place = row / length * kv.row_stride + head * kv.head_stride + row % length * dim;
+            memcpy(k + place, own + (s->n_heads + head) * dim, (size_t)dim * sizeof(float));
+            memcpy(v + place, own + (n_turning + head) * dim, (size_t)dim * sizeof(float));
+        }
+    }
+    return attend(&kv, qkv, width, NULL, t->last, t->n_rows, length, out, t->n_threads);
+}
+
 /* x (B, D) through all blocks, in place. `work` holds B times D + the widest of a sub-layer's inner rows + H K.
  * 0, or 1 where there is no memory. */
-int decoder_blocks(const struct shape *s, const struct block *blocks, long n_blocks, const struct step *t, float *x,
+int run_blocks(const struct shape *s, const struct block *blocks, long n_blocks, const struct step *t, float *x,
                    float *work, long widest)
 {
     const long n = t->n_rows;
@@ -870,9 +891,12 @@ int decoder_blocks(const struct shape *s, const struct block *blocks, long n_blo
     int failed = 0;
     for (const struct block *b = blocks; b < blocks + n_blocks; b++) {
         failed |= apply(&b->qkv, enter(s, &b->attention_norm, x, n, y, n_threads), n, wide, n_threads);
-        failed |= self_attention(b->k, b->v, t->row_stride, t->head_stride, s->n_heads, s->n_kv_heads, s->head_dim,
-                                 t->origins, t->origin_stride, t->first_row, wide, t->cosines, t->sines, b->first,
-                                 t->last, n, heads, n_threads);
+        if (t->length > 0)
+            failed |= text_attention(s, t, b->k, b->v, wide, heads);
+        else
+            failed |= self_attention(b->k, b->v, t->row_stride, t->head_stride, s->n_heads, s->n_kv_heads,
+                                     s->head_dim, t->origins, t->origin_stride, t->first_row, wide, t->cosines,
+                                     t->sines, b->first, t->last, n, heads, n_threads);
         failed |= apply(&b->out, heads, n, y, n_threads);
         leave(s, &b->attention_norm, x, n, y, n_threads);
         if (s->has_cross) {

@@ -57,8 +57,8 @@ class Kernels:
             self._best_outputs = library.best_outputs
             self._best_outputs.argtypes = [_pointer, *[_long] * 3, *[_pointer] * 4, _long]
             self._best_outputs.argtypes += [_pointer, _long, _long, _pointer, _pointer, _int]
-            self._decoder_blocks = library.decoder_blocks
-            self._decoder_blocks.argtypes = [_pointer, _pointer, _long, *[_pointer] * 3, _long]
+            self._run_blocks = library.run_blocks
+            self._run_blocks.argtypes = [_pointer, _pointer, _long, *[_pointer] * 3, _long]
 
     def int8_linear(
         self, x: Tensor, weight: Tensor, shift: Tensor, w_scale: Tensor, bias: Tensor, out: Tensor
@@ -165,7 +165,7 @@ class Kernels:
         )
         return out
 
-    def decoder_blocks(
+    def run_blocks(
         self,
         shape: ctypes.Structure,
         blocks: ctypes.Array[Any],
@@ -174,9 +174,9 @@ class Kernels:
         work: Tensor,
         widest: int,
     ) -> None:
-        """x (B, 1, D) through blocks as `model.kernel_decoder` describes them, in place."""
+        """x (B, T, D) through blocks as `model.kernel_blocks` describes them, in place."""
         described = ctypes.byref(shape), blocks, len(blocks), ctypes.byref(step)
-        _check(self._decoder_blocks(*described, x.data_ptr(), work.data_ptr(), widest))
+        _check(self._run_blocks(*described, x.data_ptr(), work.data_ptr(), widest))
 
     def stored_attention(self, q: Tensor, k: Tensor, v: Tensor, last: Tensor) -> Tensor:
         """q (B, H, 1, K) over k and v (B / G, H_kv, S, K), up to last (B / G,) -> (B, H K).

@@ -207,11 +207,13 @@ class Encoder(_Stack):
         """token_ids (B, S), mask (B, 1, 1, S) -> memory (B, S, D)."""
         positions = torch.arange(token_ids.size(1), device=token_ids.device).expand_as(token_ids)
         x = self.embeddings(token_ids, positions, segment_ids)
-        rotation = self._rotation(positions)
+        memory: Tensor = self.norm(self._through_blocks(x, mask, self._rotation(positions)))
+        return memory
+
+    def _through_blocks(self, x: Tensor, mask: Tensor | None, rotation: Rotation | None) -> Tensor:
         for block in self.blocks:
             x = block(x, mask, rotation=rotation)
-        memory: Tensor = self.norm(x)
-        return memory
+        return x
 
 
 class Decoder(_Stack):

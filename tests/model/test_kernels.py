@@ -13,12 +13,12 @@ from torch import Tensor
 from model import kernels
 from model.attention import rotate, scaled_dot_product_attention
 from model.inference import kernels_of, optimise
-from model.kernel_decoder import KernelDecoder
+from model.kernel_blocks import KernelDecoder, KernelEncoder
 from model.kernels import Kernels
-from model.masks import RowSpans, window_mask
+from model.masks import RowSpans, padding_mask, window_mask
 from model.models import CausalLM, Translator, build_model, make_cache
 from model.quantize import Int8Linear, KernelInt8Linear
-from model.transformer import Decoder
+from model.transformer import Decoder, Encoder
 from tests.tiny import tiny_config
 
 
@@ -455,6 +455,62 @@ def test_blocks_in_one_call_say_what_they_say_one_by_one(
         assert (found - wanted).abs().median() < 1e-5
         assert (found - wanted).norm() < 1e-2 * wanted.norm()
     assert not torch.allclose(said[Decoder][-1], said[Decoder][0], atol=0.1)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("architecture", ["masked_lm", "translator"])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_texts_in_one_call_say_what_they_say_block_by_block(
+    eight_bits: Kernels, architecture: str, kind: str
+) -> None:
+    torch.manual_seed(12)
+    changes = {key: value for key, value in BLOCKS[kind].items() if key != "window"}
+    model = build_model(tiny_config(architecture, **changes)).eval()
+    assert not isinstance(model, CausalLM)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=0.5 if "norm" in name else 0.0, std=0.3)
+    optimise(model, "int8", eight_bits)
+    encoder: Encoder = model.encoder
+    assert isinstance(encoder, KernelEncoder)
+    lengths = [9, 1, 4, 9]
+    ids = torch.zeros(4, 9, dtype=torch.long)  # padded
+    for row, length in enumerate(lengths):
+        ids[row, :length] = torch.randint(9, 40, (length,))
+    said: dict[type[Encoder], Tensor] = {}
+    ways: tuple[type[Encoder], ...] = KernelEncoder, Encoder
+    for way in ways:
+        encoder.__class__ = way  # type: ignore[assignment]
+        said[way] = encoder(ids, padding_mask(ids, 0))
+    encoder.__class__ = KernelEncoder
+    for row, length in enumerate(lengths):
+        found, wanted = (said[way][row, :length] for way in ways)
+        assert (found - wanted).abs().median() < 1e-5
+        assert (found - wanted).norm() < 1e-2 * wanted.norm()
+        alone = ids[row : row + 1, :length]
+        for mask in (padding_mask(alone, 0), None):  # to the last bit
+            assert torch.equal(encoder(alone, mask)[0], found)
+
+
+@torch.inference_mode()
+def test_texts_that_are_long_or_have_holes_go_block_by_block(
+    eight_bits: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(13)
+    model = build_model(tiny_config("masked_lm", max_len=128)).eval()
+    optimise(model, "int8", eight_bits)
+    assert not isinstance(model, CausalLM)
+    calls: list[object] = []
+    monkeypatch.setattr(eight_bits, "run_blocks", lambda *arguments: calls.append(arguments))
+    ids = torch.randint(9, 40, (2, 97))
+    holes, nothing = torch.ones(2, 1, 1, 96, dtype=torch.bool), torch.ones(2, 1, 1, 96, dtype=torch.bool)
+    holes[1, ..., 3], nothing[0] = False, False
+    model.encoder(ids, None)
+    model.encoder(ids[:, :96], holes)
+    model.encoder(ids[:, :96], nothing)
+    assert not calls
+    model.encoder(ids[:, :96], None)
+    assert len(calls) == 1
 
 
 @torch.inference_mode()

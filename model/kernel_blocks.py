@@ -1,4 +1,4 @@
-"""A decoder whose blocks run in one call of a kernel, for one new token a row."""
+"""Blocks in one call of a kernel: a decoder's for one new token a row, an encoder's over short texts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from model.fused import FusedGatedFeedForward, KernelAttention, KernelCrossAtten
 from model.kernels import Kernels
 from model.masks import Mask, RowSpans
 from model.quantize import KernelInt8Linear
-from model.transformer import Decoder
+from model.transformer import Decoder, Encoder
 
 _pointer, _whole, _small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _Fields = list[tuple[str, Any]]
@@ -60,14 +60,18 @@ class _Step(ctypes.Structure):
         *((name, _whole) for name in ("memory_row_stride", "memory_head_stride", "group")),
         *((name, _pointer) for name in ("last", "memory_last", "cosines", "sines")),
         ("origins", _pointer),
-        *((name, _whole) for name in ("origin_stride", "first_row")),
+        *((name, _whole) for name in ("origin_stride", "first_row", "length")),
         ("n_threads", _small),
     ]
 
 
-def is_suited(decoder: Decoder) -> bool:
-    """Are a decoder's blocks made of what the kernel knows?"""
-    return all(map(_is_known, decoder.blocks))
+# Positions of a text. In longer ones attention, query by query, costs more than what is saved in calls.
+LONGEST = 96
+
+
+def is_suited(stack: Encoder | Decoder) -> bool:
+    """Are the blocks of an encoder or a decoder made of what the kernel knows?"""
+    return all(map(_is_known, stack.blocks))
 
 
 def _is_known(block: nn.Module) -> bool:
@@ -185,13 +189,62 @@ class KernelDecoder(Decoder):
             layer.memory_k, layer.memory_v = k.data_ptr(), v.data_ptr()
         x = x.contiguous()  # as it comes out of the embeddings: nobody else holds it
         work = torch.empty(len(x) * plan.work)
-        self._kernels.decoder_blocks(plan.shape, plan.layers, step, x, work, plan.widest)
+        self._kernels.run_blocks(plan.shape, plan.layers, step, x, work, plan.widest)
         return x
 
     @functools.cached_property
     def _plan(self) -> _Plan:
         """Made at the first step: until then weights may be exchanged for those of another model."""
         return _Plan(list(self.blocks))
+
+
+class KernelEncoder(Encoder):
+    """The same encoder; over short texts its blocks run in one call."""
+
+    def __init__(self, encoder: Encoder, kernels: Kernels) -> None:
+        nn.Module.__init__(self)
+        self.embeddings, self.rotary, self.norm = encoder.embeddings, encoder.rotary, encoder.norm
+        self.blocks = encoder.blocks
+        self._kernels = kernels
+
+    def _through_blocks(self, x: Tensor, mask: Tensor | None, rotation: Rotation | None) -> Tensor:
+        n_texts, length, _ = x.shape
+        last = None if length > LONGEST else _last_places(mask, n_texts, length)
+        if last is None:
+            return super()._through_blocks(x, mask, rotation)
+        plan, n_rows = self._plan, n_texts * length
+        cosines, sines = rotation or (None, None)
+        step = _Step(
+            n_rows=n_rows,
+            last=last.data_ptr(),
+            cosines=None if cosines is None else cosines.data_ptr(),
+            sines=None if sines is None else sines.data_ptr(),
+            length=length,
+            n_threads=torch.get_num_threads(),
+        )
+        k, v = torch.empty(2, n_rows * plan.shape.n_kv_heads * plan.shape.head_dim)
+        for layer in plan.layers:  # one after the other
+            layer.k, layer.v, layer.first = k.data_ptr(), v.data_ptr(), None
+        x = x.contiguous()  # as it comes out of the embeddings: nobody else holds it
+        work = torch.empty(n_rows * plan.work)
+        self._kernels.run_blocks(plan.shape, plan.layers, step, x, work, plan.widest)
+        return x
+
+    @functools.cached_property
+    def _plan(self) -> _Plan:
+        """Made at the first pass: until then weights may be exchanged for those of another model."""
+        return _Plan(list(self.blocks))
+
+
+def _last_places(mask: Tensor | None, n_texts: int, length: int) -> Tensor | None:
+    """mask (B, 1, 1, S) -> the last position of each text, (B,); None where a mask leaves out others."""
+    if mask is None:
+        return torch.full((n_texts,), length - 1)
+    seen = mask.view(n_texts, length)
+    lengths = seen.sum(1)
+    # A sum says it all where what is seen stands before what is not.
+    before = (seen[:, 1:] <= seen[:, :-1]).all() and (lengths > 0).all()
+    return lengths - 1 if before else None
 
 
 def _make_step(n_rows: int, cache: LayerCache, spans: RowSpans, rotation: Rotation | None) -> _Step:
