@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from app.engine.runner import MaskedRunner
+from app.engine.runner import MaskedRunner, Wish
 from benchmarks.machine import head
 from benchmarks.table import Table
 from benchmarks.workload import SHIPPED
@@ -85,7 +85,7 @@ def compare_fillings(data: Path, limit: int) -> None:
             first = []
             for runner in runners:
                 hidden = runner.encode([masked], [[0] * len(masked)])
-                first.append(runner.fill(hidden[0, slot], None, 1, None)[0][0])
+                first.append(runner.fill(hidden[0, slot, None], [Wish(None, 1)])[0][0][0])
             n += 1
             same += first[0] == first[1]
         table.row(corpus.name, corpus.direction[:2], n, f"{100 * same / max(n, 1):.1f}%")

@@ -8,14 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
-
-from torch import Tensor
 
 from app import metrics
 from app.engine.errors import Aborted, EngineError, Overloaded, PromptTooLong, StepFailed
 from app.engine.lane import Door, Failures, Handover, Handovers, check_fits, halving
-from app.engine.runner import ClassifyRunner, MaskedRunner
+from app.engine.runner import ClassifyRunner, MaskedRunner, Wish
 from app.engine.scheduler import fits
 from model.checkpoint import Checkpoint
 from model.models import Classifier
@@ -228,15 +227,22 @@ class BatchLane:
         """The results of an encoder with its two heads."""
         hidden = runner.encode([i.token_ids for i in batch], [i.segment_ids for i in batch])
         follows = runner.follows(hidden) if any(i.task == "next-sentence" for i in batch) else []
+        # All masks at once: the projection reads its weights from memory, which costs as much for one.
+        masks = [(row, *mask) for row, item in enumerate(batch) for mask in self._masks(item)]
+        rows, slots, wishes = zip(*masks, strict=True) if masks else ([], [], [])
+        filled = iter(runner.fill(hidden[list(rows), list(slots)], wishes))
         return [
-            follows[row] if item.task == "next-sentence" else self._fill(runner, hidden[row], item)
+            follows[row] if item.task == "next-sentence" else list(islice(filled, len(item.allowed)))
             for row, item in enumerate(batch)
         ]
 
-    def _fill(self, runner: MaskedRunner, hidden: Tensor, item: BatchItem) -> Filled:
+    def _masks(self, item: BatchItem) -> list[tuple[int, Wish]]:
+        """Where its masks stand, and what may fill each."""
+        if item.task == "next-sentence":
+            return []
         slots = [slot for slot, token in enumerate(item.token_ids) if token == self.mask_id]
-        wishes = zip(slots, item.allowed, item.targets, strict=True)
-        return [runner.fill(hidden[slot], a, item.top_k, targets) for slot, a, targets in wishes]
+        each = zip(slots, item.allowed, item.targets, strict=True)
+        return [(slot, Wish(allowed, item.top_k, targets)) for slot, allowed, targets in each]
 
     def _end(self, item: BatchItem, outcome: BatchResult | EngineError) -> None:
         item.ended_at = time.monotonic()

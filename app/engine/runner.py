@@ -29,6 +29,7 @@ from model.sampling import SamplingRows, penalise, sample, top_tokens
 from model.tokenizer import Tokenizer
 from model.transfer import to_device
 
+_MASKS = 32  # whose logits are held at a time
 BLOCK_TOKENS = 32  # what is kept of prompts comes in blocks of so many tokens
 # Another call of the attention kernel takes about as long as reading so many more positions.
 _PART_COST = 256
@@ -441,6 +442,14 @@ class TranslateRunner(DecodeRunner):
         return weights
 
 
+class Wish(NamedTuple):
+    """What may fill a mask: words that begin with a space or not, so many, or certain ones alone."""
+
+    allowed: str | None
+    top_k: int
+    targets: Sequence[int] | None = None
+
+
 class MaskedRunner:
     """One pass of an encoder with its two heads."""
 
@@ -460,17 +469,29 @@ class MaskedRunner:
         ids = _padded(token_ids, self.model.config.pad_id, self.device)
         return self.model.encode(ids, _padded(segment_ids, 0, self.device))
 
-    def fill(
-        self, hidden: Tensor, allowed: str | None, top_k: int, targets: Sequence[int] | None
-    ) -> list[tuple[int, float]]:
-        """hidden (D,) of one mask -> token ids with probabilities among the allowed, best first."""
-        logits = self.model.mlm_head(hidden).float().masked_fill(~self.allowed[allowed], -torch.inf)
-        probs = logits.softmax(-1)
-        if targets is not None:
-            picked = probs[list(targets)].tolist()
-            return sorted(zip(targets, picked, strict=True), key=lambda pair: -pair[1])[:top_k]
-        best = probs.topk(min(top_k, self.n_allowed[allowed]))
-        return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    def fill(self, hidden: Tensor, wishes: Sequence[Wish]) -> list[list[tuple[int, float]]]:
+        """hidden (M, D) of masks -> for each, token ids with probabilities among the allowed, best first."""
+        found = []
+        for start in range(0, len(wishes), _MASKS):
+            part = slice(start, start + _MASKS)
+            found += self._fill(hidden[part], wishes[part])
+        return found
+
+    def _fill(self, hidden: Tensor, wishes: Sequence[Wish]) -> list[list[tuple[int, float]]]:
+        allowed = torch.stack([self.allowed[wish.allowed] for wish in wishes])
+        probs = self.model.mlm_head(hidden).float().masked_fill_(~allowed, -torch.inf).softmax(-1)
+        values, ids = top_tokens(probs, max(wish.top_k for wish in wishes))
+        ranked = _listed(ids, values)
+        return [
+            ranked[row][: min(wish.top_k, self.n_allowed[wish.allowed])]
+            if wish.targets is None
+            else self._among(probs[row], wish.targets)[: wish.top_k]
+            for row, wish in enumerate(wishes)
+        ]
+
+    def _among(self, probs: Tensor, targets: Sequence[int]) -> list[tuple[int, float]]:
+        picked = probs[list(targets)].tolist()
+        return sorted(zip(targets, picked, strict=True), key=lambda pair: -pair[1])
 
     def follows(self, hidden: Tensor) -> list[float]:
         """hidden (B, S, D) -> the probability, per row, that B follows A."""
