@@ -311,6 +311,7 @@ int int8_linear(const float *x, long n_rows, long n_in, long depth, const int8_t
 #endif
 #define MOST_HELD 128
 typedef float lanes __attribute__((vector_size(4 * WIDTH), aligned(4)));
+typedef int32_t whole_lanes __attribute__((vector_size(4 * WIDTH), aligned(4)));
 
 INLINE float total(lanes v)
 {
@@ -589,6 +590,232 @@ int best_tokens(const float *logits, long n_rows, long vocab_size, long n_best, 
                 bad |= x[i] != x[i];
         }
         to_logprobs(b.values, n_best, greatests, sums, n_parts, 1, bad);
+    }
+    return failed;
+}
+
+/* ---- drawing a token ------------------------------------------------------------------------------------------- */
+
+#define GRAIN 64   /* logits in a row whose greatest is known */
+#define BORDERS 8  /* that are tried in one pass */
+
+/* What a row may draw from: its logits over the temperature, and the weight e^(x - most) of each that is still in. */
+struct odds {
+    float *scaled, *weights, *greatests; /* (V,), (V,), (V / GRAIN,) */
+    int32_t *places;                     /* (V,), to sort */
+    long n;
+    float most;
+};
+
+/* How many logits lie above each border, or what they weigh. */
+static void above(const struct odds *o, int count, const float *borders, double *found)
+{
+    lanes sums[BORDERS] = {0};
+    const lanes one = (lanes){0} + 1.0f;
+    float rest[BORDERS] = {0};
+    for (long start = 0; start < o->n; start += GRAIN) {
+        if (o->greatests[start / GRAIN] <= borders[BORDERS - 1])
+            continue;
+        const long end = start + GRAIN < o->n ? start + GRAIN : o->n;
+        long i = start;
+        for (; i + WIDTH <= end; i += WIDTH) {
+            const lanes x = *(const lanes *)(o->scaled + i), w = count ? one : *(const lanes *)(o->weights + i);
+            for (int j = 0; j < BORDERS; j++)
+                sums[j] += (lanes)((x > (lanes){0} + borders[j]) & (whole_lanes)w);
+        }
+        for (; i < end; i++)
+            for (int j = 0; j < BORDERS; j++)
+                rest[j] += o->scaled[i] > borders[j] ? (count ? 1.0f : o->weights[i]) : 0.0f;
+    }
+    for (int j = 0; j < BORDERS; j++)
+        found[j] = (double)total(sums[j]) + rest[j];
+}
+
+/* Does place `a` stand before `b` where logits fall, the first of equals before the others? */
+INLINE int stands_before(const float *x, int32_t a, int32_t b)
+{
+    return x[a] > x[b] || (x[a] == x[b] && a < b);
+}
+
+/* Places in that order, by a heap: there may be most of the vocabulary of them. */
+static void sort_places(const float *x, int32_t *places, long n)
+{
+    for (long built = n / 2, left = n; left > 1;) {
+        int32_t moving;
+        if (built > 0) {
+            moving = places[--built];
+        } else {
+            moving = places[--left];
+            places[left] = places[0];
+        }
+        long at = built;
+        for (long child = 2 * at + 1; child < left; child = 2 * at + 1) {
+            if (child + 1 < left && stands_before(x, places[child], places[child + 1]))
+                child++;
+            if (!stands_before(x, moving, places[child]))
+                break;
+            places[at] = places[child];
+            at = child;
+        }
+        places[at] = moving;
+    }
+}
+
+/* Take the weights of all but the likeliest: of those which are `wanted` in number, with their equals, or else the
+ * fewest that weigh so much. Three passes over borders find about where to cut; what lies there is sorted. */
+static void narrow(struct odds *o, int by_number, double wanted)
+{
+    float high = INFINITY, low = -INFINITY, top = o->most, step = 2.0f;
+    double before = 0.0;
+    for (int pass = 0; pass < 3; pass++, step /= BORDERS) {
+        float borders[BORDERS];
+        double found[BORDERS];
+        for (int j = 0; j < BORDERS; j++)
+            borders[j] = top - step * (float)(j + 1);
+        above(o, by_number, borders, found);
+        int j = 0;
+        while (j < BORDERS && found[j] < wanted)
+            j++;
+        if (j > 0) {
+            high = borders[j - 1];
+            before = found[j - 1];
+        }
+        if (j == BORDERS)
+            break; /* below them all, or in what rounding left between them and `low` */
+        low = top = borders[j];
+        top += step;
+    }
+    long n = 0, kept = 0;
+    for (long start = 0; start < o->n; start += GRAIN)
+        if (o->greatests[start / GRAIN] > low)
+            for (long i = start; i < o->n && i < start + GRAIN; i++)
+                if (o->scaled[i] > low && o->scaled[i] <= high && o->scaled[i] > -INFINITY && o->weights[i] > 0.0f)
+                    o->places[n++] = (int32_t)i;
+    sort_places(o->scaled, o->places, n);
+    for (; kept < n && before < wanted; kept++)
+        before += by_number ? 1.0 : o->weights[o->places[kept]];
+    const float least = kept > 0 ? o->scaled[o->places[kept - 1]] : high;
+    const long last = kept == 0 || by_number ? o->n : o->places[kept - 1];
+    if (before < wanted) /* there are no more */
+        return;
+    for (long i = 0; i < o->n; i++) {
+        const float x = o->scaled[i];
+        o->weights[i] = x > least || (x == least && i <= last) ? o->weights[i] : 0.0f;
+    }
+}
+
+/* The sum of what is still in. */
+static double weigh(const struct odds *o)
+{
+    double sum = 0.0;
+    for (long start = 0; start < o->n; start += GRAIN) {
+        const long end = start + GRAIN < o->n ? start + GRAIN : o->n;
+        float part = 0.0f;
+#pragma omp simd reduction(+ : part)
+        for (long i = start; i < end; i++)
+            part += o->weights[i];
+        sum += part;
+    }
+    return sum;
+}
+
+/* One row of `draw_tokens`; -1 where it holds no numbers, or none that may be drawn. */
+static long draw_row(struct odds *o, const float *logits, float temperature, long top_k, float top_p, double uniform)
+{
+    float most = -INFINITY;
+    int bad = 0;
+    for (long i = 0; i < o->n; i++)
+        bad |= logits[i] != logits[i];
+    for (long start = 0; start < o->n; start += GRAIN) {
+        const float top = greatest(logits + start, o->n - start < GRAIN ? o->n - start : GRAIN);
+        most = top > most ? top : most;
+    }
+    if (bad || most == -INFINITY || most == INFINITY)
+        return -1;
+    long id = 0;
+    if (temperature <= 0.0f) {
+        while (logits[id] != most)
+            id++;
+        return id;
+    }
+    o->most = most / temperature;
+    for (long start = 0; start < o->n; start += GRAIN) {
+        const long end = start + GRAIN < o->n ? start + GRAIN : o->n;
+#pragma omp simd
+        for (long i = start; i < end; i++) {
+            const float x = logits[i] / temperature;
+            o->scaled[i] = x;
+            o->weights[i] = exponential(x - o->most);
+        }
+        o->greatests[start / GRAIN] = greatest(o->scaled + start, end - start);
+    }
+    if (top_k > 0 && top_k < o->n)
+        narrow(o, 1, (double)top_k);
+    if (top_p < 1.0f)
+        narrow(o, 0, top_p * weigh(o));
+    /* The inverse of the cumulative distribution, in the order of the vocabulary. */
+    const double wanted = uniform * weigh(o);
+    double passed = 0.0;
+    for (long start = 0; start < o->n; start += GRAIN) {
+        const long end = start + GRAIN < o->n ? start + GRAIN : o->n;
+        float part = 0.0f;
+#pragma omp simd reduction(+ : part)
+        for (long i = start; i < end; i++)
+            part += o->weights[i];
+        if (passed + part > wanted) {
+            double within = passed;
+            for (long i = start; i < end; i++) {
+                if (o->weights[i] > 0.0f)
+                    id = i;
+                within += o->weights[i];
+                if (within > wanted)
+                    break;
+            }
+            return id; /* by rounding at the latest that grain's last */
+        }
+        passed += part;
+    }
+    for (long i = 0; i < o->n; i++)
+        if (o->weights[i] > 0.0f)
+            id = i;
+    return id;
+}
+
+/* logits (B, V) -> a token of each row, drawn as `model.sampling.sample` does it with temperature, top_k (0: off), top_p
+ * and uniform, each (B,), and its log-probability among all logits, unless it is not wanted: then 0. A row that holds
+ * no numbers, or none that is possible, has NaN. 0, or 1 where there is no memory. */
+int draw_tokens(const float *logits, long n_rows, long vocab_size, const float *temperature, const int64_t *top_k,
+                const float *top_p, const double *uniform, int wants_logprobs, int64_t *ids, float *logprobs,
+                int n_threads)
+{
+    const long n_parts = (vocab_size + PART - 1) / PART;
+    int failed = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(n_threads) if (n_threads > 1 && n_rows >= 4)
+    for (long row = 0; row < n_rows; row++) {
+        const float *x = logits + row * vocab_size;
+        const long n_grains = (vocab_size + GRAIN - 1) / GRAIN;
+        float *memory = scratch((size_t)(3 * vocab_size + n_grains + 2 * n_parts) * sizeof(float));
+        if (memory == NULL) {
+            failed = 1;
+            continue;
+        }
+        float *weights = memory + vocab_size, *tops = weights + vocab_size, *parts = tops + n_grains;
+        struct odds odds = {memory, weights, tops, (int32_t *)(parts + 2 * n_parts), vocab_size, 0.0f};
+        const long id = draw_row(&odds, x, temperature[row], top_k[row], top_p[row], uniform[row]);
+        ids[row] = id < 0 ? 0 : id;
+        logprobs[row] = NAN;
+        if (id < 0)
+            continue;
+        logprobs[row] = 0.0f;
+        if (wants_logprobs) {
+            logprobs[row] = x[ids[row]];
+            for (long part = 0; part < n_parts; part++) {
+                const long from = part * PART, n = vocab_size - from < PART ? vocab_size - from : PART;
+                parts[part] = greatest(x + from, n);
+                parts[n_parts + part] = sum_part(x + from, n, parts[part]);
+            }
+            to_logprobs(logprobs + row, 1, parts, parts + n_parts, n_parts, 1, 0);
+        }
     }
     return failed;
 }

@@ -51,6 +51,8 @@ class Kernels:
         self._stored_attention.argtypes = [*_STORED, _pointer, _pointer, _long, _long, _pointer, _int]
         self._best_tokens = library.best_tokens
         self._best_tokens.argtypes = [_pointer, *[_long] * 3, _pointer, _pointer, _int]
+        self._draw_tokens = library.draw_tokens
+        self._draw_tokens.argtypes = [_pointer, _long, _long, *[_pointer] * 4, _int, _pointer, _pointer, _int]
         if self.has_int8:
             self._int8_linear = library.int8_linear
             self._int8_linear.argtypes = [_pointer, *[_long] * 3, *[_pointer] * 4, _long, _pointer, _int]
@@ -218,6 +220,43 @@ class Kernels:
             self._best_tokens(logits.data_ptr(), n_rows, vocab_size, n_best, *out, torch.get_num_threads())
         )
         return ids, logprobs
+
+    def draw_tokens(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        uniform: Tensor,
+        *,
+        logprobs: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """logits (B, V) -> a token of each row and its log-probability, each (B,).
+
+        temperature and top_p (B,) float32, top_k (B,) int64, uniform (B,) float64, as `model.sampling.sample`
+        takes them. NaN for a row that holds what is no number, or nothing that is possible; without
+        `logprobs` 0 for all others.
+        """
+        logits = logits.contiguous()
+        temperature, top_p = temperature.float(), top_p.float()
+        n_rows, vocab_size = logits.shape
+        ids, found = torch.empty(n_rows, dtype=torch.long), torch.empty(n_rows)
+        _check(
+            self._draw_tokens(
+                logits.data_ptr(),
+                n_rows,
+                vocab_size,
+                temperature.data_ptr(),
+                top_k.data_ptr(),
+                top_p.data_ptr(),
+                uniform.data_ptr(),
+                logprobs,
+                ids.data_ptr(),
+                found.data_ptr(),
+                torch.get_num_threads(),
+            )
+        )
+        return ids, found
 
 
 def _check(failed: int) -> None:

@@ -6,7 +6,6 @@ A runner works on rows; who owns a row, and when it ends, is the scheduler's and
 from __future__ import annotations
 
 import itertools
-import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -282,11 +281,15 @@ class GenerateRunner(DecodeRunner):
 
         `uniform` holds a number in [0, 1) per row. A row that holds no numbers has NaN for its logprob.
         """
-        if self.kernels is not None and rows.any_logprobs and not rows.any_sampling:
-            best = _listed(*self.kernels.best_tokens(logits, max(n_top, 1)))
-            return [Drawn(own[0][0], _or_nan(own[0][1]), own[:n_top]) for own in best]
-        token_ids = sample(logits, rows, torch.tensor(uniform, dtype=torch.float64, device=self.device))
+        numbers = torch.tensor(uniform, dtype=torch.float64, device=self.device)
         top: list[list[tuple[int, float]]] = [[] for _ in uniform]
+        if self.kernels is not None and not rows.any_typical:
+            by = rows.temperature, rows.top_k, rows.top_p, numbers
+            token_ids, chosen = self.kernels.draw_tokens(logits, *by, logprobs=rows.any_logprobs)
+            if n_top:
+                top = _listed(*self.kernels.best_tokens(logits, n_top))
+            return list(map(Drawn, token_ids.tolist(), chosen.tolist(), top))
+        token_ids = sample(logits, rows, numbers)
         if not rows.any_logprobs:
             # One number that is none spoils the row, as it would the log-probabilities.
             chosen = torch.where(logits.amax(-1).isfinite(), 0.0, torch.nan)
@@ -528,11 +531,6 @@ def _listed(ids: Tensor, values: Tensor) -> list[list[tuple[int, float]]]:
     """Tensors (B, n) -> pairs, row by row."""
     pairs = zip(ids.tolist(), values.tolist(), strict=True)
     return [list(zip(own, each, strict=True)) for own, each in pairs]
-
-
-def _or_nan(logprob: float) -> float:
-    """NaN for a token that is impossible: then nothing may follow."""
-    return math.nan if logprob == -math.inf else logprob
 
 
 def responds(device: torch.device) -> bool:

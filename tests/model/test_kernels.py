@@ -1,6 +1,8 @@
 """The kernels in C against torch's operations, and against themselves in other company."""
 
 import logging
+import math
+import random
 import shutil
 import tempfile
 import threading
@@ -18,6 +20,7 @@ from model.kernels import Kernels
 from model.masks import RowSpans, padding_mask, window_mask
 from model.models import CausalLM, Translator, build_model, make_cache
 from model.quantize import Int8Linear, KernelInt8Linear
+from model.sampling import SamplingParams, SamplingRows, sample, top_p_mask
 from model.transformer import Decoder, Encoder
 from tests.tiny import tiny_config
 
@@ -348,6 +351,91 @@ def test_all_of_a_row_with_what_is_no_number_has_none(native: Kernels) -> None:
     logits = torch.full((1, 100), torch.nan)
     logits[0, :4] = -torch.inf
     assert native.best_tokens(logits, 3)[1].isnan().all()
+
+
+def drawn(
+    native: Kernels, logits: Tensor, params: list[SamplingParams], uniform: list[float], logprobs: bool = True
+) -> tuple[Tensor, Tensor]:
+    rows = SamplingRows.stack(params)
+    numbers = torch.tensor(uniform, dtype=torch.float64)
+    return native.draw_tokens(logits, rows.temperature, rows.top_k, rows.top_p, numbers, logprobs=logprobs)
+
+
+@pytest.mark.parametrize("vocab_size", [7, 64, 420, 3000])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
+def test_tokens_are_drawn_as_torch_draws_them(native: Kernels, vocab_size: int, spread: float) -> None:
+    """Every set of filters, numbers that fall all over the distribution, tied logits and impossible ones."""
+    torch.manual_seed(vocab_size)
+    rng = random.Random(vocab_size)
+    n_rows, n_rounds, different = 24, 12, 0
+    for _ in range(n_rounds):
+        logits = spread * torch.randn(n_rows, vocab_size)
+        logits[::3] = (2 * logits[::3]).round() / 2
+        logits[:, 3] = -torch.inf
+        params = [
+            SamplingParams(
+                temperature=rng.choice([0.0, 0.3, 1.0, 2.0]),
+                top_k=rng.choice([0, 0, 1, 2, 5, 50, 5000]),
+                top_p=rng.choice([1.0, 1.0, 0.999, 0.9, 0.5, 0.01]),
+            )
+            for _ in range(n_rows)
+        ]
+        uniform = [rng.random() for _ in range(n_rows)]
+        ids, logprobs = drawn(native, logits, params, uniform)
+        near = [
+            sample(logits, SamplingRows.stack(params), torch.tensor(shifted, dtype=torch.float64).clamp(0, 1))
+            for shifted in (uniform, *([u + d for u in uniform] for d in (-1e-5, 1e-5)))
+        ]
+        # Which of two equals stands at the border of top_p is nobody's promise; elsewhere nothing differs.
+        for row in range(n_rows):
+            agrees = int(ids[row]) in [int(each[row]) for each in near]
+            assert agrees or (row % 3 == 0 and params[row].top_p < 1)
+            different += not agrees
+        wanted = logits.log_softmax(-1).gather(1, ids[:, None]).squeeze(1)
+        torch.testing.assert_close(logprobs, wanted, rtol=1e-5, atol=1e-5)
+        one = drawn(native, logits[5:6], params[5:6], uniform[5:6])
+        assert torch.equal(one[0], ids[5:6])
+        assert torch.equal(one[1], logprobs[5:6])
+    assert different < 0.2 * n_rows * n_rounds
+
+
+def test_of_equals_at_the_border_the_first_stay(native: Kernels) -> None:
+    """Half of the mass of four equal ones is the first two of them; of three by number, all equals stay."""
+    logits = torch.full((1, 70), -torch.inf)
+    logits[0, [9, 20, 40, 69]] = 1.0
+    for filters, kept in (
+        ({"top_p": 0.5}, [9, 20]),
+        ({"top_p": 0.51}, [9, 20, 40]),
+        ({"top_k": 3}, [9, 20, 40, 69]),
+        ({"top_k": 1, "top_p": 0.25}, [9]),
+    ):
+        params = SamplingParams(temperature=0.7, **filters)
+        found = {int(drawn(native, logits, [params], [i / 40])[0]) for i in range(40)}
+        assert sorted(found) == kept
+
+
+def test_the_number_that_is_nearly_one_draws_what_is_possible(native: Kernels) -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(1, 1000)
+    logits[0, 900:] = -torch.inf
+    nearly = math.nextafter(1.0, 0.0)
+    for params in (SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_p=0.9, top_k=40)):
+        found = int(drawn(native, logits, [params], [nearly])[0])
+        kept = top_p_mask(logits, torch.tensor([0.9])) if params.top_p < 1 else logits > -torch.inf
+        assert kept[0, found]
+        assert found > 700
+
+
+def test_nothing_is_drawn_from_what_is_no_number(native: Kernels) -> None:
+    logits = torch.zeros(5, 200)
+    logits[0, 150], logits[1], logits[2, 3] = torch.nan, -torch.inf, torch.inf
+    for temperature in (0.0, 1.0):
+        for logprobs in (True, False):
+            params = [SamplingParams(temperature=temperature, top_p=0.5)] * 5
+            found = drawn(native, logits, params, [0.5] * 5, logprobs)[1]
+            assert found[:3].isnan().all()
+            assert found[3:].isfinite().all()
+    assert (found[3:] == 0).all()
 
 
 KINDS: dict[str, dict[str, object]] = {
