@@ -118,12 +118,12 @@ class Bare:
         self._task: Any = self._service.services.tasks[task]
         self._name = task
 
-    def loop(self, texts: list[str], n_clients: int, n_new: int) -> Loop:
+    def loop(self, texts: list[str], n_clients: int, n_new: int, sampling: dict[str, Any]) -> Loop:
         """So many clients, each asking for the next text when its last one is done."""
-        return self._service.loop.run_until_complete(self._loop(texts, n_clients, n_new))
+        return self._service.loop.run_until_complete(self._loop(texts, n_clients, n_new, sampling))
 
-    async def _loop(self, texts: list[str], n_clients: int, n_new: int) -> Loop:
-        waiting = iter([self._work(text, n_new) for text in texts])
+    async def _loop(self, texts: list[str], n_clients: int, n_new: int, sampling: dict[str, Any]) -> Loop:
+        waiting = iter([self._work(text, n_new, sampling) for text in texts])
         latencies: list[float] = []
         n_tokens = 0
 
@@ -140,14 +140,14 @@ class Bare:
         await asyncio.gather(*(client() for _ in range(n_clients)))
         return Loop(time.perf_counter() - started, latencies, n_tokens)
 
-    def _work(self, text: str, n_new: int) -> Any:
+    def _work(self, text: str, n_new: int, sampling: dict[str, Any]) -> Any:
         from app.engine.batch import BatchItem
         from app.engine.sequence import Sequence
         from model.sampling import BeamParams, SamplingParams
 
         tokenizer = self._task.tokenizer
         if self._name == "generate":
-            return Sequence(tokenizer.encode(text), SamplingParams(max_new_tokens=n_new))
+            return Sequence(tokenizer.encode(text), SamplingParams(max_new_tokens=n_new, **sampling))
         if self._name == "translate":
             source = tokenizer.source_ids(tokenizer.encode(text), "ko")
             return Sequence(source, BeamParams(num_beams=4, max_new_tokens=n_new))
@@ -338,9 +338,9 @@ class Remote:
             raise ContestantFailed(f"{self.name}: {len(outputs)} outputs, lengths {wrong} not {case.n_new}")
         return outputs, seconds
 
-    def loop(self, texts: list[str], n_clients: int, n_new: int) -> Loop:
+    def loop(self, texts: list[str], n_clients: int, n_new: int, sampling: dict[str, Any]) -> Loop:
         """For a bare engine; raises `ContestantFailed`."""
-        done = self._ask("loop", texts, n_clients, n_new)
+        done = self._ask("loop", texts, n_clients, n_new, sampling)
         assert isinstance(done, Loop)
         return done
 

@@ -43,6 +43,7 @@ from model.tokenizer import Tokenizer
 
 TASKS = ("generate", "translate", "fill-mask")
 SHARES = (0.5, 0.95, 0.99)
+SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": 7}
 LONG, LONG_PROMPT, LONG_CONTEXT = "long", 2000, 4096
 # The shipped generation model's sizes, with a longer context.
 SMALL: dict[str, object] = {
@@ -59,12 +60,12 @@ def text(task: str, number: int) -> str:
     return sentence(number).rsplit(" ", 1)[0] + " [MASK]." if task == "fill-mask" else sentence(number)
 
 
-def call(task: str, number: int, n_new: int, at: float = 0.0) -> Call:
-    """The request of a number."""
+def call(task: str, number: int, n_new: int, at: float = 0.0, sampling: dict[str, Any] | None = None) -> Call:
+    """The request of a number; sampling is what a generation draws by, nothing means greedy."""
     parameters: dict[str, dict[str, Any]] = {
         "fill-mask": {"top_k": 5},
         "translate": {"tgt_lang": "ko", "num_beams": 4, "max_new_tokens": n_new},
-        "generate": {"max_new_tokens": n_new},
+        "generate": {"max_new_tokens": n_new} | (sampling or {}),
     }
     body: dict[str, Any] = {"inputs": text(task, number), "parameters": parameters[task]}
     if task == "generate":
@@ -147,12 +148,13 @@ def closed(port: int, settings: dict[str, str], report: Report, arguments: argpa
         try:
             for n in arguments.clients:
                 numbers = range(max(arguments.requests, 2 * n))
-                calls = [call(task, number, arguments.new) for number in numbers]
+                sampling = SAMPLING if arguments.sampled else {}
+                calls = [call(task, number, arguments.new, sampling=sampling) for number in numbers]
                 texts = [text(task, number) for number in numbers]
                 send(port, calls[:n], n)  # warm
-                bare.loop(texts[:n], n, arguments.new)
+                bare.loop(texts[:n], n, arguments.new, sampling)
                 rounds = [
-                    (send(port, calls, n), bare.loop(texts, n, arguments.new))
+                    (send(port, calls, n), bare.loop(texts, n, arguments.new, sampling))
                     for _ in range(arguments.rounds)
                 ]
                 report.add(f"closed, {n} clients", rounds[0][0], http_cost(rounds))
@@ -240,6 +242,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--requests", type=int, default=64, help="requests of a run, at least two for each client")
     add("--rounds", type=int, default=3, help="of closed loop and bare engine in turn")
     add("--new", type=int, default=32, help="most new tokens of a generation")
+    add("--sampled", action="store_true", help=f"closed loop: generations drawn by {SAMPLING}, not greedy")
     add("--rate", type=float, help="requests a second of the open loop")
     add("--streams", type=int, default=32, help="streams that a long prompt joins")
     add("--stream-tokens", type=int, default=96, help="tokens of each of them")

@@ -102,7 +102,7 @@ def test_the_bare_engine_does_the_same_requests(task: str, tiny_folders: TinyFol
     settings = {setting: str(folders.get(task, tiny_folders.fill_mask)), "n_threads": 1, "device": "cpu"}
     bare = Bare(tiny_folders.generate, task, settings)  # a folder without other models in it
     try:
-        done = bare.loop([serve.text(task, number) for number in range(3)], 2, 4)
+        done = bare.loop([serve.text(task, number) for number in range(3)], 2, 4, {})
     finally:
         bare.close()
     assert len(done.latencies) == 3
