@@ -127,7 +127,7 @@ TABLE: tuple[tuple[type[Exception], int, str], ...] = (
     (EngineError, 500, "generation"),
     (Exception, 500, "generation"),
 )
-_HTTP_TYPES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+_HTTP_TYPES = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_encoding"}
 _REASONS: dict[type[Exception], str] = {
     RateLimited: "rate_limited",
     Crowded: "crowded",
@@ -146,7 +146,9 @@ _BRANCH_KINDS = {"str": ("a string", "strings"), "int": ("an integer", "integers
 _MAX_FAULTS, _MAX_FAULT_CHARS, _MAX_ECHO_CHARS = 10, 300, 80
 _MAX_READ_FAULTS = 200  # each is compared with all others
 NO_OBJECT = "the body must be a JSON object, sent with Content-Type: application/json"
-_UNPARSABLE = "the body is not valid JSON"
+_NO_JSON = "the body is not valid JSON"
+# What Python's reader refuses beside wrong syntax, of which FastAPI tells the place.
+UNREADABLE = f"{_NO_JSON} in UTF-8, or holds a number of more than 4,300 digits"
 
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
@@ -196,7 +198,7 @@ def describe(exc: Exception) -> str:
 
 def _describe_http(exc: HTTPException) -> str:
     if exc.status_code == 400:
-        return _UNPARSABLE
+        return UNREADABLE
     if exc.status_code == 404:
         return "there is nothing at this path"
     if exc.status_code == 405:
@@ -255,7 +257,7 @@ def _is_meant(fault: Mapping[str, Any], kinds: Iterable[tuple[str, ...]]) -> boo
 
 def _describe_fault(fault: Mapping[str, Any], kinds: Mapping[tuple[str, ...], Iterable[str]]) -> str:
     if fault["type"] == "json_invalid":
-        return f"{_UNPARSABLE}: {fault['ctx']['error']} at character {fault['loc'][-1]}"
+        return f"{_NO_JSON}: {fault['ctx']['error']} at character {fault['loc'][-1]}"
     if fault["type"] == "value_error":
         return str(fault["ctx"]["error"])  # one of our own, written to be read
     if fault["type"] == "extra_forbidden":

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastapi import HTTPException
 from starlette.datastructures import Headers, QueryParams
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.bodies import BodyLimits, count_characters, glimpse_fields, read_body, read_fields, replay
 from app.dialects import Dialect, error_response, speak
-from app.errors import Crowded, Unauthorized, reason_of
+from app.errors import Crowded, Unauthorized, brief, reason_of
 from app.keys import Key, KeyRing
 from app.quotas import Quotas
 
@@ -87,6 +88,11 @@ class _Visit:
         """The body, once everything is in order; sets the request's key. Raises what is not."""
         if self._scope["state"].get("crowded") and self._path not in _WATCHED:
             raise Crowded(_CROWDED_RETRY_SECONDS)
+        encoding = self._headers.get("content-encoding", "").strip().lower()
+        if encoding not in ("", "identity"):
+            raise HTTPException(
+                415, f"content-encoding is {brief(encoding)}; send the body uncompressed"
+            )
         needs_key = bool(self._rules.keys) and not self._is_open()
         key = self._header_key() if needs_key else None
         self._body = await read_body(self._scope, receive, self._rules.body)

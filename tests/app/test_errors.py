@@ -1,5 +1,6 @@
 """Every answer that is not a success: JSON with `error` and `error_type`, whatever was sent."""
 
+import gzip
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 
 from app.engine.errors import EngineError, Overloaded
-from app.errors import TABLE, ClientGone, Json, classify, describe
+from app.errors import TABLE, UNREADABLE, ClientGone, Json, classify, describe
 from tests.app.fakes import FakeDecodeLane
 
 Client = httpx.AsyncClient
@@ -59,13 +60,25 @@ async def test_bodies_that_are_refused(client: Client, path: str, content: bytes
     assert check(answer, 422, "validation")
 
 
+async def test_bodies_that_are_compressed_are_refused_as_such(client: Client) -> None:
+    body = b'{"inputs": "a"}'
+    for path in POSTS:
+        headers = {"content-type": "application/json", "content-encoding": "gzip"}
+        answer = await client.post(path, content=gzip.compress(body), headers=headers)
+        found = check(answer, 415, "unsupported_encoding")
+        assert found == "content-encoding is gzip; send the body uncompressed"
+    headers["content-encoding"] = "Identity"
+    assert (await client.post("/generate", content=body, headers=headers)).status_code == 200
+
+
 async def test_messages_of_bodies(client: Client) -> None:
     async def message(content: bytes, content_type: str = "application/json") -> str:
         answer = await client.post("/generate", content=content, headers={"content-type": content_type})
         return check(answer, 422, "validation")
 
     assert await message(b'{"inputs": ') == "the body is not valid JSON: Expecting value at character 11"
-    assert await message(b"\xff") == "the body is not valid JSON"
+    assert await message(b"\xff") == UNREADABLE
+    assert await message(b'{"inputs": ' + 5000 * b"1" + b"}") == UNREADABLE
     assert "Content-Type: application/json" in await message(b'{"inputs": "a"}', "text/plain")
     assert await message(b'{"inputs": "a", "option": 1}') == "unknown parameter: option"
     assert await message(b"{}") == "inputs: Field required"
