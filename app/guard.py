@@ -90,9 +90,7 @@ class _Visit:
             raise Crowded(_CROWDED_RETRY_SECONDS)
         encoding = self._headers.get("content-encoding", "").strip().lower()
         if encoding not in ("", "identity"):
-            raise HTTPException(
-                415, f"content-encoding is {brief(encoding)}; send the body uncompressed"
-            )
+            raise HTTPException(415, f"content-encoding is {brief(encoding)}; send the body uncompressed")
         needs_key = bool(self._rules.keys) and not self._is_open()
         key = self._header_key() if needs_key else None
         self._body = await read_body(self._scope, receive, self._rules.body)

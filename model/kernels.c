@@ -696,7 +696,7 @@ static void narrow(struct odds *o, int by_number, double wanted)
         before += by_number ? 1.0 : o->weights[o->places[kept]];
     const float least = kept > 0 ? o->scaled[o->places[kept - 1]] : high;
     const long last = kept == 0 || by_number ? o->n : o->places[kept - 1];
-    if (before < wanted) /* there are no more */
+    if (before < wanted && low == -INFINITY) /* all are wanted; above a border, sums in another order fell short */
         return;
     for (long i = 0; i < o->n; i++) {
         const float x = o->scaled[i];
@@ -733,12 +733,12 @@ static long draw_row(struct odds *o, const float *logits, float temperature, lon
     if (bad || most == -INFINITY || most == INFINITY)
         return -1;
     long id = 0;
-    if (temperature <= 0.0f) {
+    o->most = most / temperature;
+    if (temperature <= 0.0f || isinf(o->most)) { /* as cold as numbers go: the greatest alone */
         while (logits[id] != most)
             id++;
         return id;
     }
-    o->most = most / temperature;
     for (long start = 0; start < o->n; start += GRAIN) {
         const long end = start + GRAIN < o->n ? start + GRAIN : o->n;
 #pragma omp simd
@@ -752,7 +752,7 @@ static long draw_row(struct odds *o, const float *logits, float temperature, lon
     if (top_k > 0 && top_k < o->n)
         narrow(o, 1, (double)top_k);
     if (top_p < 1.0f)
-        narrow(o, 0, top_p * weigh(o));
+        narrow(o, 0, fmax(top_p, 1e-30) * weigh(o)); /* at least one, where top_p was too small for a float */
     /* The inverse of the cumulative distribution, in the order of the vocabulary. */
     const double wanted = uniform * weigh(o);
     double passed = 0.0;

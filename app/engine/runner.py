@@ -283,9 +283,15 @@ class GenerateRunner(DecodeRunner):
         """
         numbers = torch.tensor(uniform, dtype=torch.float64, device=self.device)
         top: list[list[tuple[int, float]]] = [[] for _ in uniform]
-        if self.kernels is not None and not rows.any_typical:
+        if self.kernels is not None:
             by = rows.temperature, rows.top_k, rows.top_p, numbers
             token_ids, chosen = self.kernels.draw_tokens(logits, *by, logprobs=rows.any_logprobs)
+            if rows.any_typical:  # which the kernel does not know: these rows, and no others, go torch's way
+                typical = (rows.typical_p < 1) & (rows.temperature > 0) & chosen.isfinite()
+                token_ids = torch.where(typical, sample(logits, rows, numbers), token_ids)
+                if rows.any_logprobs:
+                    own = logits.log_softmax(-1).gather(1, token_ids[:, None]).squeeze(1)
+                    chosen = torch.where(typical, own, chosen)
             if n_top:
                 top = _listed(*self.kernels.best_tokens(logits, n_top))
             return list(map(Drawn, token_ids.tolist(), chosen.tolist(), top))
@@ -482,15 +488,23 @@ class MaskedRunner:
 
     def _fill(self, hidden: Tensor, wishes: Sequence[Wish]) -> list[list[tuple[int, float]]]:
         allowed = torch.stack([self.allowed[wish.allowed] for wish in wishes])
-        probs = self.model.mlm_head(hidden).float().masked_fill_(~allowed, -torch.inf).softmax(-1)
-        values, ids = top_tokens(probs, max(wish.top_k for wish in wishes))
-        ranked = _listed(ids, values)
+        head = self.model.mlm_head
+        # One after the other up to the projection, which in 8 bits feels no neighbours: sums of a product in
+        # float32 hang on the number of its rows. They are small; the weights of the projection are not.
+        features = torch.stack([head.features(own) for own in hidden])
+        logits = head.project(features) + head.bias
+        probs = logits.float().masked_fill_(~allowed, -torch.inf).softmax(-1)
         return [
-            ranked[row][: min(wish.top_k, self.n_allowed[wish.allowed])]
+            self._best(probs[row : row + 1], wish)
             if wish.targets is None
             else self._among(probs[row], wish.targets)[: wish.top_k]
             for row, wish in enumerate(wishes)
         ]
+
+    def _best(self, probs: Tensor, wish: Wish) -> list[tuple[int, float]]:
+        values, ids = top_tokens(probs, min(wish.top_k, self.n_allowed[wish.allowed]))
+        (ranked,) = _listed(ids, values)
+        return ranked
 
     def _among(self, probs: Tensor, targets: Sequence[int]) -> list[tuple[int, float]]:
         picked = probs[list(targets)].tolist()

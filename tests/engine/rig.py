@@ -30,6 +30,7 @@ from model.sampling import BeamParams, SamplingParams, SamplingRows, penalise, s
 
 # Sums in another order move a probability in its last bits; with large weights and a low temperature by more.
 ROUNDING = 1e-4
+_NEARLY_ONE = 1 - 1e-9
 
 Fault = Callable[[str, list[int]], None]  # raises for (what the runner is about to do, the tokens it reads)
 
@@ -351,10 +352,8 @@ def expected_generation(
         if n_new < params.min_new_tokens:
             logits[:, eos_id] = -torch.inf
         number = noise.random()
-        token, *near = (
-            int(sample(logits, rows, torch.tensor([min(max(number + shift, 0.0), 1.0)], dtype=torch.float64)))
-            for shift in (0.0, -ROUNDING, ROUNDING)
-        )
+        numbers = (min(max(number + shift, 0.0), _NEARLY_ONE) for shift in (0.0, -ROUNDING, ROUNDING))
+        token, *near = (int(sample(logits, rows, torch.tensor([u], dtype=torch.float64))) for u in numbers)
         said = [*found, eos_id][n_new : n_new + 1] if found is not None else []
         if said and said[0] in near:
             token = said[0]

@@ -4,9 +4,9 @@ import math
 
 import torch
 
-from app.engine.runner import GenerateRunner, TranslateRunner, responds
+from app.engine.runner import GenerateRunner, MaskedRunner, TranslateRunner, Wish, responds
 from model.checkpoint import Checkpoint
-from model.sampling import SamplingParams, SamplingRows
+from model.sampling import SamplingParams, SamplingRows, sample
 from tests.engine.rig import with_kernels
 
 
@@ -60,6 +60,39 @@ def test_kernels_choose_what_torch_chooses(causal: Checkpoint, translator: Check
     assert [logprob for _, logprob in best[1]] == [-math.inf] * 8
     for row in (0, 3, 4):
         assert [token for token, _ in best[row]] == [token for token, _ in plain_best[row]]
+
+
+def test_a_neighbour_with_other_filters_changes_no_draw(causal: Checkpoint) -> None:
+    """Ties at the border of top_p, which torch's sorting and the kernel may break in different ways."""
+    torch.manual_seed(3)
+    runner = GenerateRunner(with_kernels(causal), 5, 64)
+    for _ in range(20):
+        logits = (4 * torch.randn(5, causal.config.vocab_size)).round() / 4
+        params = [SamplingParams(temperature=1.0, top_p=p) for p in (0.5, 0.7, 0.9, 1.0)]
+        numbers = torch.rand(5).tolist()
+        alone = runner.draw(logits[:4], SamplingRows.stack(params), numbers[:4], 0)
+        beside = [*params, SamplingParams(temperature=1.0, typical_p=0.5)]
+        crowd = runner.draw(logits, SamplingRows.stack(beside), numbers, 0)
+        assert crowd[:4] == alone
+        rows = SamplingRows.stack(beside[4:])
+        typical = sample(logits[4:], rows, torch.tensor(numbers[4:], dtype=torch.float64))
+        assert crowd[4].token_id == int(typical)
+        assert math.isclose(crowd[4].logprob, logits[4].log_softmax(-1)[int(typical)], rel_tol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_mask_does_not_feel_its_neighbours(masked: Checkpoint) -> None:
+    """In 8 bits to the last bit, with other masks beside it that ask for other words and more of them."""
+    torch.manual_seed(4)
+    runner = MaskedRunner(with_kernels(masked, "int8"))
+    hidden = torch.randn(40, masked.config.d_model)
+    wishes = [
+        Wish((None, "space", "no_space")[i % 3], 1 + i, [300, 301] if i % 7 == 6 else None) for i in range(40)
+    ]
+    together = runner.fill(hidden, wishes)
+    assert together == [runner.fill(hidden[i : i + 1], [wish])[0] for i, wish in enumerate(wishes)]
+    assert [len(found) for found in together[:6]] == [1, 2, 3, 4, 5, 6]
+    assert runner.fill(hidden[:0], []) == []
 
 
 def test_wiping_rows_spares_the_others(translator: Checkpoint) -> None:

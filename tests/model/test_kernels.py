@@ -426,6 +426,32 @@ def test_the_number_that_is_nearly_one_draws_what_is_possible(native: Kernels) -
         assert found > 700
 
 
+def test_top_p_at_a_border_where_sums_differ_by_their_order(native: Kernels) -> None:
+    """A plateau of equal logits, whose share of the mass is the border itself, give or take rounding."""
+    logits = torch.full((1, 40_000), -3.3)
+    logits[0, :32_000] = -0.3
+    logits[0, 0] = 0.0
+    share = float(logits.double().softmax(-1)[0, :32_000].sum())
+    for nudge in (-1e-6, -5e-7, 0.0, 5e-7, 1e-6, 5e-6):
+        params = SamplingParams(temperature=1.0, top_p=share * (1 + nudge))
+        for number in (0.99, 0.999, 1 - 1e-9):
+            assert int(drawn(native, logits, [params], [number])[0]) < 32_500
+
+
+def test_what_is_too_small_for_a_float_keeps_the_greatest(native: Kernels) -> None:
+    logits = torch.tensor([[-torch.inf, 1.0, 20.0, 3.0]])
+    for params in (
+        SamplingParams(temperature=1.0, top_p=1e-46),
+        SamplingParams(temperature=1.0, top_p=1e-40),
+        SamplingParams(temperature=1e-38),
+        SamplingParams(temperature=1e-38, top_k=2, top_p=0.5),
+    ):
+        for each in (logits, -logits.abs()):
+            ids, logprobs = drawn(native, each, [params], [0.9])
+            assert int(ids) == int(each.argmax())
+            assert logprobs.isfinite().all()
+
+
 def test_nothing_is_drawn_from_what_is_no_number(native: Kernels) -> None:
     logits = torch.zeros(5, 200)
     logits[0, 150], logits[1], logits[2, 3] = torch.nan, -torch.inf, torch.inf
