@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -177,6 +177,11 @@ class SamplingRows:
             any_typical=any(p.temperature > 0 and p.typical_p < 1 for p in params),
             any_logprobs=any(p.logprobs or p.top_n_tokens for p in params),
         )
+
+    def at(self, indices: Tensor) -> SamplingRows:
+        """Some of the rows."""
+        names = ("temperature", "top_k", "top_p", "typical_p")
+        return replace(self, **{name: getattr(self, name)[indices] for name in names})
 
 
 def sample(logits: Tensor, rows: SamplingRows, uniform: Tensor) -> Tensor:

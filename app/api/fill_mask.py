@@ -12,6 +12,7 @@ from app.engine.batch import BatchItem, Filled
 from app.engine.registry import OneShotLane, Task
 from app.errors import InvalidRequest, Json, NotLoaded, brief
 from app.settings import Settings
+from app.spaces import plain_spaces
 from model.tokenizer import Tokenizer
 
 router = APIRouter(route_class=BodyRoute)
@@ -150,7 +151,7 @@ def _encode_all(inputs: str | list[str], task: Task[OneShotLane], settings: Sett
 
 def _encode(name: str, text: str, task: Task[OneShotLane], settings: Settings) -> MaskedText:
     tokenizer, limit = task.tokenizer, task.lane.limits.max_item_tokens
-    token_ids, spaced = tokenizer.masked_ids(text)
+    token_ids, spaced = tokenizer.masked_ids(plain_spaces(text))
     if not spaced:
         raise InvalidRequest(f"{name} has no mask; write {tokenizer.mask_token} where a word is missing")
     check_count(f"the number of masks in {name}", len(spaced), 1, settings.max_masks)
@@ -195,7 +196,7 @@ def _fillings(
     parts = masked.text.split(tokenizer.mask_token)
     before, after = tokenizer.mask_token.join(parts[: k + 1]), tokenizer.mask_token.join(parts[k + 1 :])
     if masked.spaced[k]:
-        before = before.removesuffix(" ")
+        before = before[:-1]  # of whatever kind
     fillings, special = [], tokenizer.special_ids
     for token_id, score in ranked:
         word = tokenizer.token_text(token_id) if token_id in special else tokenizer.decode([token_id])

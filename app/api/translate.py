@@ -301,11 +301,10 @@ def _named_languages(parameters: TranslateParameters, tokenizer: Tokenizer) -> t
 def _languages(
     name: str, text: str, parameters: TranslateParameters, tokenizer: Tokenizer
 ) -> tuple[str, str]:
-    """Source and target: as given, else the other of the two, else what the text is in."""
+    """Source and target: as given, else what the text is in (it may be the target), and the other."""
     src, tgt = _named_languages(parameters, tokenizer)
     if src is None:
-        _, detected = known_language(name, text, tokenizer, "src_lang")
-        src = detected if detected != tgt else counterpart(tgt, tokenizer.sources) or detected
+        _, src = known_language(name, text, tokenizer, "src_lang")
     return src, tgt or counterpart(src, tokenizer.targets) or src
 
 

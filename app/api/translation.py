@@ -37,6 +37,7 @@ from app.protection import (
     unused_mark,
 )
 from app.sentences import Part, split_text
+from app.spaces import plain_spaces
 from model.constraints import Phrase
 from model.languages import UNDETERMINED, find_language, iso_code
 from model.sampling import BeamParams
@@ -313,7 +314,9 @@ class _Drafting:
             return self._verbatim(part.text, mark, spans, elements)
         hidden, edited = shield(part.text, mark, spans, self.task.tokenizer)
         tokenizer = self.task.tokenizer
-        prompt_ids = tokenizer.source_ids(tokenizer.encode(hidden.text), self.tgt, src_lang=self.src)
+        prompt_ids = tokenizer.source_ids(
+            tokenizer.encode(plain_spaces(hidden.text)), self.tgt, src_lang=self.src
+        )
         return _Draft(prompt_ids, tokenizer.target_ids(self.tgt), hidden, _moved(elements, edited))
 
     def _verbatim(self, text: str, mark: str, spans: list[Span], elements: list[Element]) -> str:

@@ -84,12 +84,16 @@ class Door:
         return min(MAX_RETRY_SECONDS, max(MIN_RETRY_SECONDS, self._wait_seconds(n_waiting)))
 
     def _wait_seconds(self, n_waiting: int) -> float:
-        pace = self._pace()
-        # A burst begins with no end to go by: then the pace of the last busy time is the best guess.
-        return n_waiting * (pace if len(self._ends) >= _TELLING_ENDS else max(pace, self._last_pace))
+        if len(self._ends) >= _TELLING_ENDS:
+            return n_waiting * self._pace()
+        # A burst begins with no end to go by: the pace of the last busy time is the best guess. What runs
+        # side by side ends side by side, too: the time that one has taken so far is shared by all that run.
+        n_running = max(1, self.n_inside - n_waiting)
+        busy = (self._clock() - self._busy_since) if self.n_inside else 0.0
+        return n_waiting * max(busy / (len(self._ends) + n_running), self._last_pace)
 
     def _pace(self) -> float:
-        """Seconds an item, as if one more ended now: before the first end it grows with the time."""
+        """Seconds an item, as if one more ended now."""
         since = self._ends[0] if len(self._ends) == self._ends.maxlen else self._busy_since
         return (self._clock() - since) / (len(self._ends) + 1)
 

@@ -288,10 +288,11 @@ class GenerateRunner(DecodeRunner):
             token_ids, chosen = self.kernels.draw_tokens(logits, *by, logprobs=rows.any_logprobs)
             if rows.any_typical:  # which the kernel does not know: these rows, and no others, go torch's way
                 typical = (rows.typical_p < 1) & (rows.temperature > 0) & chosen.isfinite()
-                token_ids = torch.where(typical, sample(logits, rows, numbers), token_ids)
+                (places,) = typical.nonzero(as_tuple=True)
+                token_ids[places] = sample(logits[places], rows.at(places), numbers[places])
                 if rows.any_logprobs:
-                    own = logits.log_softmax(-1).gather(1, token_ids[:, None]).squeeze(1)
-                    chosen = torch.where(typical, own, chosen)
+                    own = logits[places].log_softmax(-1).gather(1, token_ids[places, None])
+                    chosen[places] = own.squeeze(1)
             if n_top:
                 top = _listed(*self.kernels.best_tokens(logits, n_top))
             return list(map(Drawn, token_ids.tolist(), chosen.tolist(), top))

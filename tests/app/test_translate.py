@@ -73,8 +73,7 @@ async def test_a_sentence_over_the_limit_is_not_cut(client: Client, translate_la
         ("나는 집에 간다", {}, "en"),
         ("ok", {}, "ko"),
         ("나는 집에 간다", {"src_lang": "en"}, "ko"),
-        ("나는 집에 간다", {"tgt_lang": "ko"}, "ko"),
-        ("I go home", {"tgt_lang": "en"}, "en"),
+        ("나는 집에 간다", {"tgt_lang": "en"}, "en"),
         ("I go home", {"src_lang": "ko", "tgt_lang": "en"}, "en"),
         ("I go home", {"src_lang": None, "tgt_lang": None}, "ko"),
     ],
@@ -85,6 +84,27 @@ async def test_languages(
     await translate(client, text, **parameters)
     tokenizer = byte_tokenizer()
     assert translate_lane.submitted[-1].prompt_ids == tokenizer.source_ids(tokenizer.encode(text), target)
+
+
+@pytest.mark.parametrize(("text", "target"), [("나는 집에 간다.", "ko"), ("I go home.", "en")])
+async def test_what_is_in_the_target_stays(
+    client: Client, translate_lane: FakeDecodeLane, text: str, target: str
+) -> None:
+    """Unless its language is named: then whoever asks knows better."""
+    assert await translate(client, text, tgt_lang=target) == [{"translation_text": text}]
+    assert not translate_lane.submitted
+    await translate(client, text, tgt_lang=target, src_lang="en" if target == "ko" else "ko")
+    assert translate_lane.submitted
+
+
+@pytest.mark.parametrize("space", ["\u00a0", "\t", "\u2009", "\u3000", "\x00", "\x1b"])
+async def test_other_spaces_are_spaces_to_the_model(
+    client: Client, translate_lane: FakeDecodeLane, space: str
+) -> None:
+    await translate(client, f"She bought a red{space}car.", src_lang="en")
+    tokenizer = byte_tokenizer()
+    wanted = tokenizer.source_ids(tokenizer.encode("She bought a red car."), "ko")
+    assert translate_lane.submitted[-1].prompt_ids == wanted
 
 
 async def test_each_text_has_its_own_language(client: Client, translate_lane: FakeDecodeLane) -> None:

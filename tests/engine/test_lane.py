@@ -63,6 +63,21 @@ def test_before_the_first_end_the_wait_is_a_guess_that_grows() -> None:
     assert door.retry_after(5) == 20.0
 
 
+def test_what_runs_side_by_side_is_no_queue() -> None:
+    """A hundred at once on a door that knows nothing yet: 32 of them run, and none has ended in a second."""
+    clock = Clock()
+    door = Door(clock)
+    door.max_wait_seconds = 30
+    for n_waiting in range(100):
+        door.check_wait(max(0, n_waiting - 32))
+        door.enter(1)
+        clock.now += 0.01
+    assert door.retry_after(68) < 3
+    clock.now += 60  # and still none has
+    with pytest.raises(Overloaded):
+        door.check_wait(68)
+
+
 def test_a_queue_that_is_too_long_in_seconds_refuses() -> None:
     clock = Clock()
     door = Door(clock)
