@@ -56,7 +56,7 @@ class Strict(BaseModel):
 def check_range(name: str, value: float, low: float, high: float) -> None:
     """Raises InvalidRequest unless low <= value <= high."""
     if not low <= value <= high:
-        raise InvalidRequest(f"{name} is {value:g}, the limit is {low:g} to {high:g}")
+        raise InvalidRequest(f"{name} is {value:.15g}, the limit is {low:g} to {high:g}")
 
 
 def check_count(name: str, value: int, low: int, high: int) -> None:
@@ -100,7 +100,7 @@ def check_texts(inputs: str | list[str], settings: Settings, name: str = "inputs
 def check_probability(name: str, value: float) -> None:
     """Raises InvalidRequest unless 0 < value <= 1."""
     if not 0.0 < value <= 1.0:
-        raise InvalidRequest(f"{name} is {value:g}, it must be above 0 and at most 1")
+        raise InvalidRequest(f"{name} is {value:.15g}, it must be above 0 and at most 1")
 
 
 def check_temperature(value: float, settings: Settings) -> None:
