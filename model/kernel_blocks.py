@@ -153,7 +153,30 @@ class _Plan:
         self.work = self.shape.d_model + self.widest + self.shape.n_heads * self.shape.head_dim
 
 
-class KernelDecoder(Decoder):
+class _OneCall(nn.Module):
+    """What a stack whose blocks run in one call of a kernel does beside describing the step."""
+
+    blocks: nn.ModuleList
+    _kernels: Kernels
+
+    @functools.cached_property
+    def _plan(self) -> _Plan:
+        """Made at the first step: until then weights may be exchanged for those of another model."""
+        return _Plan(list(self.blocks))
+
+    def _run(self, x: Tensor, step: _Step) -> Tensor:
+        x = x.contiguous()  # as it comes out of the embeddings: nobody else holds it
+        plan = self._plan
+        work = torch.empty(step.n_rows * plan.work)
+        self._kernels.run_blocks(plan.shape, plan.layers, step, x, work, plan.widest)
+        return x
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class KernelDecoder(_OneCall, Decoder):
     """The same decoder; where every row has one new token, its blocks run in one call.
 
     So the interpreter, with its lock, is needed once a step and not a hundred times.
@@ -184,21 +207,13 @@ class KernelDecoder(Decoder):
         for layer, held, own in zip(plan.layers, cache, spans, strict=True):
             offset = held.first * held.k.stride(0) * held.k.element_size()
             layer.k, layer.v = held.k.data_ptr() + offset, held.v.data_ptr() + offset
-            layer.first = None if own.first is None else own.first.data_ptr()
+            layer.first = _address(own.first)
         for layer, (k, v) in zip(plan.layers, memory or (), strict=False):
             layer.memory_k, layer.memory_v = k.data_ptr(), v.data_ptr()
-        x = x.contiguous()  # as it comes out of the embeddings: nobody else holds it
-        work = torch.empty(len(x) * plan.work)
-        self._kernels.run_blocks(plan.shape, plan.layers, step, x, work, plan.widest)
-        return x
-
-    @functools.cached_property
-    def _plan(self) -> _Plan:
-        """Made at the first step: until then weights may be exchanged for those of another model."""
-        return _Plan(list(self.blocks))
+        return self._run(x, step)
 
 
-class KernelEncoder(Encoder):
+class KernelEncoder(_OneCall, Encoder):
     """The same encoder; over short texts its blocks run in one call."""
 
     def __init__(self, encoder: Encoder, kernels: Kernels) -> None:
@@ -217,23 +232,15 @@ class KernelEncoder(Encoder):
         step = _Step(
             n_rows=n_rows,
             last=last.data_ptr(),
-            cosines=None if cosines is None else cosines.data_ptr(),
-            sines=None if sines is None else sines.data_ptr(),
+            cosines=_address(cosines),
+            sines=_address(sines),
             length=length,
             n_threads=torch.get_num_threads(),
         )
         k, v = torch.empty(2, n_rows * plan.shape.n_kv_heads * plan.shape.head_dim)
         for layer in plan.layers:  # one after the other
             layer.k, layer.v, layer.first = k.data_ptr(), v.data_ptr(), None
-        x = x.contiguous()  # as it comes out of the embeddings: nobody else holds it
-        work = torch.empty(n_rows * plan.work)
-        self._kernels.run_blocks(plan.shape, plan.layers, step, x, work, plan.widest)
-        return x
-
-    @functools.cached_property
-    def _plan(self) -> _Plan:
-        """Made at the first pass: until then weights may be exchanged for those of another model."""
-        return _Plan(list(self.blocks))
+        return self._run(x, step)
 
 
 def _last_places(mask: Tensor | None, n_texts: int, length: int) -> Tensor | None:
@@ -254,8 +261,8 @@ def _make_step(n_rows: int, cache: LayerCache, spans: RowSpans, rotation: Rotati
         row_stride=cache.k.stride(0),
         head_stride=cache.k.stride(1),
         last=spans.last.data_ptr(),
-        cosines=None if cosines is None else cosines.data_ptr(),
-        sines=None if sines is None else sines.data_ptr(),
+        cosines=_address(cosines),
+        sines=_address(sines),
         origins=None if cache.origins is None else cache.origins[cache.first].data_ptr(),
         origin_stride=0 if cache.origins is None else cache.origins.stride(0),
         first_row=cache.first,

@@ -704,32 +704,32 @@ static void narrow(struct odds *o, int by_number, double wanted)
     }
 }
 
-/* The sum of what is still in. */
+/* The sum of what is still in, of the logits from `start` on that are looked at together. */
+static float weigh_grain(const struct odds *o, long start)
+{
+    const long end = start + GRAIN < o->n ? start + GRAIN : o->n;
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (long i = start; i < end; i++)
+        sum += o->weights[i];
+    return sum;
+}
+
 static double weigh(const struct odds *o)
 {
     double sum = 0.0;
-    for (long start = 0; start < o->n; start += GRAIN) {
-        const long end = start + GRAIN < o->n ? start + GRAIN : o->n;
-        float part = 0.0f;
-#pragma omp simd reduction(+ : part)
-        for (long i = start; i < end; i++)
-            part += o->weights[i];
-        sum += part;
-    }
+    for (long start = 0; start < o->n; start += GRAIN)
+        sum += weigh_grain(o, start);
     return sum;
 }
 
 /* One row of `draw_tokens`; -1 where it holds no numbers, or none that may be drawn. */
 static long draw_row(struct odds *o, const float *logits, float temperature, long top_k, float top_p, double uniform)
 {
-    float most = -INFINITY;
+    const float most = greatest(logits, o->n);
     int bad = 0;
     for (long i = 0; i < o->n; i++)
         bad |= logits[i] != logits[i];
-    for (long start = 0; start < o->n; start += GRAIN) {
-        const float top = greatest(logits + start, o->n - start < GRAIN ? o->n - start : GRAIN);
-        most = top > most ? top : most;
-    }
     if (bad || most == -INFINITY || most == INFINITY)
         return -1;
     long id = 0;
@@ -757,14 +757,10 @@ static long draw_row(struct odds *o, const float *logits, float temperature, lon
     const double wanted = uniform * weigh(o);
     double passed = 0.0;
     for (long start = 0; start < o->n; start += GRAIN) {
-        const long end = start + GRAIN < o->n ? start + GRAIN : o->n;
-        float part = 0.0f;
-#pragma omp simd reduction(+ : part)
-        for (long i = start; i < end; i++)
-            part += o->weights[i];
+        const float part = weigh_grain(o, start);
         if (passed + part > wanted) {
             double within = passed;
-            for (long i = start; i < end; i++) {
+            for (long i = start; i < o->n && i < start + GRAIN; i++) {
                 if (o->weights[i] > 0.0f)
                     id = i;
                 within += o->weights[i];

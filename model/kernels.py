@@ -66,22 +66,8 @@ class Kernels:
         self, x: Tensor, weight: Tensor, shift: Tensor, w_scale: Tensor, bias: Tensor, out: Tensor
     ) -> None:
         """x (M, K) times weights packed as `model.quantize` does it -> out (M, N)."""
-        n_rows, n_in = x.shape
-        _check(
-            self._int8_linear(
-                x.data_ptr(),
-                n_rows,
-                n_in,
-                weight.size(1) * 4,
-                weight.data_ptr(),
-                shift.data_ptr(),
-                w_scale.data_ptr(),
-                bias.data_ptr(),
-                out.size(1),
-                out.data_ptr(),
-                torch.get_num_threads(),
-            )
-        )
+        product = _product(x, weight, shift, w_scale, bias)
+        _check(self._int8_linear(*product, out.data_ptr(), torch.get_num_threads()))
 
     def best_outputs(
         self,
@@ -97,20 +83,11 @@ class Kernels:
 
         banned (n, 2), int64: a row, or -1 for all, and the output that is impossible there.
         """
-        n_rows, n_in = x.shape
-        n_best = min(n_best, len(bias))
+        n_rows, n_best = len(x), min(n_best, len(bias))
         ids, logprobs = torch.empty(n_rows, n_best, dtype=torch.long), torch.empty(n_rows, n_best)
         _check(
             self._best_outputs(
-                x.data_ptr(),
-                n_rows,
-                n_in,
-                weight.size(1) * 4,
-                weight.data_ptr(),
-                shift.data_ptr(),
-                w_scale.data_ptr(),
-                bias.data_ptr(),
-                len(bias),
+                *_product(x, weight, shift, w_scale, bias),
                 banned.data_ptr(),
                 len(banned),
                 n_best,
@@ -257,6 +234,12 @@ class Kernels:
             )
         )
         return ids, found
+
+
+def _product(x: Tensor, weight: Tensor, shift: Tensor, w_scale: Tensor, bias: Tensor) -> tuple[int, ...]:
+    """x (M, K) and packed weights of N outputs, as every kernel takes them that multiplies."""
+    packed = weight.data_ptr(), shift.data_ptr(), w_scale.data_ptr(), bias.data_ptr()
+    return x.data_ptr(), *x.shape, weight.size(1) * 4, *packed, len(bias)
 
 
 def _check(failed: int) -> None:

@@ -64,7 +64,8 @@ def _run(arguments: argparse.Namespace) -> str:
     if not isinstance(model, Translator):
         raise CheckpointError(f"{arguments.model}: not a translator")
     pairs = islice(_numbered(arguments.pairs), arguments.limit or None)
-    read, kept, last = Counter[str](), Counter[str](), 0
+    read, kept = Counter[str](), Counter[str]()
+    last: int | None = None  # the document of the pair that was written last
     with _writer(arguments.out) as file, tqdm(mininterval=5, unit="pair") as bar:
         while numbered := list(islice(pairs, arguments.chunk)):
             chunk = [pair for _, pair in numbered]
@@ -73,7 +74,7 @@ def _run(arguments: argparse.Namespace) -> str:
                 read[pair.source] += 1
                 if score <= arguments.max_score:
                     kept[pair.source] += 1
-                    file.write("\n" * (document != last and kept.total() > 1) + "\t".join(pair) + "\n")
+                    file.write("\n" * (last not in (None, document)) + "\t".join(pair) + "\n")
                     last = document
             for i in sorted(range(len(chunk)), key=lambda i: -scores[i])[: arguments.show]:
                 bar.write(f"{scores[i]:.2f}  {'  |  '.join(chunk[i])}")
