@@ -177,13 +177,14 @@ def make_task(
     """The task over its shard, which is written when it is not there yet."""
     shard = _shard(arguments, data, tokenizer, held=held)
     common: dict[str, Any] = {"budget": data["batch_tokens"], "max_len": data["max_len"], "seed": seed}
+    step = {"width_step": data["width_step"]} if "width_step" in data else {}
     if ARCHITECTURES[arguments.command] == "translator":
         weights = {"": 1.0} if held else data["weights"]
         noise = 0.0 if held else data.get("noise", 0.15)
-        return TranslateTask(shard, tokenizer, weights=weights, noise=noise, **common)
+        return TranslateTask(shard, tokenizer, weights=weights, noise=noise, **common, **step)
     common["weights"] = None if held else data.get("weights")
     if arguments.command == "masked":
-        return MaskedTask(shard, tokenizer, mask_ratio=data.get("mask_ratio", 0.15), **common)
+        return MaskedTask(shard, tokenizer, mask_ratio=data.get("mask_ratio", 0.15), **common, **step)
     return CausalTask(shard, tokenizer, **common)
 
 

@@ -11,12 +11,14 @@ Indices = NDArray[np.int64]
 WIDTH_STEP = 4  # batches are padded to multiples of this, so that few distinct shapes occur
 
 
-def padded_width(length: int) -> int:
+def padded_width(length: int, step: int = WIDTH_STEP) -> int:
     """The width that a batch with this longest row is padded to."""
-    return -(-max(1, length) // WIDTH_STEP) * WIDTH_STEP
+    return -(-max(1, length) // step) * step
 
 
-def token_budget_batches(lengths: Indices, budget: int, rng: np.random.Generator) -> list[Indices]:
+def token_budget_batches(
+    lengths: Indices, budget: int, rng: np.random.Generator, step: int = WIDTH_STEP
+) -> list[Indices]:
     """Cut examples into batches of at most `budget` padded tokens, neighbours of similar length together.
 
     lengths (N,), or (N, sides): then the longest side counts, and among examples of equal width those
@@ -24,7 +26,7 @@ def token_budget_batches(lengths: Indices, budget: int, rng: np.random.Generator
     is a batch of its own); batches come in random order.
     """
     sides = lengths[:, None] if lengths.ndim == 1 else lengths
-    widths = -(-np.maximum(sides, 1) // WIDTH_STEP) * WIDTH_STEP
+    widths = -(-np.maximum(sides, 1) // step) * step
     widest = widths.max(axis=1, initial=0)
     order = np.lexsort((rng.random(len(sides)), *-widths.T, -widest))  # long first; random among equals
     batches, start = [], 0
@@ -35,9 +37,11 @@ def token_budget_batches(lengths: Indices, budget: int, rng: np.random.Generator
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def pad(rows: Sequence[Sequence[int] | NDArray[np.uint16] | Indices], value: int) -> Indices:
-    """Rows of ids -> (B, T), padded to a multiple of `WIDTH_STEP`."""
-    out = np.full((len(rows), padded_width(max(map(len, rows)))), value, dtype=np.int64)
+def pad(
+    rows: Sequence[Sequence[int] | NDArray[np.uint16] | Indices], value: int, step: int = WIDTH_STEP
+) -> Indices:
+    """Rows of ids -> (B, T), padded to a multiple of `step`."""
+    out = np.full((len(rows), padded_width(max(map(len, rows)), step)), value, dtype=np.int64)
     for target, row in zip(out, rows, strict=True):
         target[: len(row)] = row
     return out

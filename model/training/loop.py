@@ -6,13 +6,17 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch._dynamo.config as dynamo
+import torch.fx.experimental._config as shapes
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -25,11 +29,11 @@ from model.models import Model
 from model.tokenizer import Tokenizer
 from model.training.batches import Indices
 from model.training.dropout import share_dropout
+from model.training.feed import Batch, Place, collated
 from model.training.loss import compile_loss
+from model.training.muon import BatchedMuon
 from model.training.products import use_plain_products
 from model.training.schedule import Schedule
-
-Batch = dict[str, Tensor]
 
 
 class Task(Protocol):
@@ -42,9 +46,15 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Options:
-    """How to train; everything but the data and the model."""
+    """How to train; everything but the data and the model.
+
+    With `minutes` the run ends after so much time in steps, or after `steps`, whichever comes first, and the
+    schedule follows the share of the time that is gone: for a machine that is there for so long.
+    `workers` are processes that make batches ready beside the training.
+    """
 
     steps: int
+    minutes: float = 0.0
     lr: float = 1e-3
     warmup: int = 400
     decay: float = 0.4
@@ -57,6 +67,7 @@ class Options:
     bf16: bool = False
     compile: bool = False
     shared_dropout: bool = False
+    workers: int = 0
     checkpoint_every: int = 500
     evaluate_every: int = 500
     log_every: int = 50
@@ -80,10 +91,7 @@ def make_optimizers(model: nn.Module, options: Options) -> list[torch.optim.Opti
     adamw = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98), fused=fused)
     if not inside:
         return [adamw]
-    muon = torch.optim.Muon(
-        maps, lr=options.lr, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
-    return [adamw, muon]
+    return [adamw, BatchedMuon(maps, lr=options.lr, weight_decay=options.weight_decay)]
 
 
 class _TaskLoss(nn.Module):
@@ -99,6 +107,10 @@ class _TaskLoss(nn.Module):
 
 def _compile_blocks(model: Model) -> None:
     """Compile each layer on its own: equal layers share one compilation. Pays on a GPU, not on a CPU."""
+    # Sources and targets of one width, now and then, are no case of their own; encoder, decoder, training
+    # and evaluation are.
+    shapes.use_duck_shape = False
+    dynamo.recompile_limit = 32
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(dynamic=True)
@@ -141,12 +153,15 @@ class Trainer:
         if self.world > 1:
             # A batch without a second sentence leaves the next-sentence head unused.
             self.runner = DistributedDataParallel(self.runner, find_unused_parameters=True)
+        if self.world > 1 and options.minutes:
+            raise ValueError("[train] minutes: several processes have a clock each; give them steps")
         self.optimizers = make_optimizers(model, options)
         self.schedule = Schedule(options.steps, options.warmup, options.decay)
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
-        self.losses: list[float] = []
+        self._logged = (0, 0.0)
+        self.losses: list[Tensor] = []
 
     def _use_fast_paths(self) -> None:
         compile_loss(self.options.compile)
@@ -162,17 +177,18 @@ class Trainer:
         self.resume()
         options = self.options
         batches = self.batches_from(self.step)
+        last = self.is_finished()
         hidden = self.rank > 0 or self.folder is None
         with tqdm(total=options.steps, initial=self.step, disable=hidden, mininterval=5, unit="step") as bar:
-            while self.step < options.steps:
+            while not last:
                 started = time.monotonic()
-                loss, tokens = self.train_step(batches)
+                _, tokens = self.train_step(batches)
                 self.tokens += tokens
                 self.seconds += time.monotonic() - started
                 bar.update()
-                if self.step % options.log_every == 0 or self.step == options.steps:
-                    self._log(bar, loss, tokens / (time.monotonic() - started))
-                last = self.step == options.steps
+                last = self.is_finished()
+                if self.step % options.log_every == 0 or last:
+                    self._log(bar)
                 if self.held and (self.step % options.evaluate_every == 0 or last):
                     held = self.evaluate()
                     self._record({"step": self.step, "held_loss": held})
@@ -184,31 +200,37 @@ class Trainer:
         if self.world > 1:
             torch.distributed.destroy_process_group()
 
-    def train_step(
-        self, batches: Iterator[tuple[int, Indices]], factor: float | None = None
-    ) -> tuple[float, int]:
-        """One optimiser step over `accumulate` batches: the mean loss and the tokens of this process.
+    def is_finished(self) -> bool:
+        """Are all steps made, or is the time up?"""
+        return self.step >= self.options.steps or self.progress() >= 1.0
 
-        `factor` scales the peak rate; left out, the schedule says it by the step.
+    def progress(self) -> float:
+        """The share of the run that lies behind."""
+        gone = self.seconds / (60 * self.options.minutes) if self.options.minutes else 0.0
+        return max(gone, self.step / self.options.steps)
+
+    def train_step(self, batches: Iterator[Batch], factor: float | None = None) -> tuple[Tensor, int]:
+        """One optimiser step over `accumulate` batches: the mean loss (), and the tokens of this process.
+
+        `factor` scales the peak rate; left out, the schedule says it by the step. The loss stays where it was
+        computed: to read it is to wait for the device.
         """
         options = self.options
         self.runner.train()
         torch.manual_seed(_mix(options.seed, self.step, self.rank))
-        total, tokens = 0.0, 0
+        total, tokens = torch.zeros((), device=self.device), 0
         for part in range(options.accumulate):
-            index, batch = next(batches)
-            rng = np.random.default_rng((options.seed, 2, index))
-            arrays = self._to_device(self.task.collate(batch, rng))
+            arrays = self._to_device(next(batches))
             last = part == options.accumulate - 1
             sync = nullcontext() if last or self.world == 1 else self.runner.no_sync()  # type: ignore[operator]
             with sync:
                 with self._autocast():
                     loss, count = self.runner(arrays)
                 (loss / options.accumulate).backward()
-            total += float(loss.detach()) / options.accumulate
+            total += loss.detach() / options.accumulate
             tokens += count
         nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
-        factor = self.schedule(self.step) if factor is None else factor
+        factor = self.schedule(self.step, self.progress()) if factor is None else factor
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = options.lr * factor
@@ -226,7 +248,8 @@ class Trainer:
         total, count = 0.0, 0
         for index, batch in enumerate(self.held.batches(0)[:max_batches]):
             arrays = self._to_device(self.held.collate(batch, np.random.default_rng((0, index))))
-            with self._autocast():
+            # As it is: compiling the layers once more takes longer than all these batches.
+            with self._autocast(), torch.compiler.set_stance("force_eager"):
                 loss, tokens = self.held.loss(self.model, arrays)
             total += float(loss) * tokens
             count += tokens
@@ -265,21 +288,37 @@ class Trainer:
             current["state"] = _optimizer_state(tensors, f"optimizer.{number}.")
             optimizer.load_state_dict(current)
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        self._logged = self.tokens, self.seconds
 
-    def batches_from(self, step: int) -> Iterator[tuple[int, Indices]]:
-        """(global index, batch) for this process, from a step on: epoch after epoch."""
-        per_step = self.options.accumulate * self.world
-        first, index, epoch = step * per_step, 0, 0
-        while True:
-            batches = self.task.batches(epoch)
-            if not batches:
-                raise ValueError("the training data holds no batch: is the shard empty?")
+    def batches_from(self, step: int) -> Iterator[Batch]:
+        """The batches of this process, from a step on: epoch after epoch."""
+        pin = self.device.type == "cuda"
+        return collated(self._collate, self._places_from(step), self.options.workers, pin=pin)
+
+    def _collate(self, place: Place) -> Batch:
+        index, batch = place
+        return self.task.collate(batch, np.random.default_rng((self.options.seed, 2, index)))
+
+    def _places_from(self, step: int) -> Iterator[Place]:
+        first, index = step * self.options.accumulate * self.world, 0
+        for batches in self._epochs():
             for offset in range(max(0, first - index), len(batches)):
                 position = index + offset
                 if position % self.world == self.rank:
                     yield position, batches[offset]
             index += len(batches)
-            epoch += 1
+
+    def _epochs(self) -> Iterator[list[Indices]]:
+        """The batches of one epoch after the other; the next one's are drawn while workers collate."""
+        ahead = 1 if self.options.workers else 0
+        with ThreadPoolExecutor(1) as pool:
+            coming = [pool.submit(self.task.batches, epoch) for epoch in range(ahead)]
+            for epoch in count():
+                coming.append(pool.submit(self.task.batches, epoch + ahead))
+                batches = coming.pop(0).result()
+                if not batches:
+                    raise ValueError("the training data holds no batch: is the shard empty?")
+                yield batches
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:
@@ -289,11 +328,14 @@ class Trainer:
     def _to_device(self, batch: Batch) -> Batch:
         if self.device.type != "cuda":
             return batch
-        return {name: t.pin_memory().to(self.device, non_blocking=True) for name, t in batch.items()}
+        return {name: t.to(self.device, non_blocking=True) for name, t in batch.items()}
 
-    def _log(self, bar: Any, loss: float, rate: float) -> None:
-        mean = float(np.mean(self.losses[-self.options.log_every :]))
-        bar.set_postfix(loss=f"{mean:.3f}", tok_s=f"{rate * self.world:.0f}", refresh=False)
+    def _log(self, bar: Any) -> None:
+        mean = float(torch.stack(self.losses[-self.options.log_every :]).mean())
+        now, logged = (self.tokens, self.seconds), self._logged
+        rate = (now[0] - logged[0]) / max(1e-9, now[1] - logged[1]) * self.world
+        self._logged = now
+        bar.set_postfix(loss=f"{mean:.3f}", tok_s=f"{rate:.0f}", refresh=False)
         self._record(
             {"step": self.step, "loss": mean, "tokens": self.tokens, "seconds": round(self.seconds, 1)}
         )

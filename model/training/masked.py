@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from model.models import MaskedLM
 from model.tokenizer import Tokenizer
 from model.training.batches import (
+    WIDTH_STEP,
     Indices,
     pad,
     padded_width,
@@ -47,9 +48,11 @@ class MaskedTask:
         short: float = 0.3,
         split_particles: float = 0.4,
         weights: Mapping[str, float] | None = None,
+        width_step: int = WIDTH_STEP,
         seed: int = 0,
     ) -> None:
         self.shard, self.tokenizer, self.budget, self.max_len = shard, tokenizer, budget, max_len
+        self.width_step = width_step
         self.mask_ratio, self.whole_word, self.short, self.seed = mask_ratio, whole_word, short, seed
         self.split_particles, self.particles = split_particles, particle_splits(tokenizer)
         self.sizes = np.diff(np.asarray(shard.units))
@@ -68,7 +71,7 @@ class MaskedTask:
         b_first, b_end = (np.where(replaced, passages[:, 3 + i], passages[:, 1 + i]) for i in (0, 1))
         b = ends[b_end] - ends[b_first]
         lengths = np.minimum(a + b + 3, self.max_len)
-        return [passages[batch] for batch in token_budget_batches(lengths, self.budget, rng)]
+        return [passages[batch] for batch in token_budget_batches(lengths, self.budget, rng, self.width_step)]
 
     def _passages(self, rng: np.random.Generator) -> Indices:
         found: list[Passage] = []
@@ -120,11 +123,11 @@ class MaskedTask:
                 follows.append(IGNORE)
             rows.append(row)
             segments.append(segment)
-        token_ids = pad(rows, self.tokenizer.pad_id)
+        token_ids = pad(rows, self.tokenizer.pad_id, self.width_step)
         slots, labels = self.mask(token_ids, rng)
         arrays = {
             "token_ids": token_ids,
-            "segment_ids": pad(segments, 0),
+            "segment_ids": pad(segments, 0, self.width_step),
             "slots": slots,
             "labels": labels,
             "follows": np.array(follows),
@@ -142,7 +145,7 @@ class MaskedTask:
         whole = rng.random(len(token_ids)) < self.whole_word
         noise[whole] = self._word_noise(token_ids[whole], noise[whole])
         counts = np.maximum(1, np.round(real.sum(1) * self.mask_ratio)).astype(np.int64)
-        width = padded_width(int(counts.max()))
+        width = padded_width(int(counts.max()), self.width_step)
         # Ties share a word: a stable sort keeps a word's pieces together, in order.
         slots = np.argsort(noise, axis=1, kind="stable")[:, :width].astype(np.int64)
         chosen = np.arange(slots.shape[1]) < counts[:, None]

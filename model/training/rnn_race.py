@@ -25,6 +25,7 @@ from model.sampling import BeamParams
 from model.tokenizer import Tokenizer
 from model.training.batches import Indices
 from model.training.evaluate import read_parallel, write_card
+from model.training.feed import Batch
 from model.training.loop import Options, Task, Trainer
 from model.training.rnn import RNNConfig, RNNTranslator, greedy
 from model.training.schedule import Schedule
@@ -43,7 +44,7 @@ class Runner:
     """One of the two: its trainer, and the batches that are still to come."""
 
     trainer: Trainer
-    batches: Iterator[tuple[int, Indices]]
+    batches: Iterator[Batch]
 
 
 def add_rnn_arguments(parser: argparse.ArgumentParser) -> None:

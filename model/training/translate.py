@@ -11,7 +11,14 @@ from torch import Tensor
 
 from model.models import Translator
 from model.tokenizer import Tokenizer
-from model.training.batches import Indices, pad, sample_by_weight, token_budget_batches, weights_by_label
+from model.training.batches import (
+    WIDTH_STEP,
+    Indices,
+    pad,
+    sample_by_weight,
+    token_budget_batches,
+    weights_by_label,
+)
 from model.training.loss import linear_cross_entropy
 from model.training.shards import Shard
 
@@ -35,11 +42,12 @@ class TranslateTask:
         max_len: int = 128,
         label_smoothing: float = 0.1,
         noise: float = 0.15,
+        width_step: int = WIDTH_STEP,
         seed: int = 0,
     ) -> None:
         self.shard, self.tokenizer = shard, tokenizer
         self.budget, self.label_smoothing, self.noise, self.seed = budget, label_smoothing, noise, seed
-        self.max_len = max_len
+        self.max_len, self.width_step = max_len, width_step
         self.first, sizes = np.asarray(shard.docs[:-1]), np.diff(np.asarray(shard.units))
         self.sizes = sizes + 3  # tag, language, end
         self.lengths = np.maximum(self.sizes[self.first], self.sizes[self.first + 1])
@@ -66,7 +74,9 @@ class TranslateTask:
         noisy[noisy] = self.sizes[(first + directions)[noisy] + 2] <= self.max_len
         sides = self.sizes[first + directions + 2 * noisy], self.sizes[first + 1 - directions]
         examples = 4 * documents + 2 * noisy + directions
-        return [examples[batch] for batch in token_budget_batches(np.stack(sides, axis=1), self.budget, rng)]
+        lengths = np.stack(sides, axis=1)
+        batches = token_budget_batches(lengths, self.budget, rng, self.width_step)
+        return [examples[batch] for batch in batches]
 
     def collate(self, batch: Indices, rng: np.random.Generator) -> Batch:
         """src (B, S); tgt (B, T), which the decoder reads; labels (B, T), which it should say."""
@@ -80,9 +90,9 @@ class TranslateTask:
             sources.append(self.tokenizer.source_ids(src, language, self.tags[self.shard.labels[document]]))
             inputs.append([self.tokenizer.languages[language], *tgt])
             labels.append([*tgt, self.tokenizer.eos_id])
-        pad_id = self.tokenizer.pad_id
-        arrays = {"src": pad(sources, pad_id), "tgt": pad(inputs, pad_id), "labels": pad(labels, pad_id)}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        rows = {"src": sources, "tgt": inputs, "labels": labels}
+        padded = {name: pad(each, self.tokenizer.pad_id, self.width_step) for name, each in rows.items()}
+        return {name: torch.from_numpy(array) for name, array in padded.items()}
 
     def loss(self, model: Translator, batch: Batch) -> tuple[Tensor, int]:
         """Mean label-smoothed cross-entropy over the real target tokens, and their number."""

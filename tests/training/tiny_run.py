@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from model.models import build_model
 from model.tokenizer import Tokenizer
-from model.training.batches import Indices
+from model.training.feed import Batch
 from model.training.loop import Options, Task, Trainer
 from model.training.masked import MaskedTask
 from model.training.shards import Document, Shard, write_shard
@@ -35,9 +36,7 @@ class MortalTrainer(Trainer):
 
     kill_at = -1
 
-    def train_step(
-        self, batches: Iterator[tuple[int, Indices]], factor: float | None = None
-    ) -> tuple[float, int]:
+    def train_step(self, batches: Iterator[Batch], factor: float | None = None) -> tuple[Tensor, int]:
         if self.step == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().train_step(batches, factor)
