@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -37,6 +37,10 @@ def add_back_translate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="sentences read in all; 0 is all")
     parser.add_argument("--min-chars", type=int, default=10)
     parser.add_argument("--max-chars", type=int, default=200)
+    parser.add_argument(
+        "--keep", type=float, default=1.0, metavar="SHARE",
+        help="of each chunk's sound pairs those that the translator is surest of, by the token",
+    )  # fmt: skip
     parser.add_argument("--beams", type=int, default=1)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--rows", type=int, default=256, help="beams that are decoded at once")
@@ -74,7 +78,8 @@ def _run(arguments: argparse.Namespace) -> tuple[int, int]:
             translations = translate_all(
                 checkpoint.model, checkpoint.tokenizer, chunk, target, params, arguments.rows
             )
-            output.add(sound_pairs(chunk, translations, arguments.language), len(chunk))
+            found = sound_pairs(chunk, translations, arguments.language)
+            output.add(surest(list(found), arguments.keep), len(chunk))
             bar.update(len(chunk))
     return output.kept, output.read
 
@@ -88,15 +93,29 @@ def sentences(pack: Path, share: float, min_chars: int, max_chars: int) -> Itera
                 yield text
 
 
-def sound_pairs(texts: Iterable[str], translations: Iterable[Translation], language: str) -> Iterator[Pair]:
-    """Pairs whose written side came to an end, without loops, in the right script and at a fitting length."""
+def sound_pairs(
+    texts: Iterable[str], translations: Iterable[Translation], language: str
+) -> Iterator[tuple[Pair, float]]:
+    """Pairs whose written side came to an end, without loops, in the right script and at a fitting length.
+
+    Each with the score of its translation.
+    """
     for text, translation in zip(texts, translations, strict=True):
         written = " ".join(translation.text.split())
         en, ko = (text, written) if language == "en" else (written, text)
         pair = Pair(f"back-{language}", en, ko)
         whole = translation.ended and not translation.cut and not has_loop(written)
         if whole and clean_pair(pair):
-            yield pair
+            yield pair, translation.score
+
+
+def surest(pairs: Sequence[tuple[Pair, float]], share: float) -> list[Pair]:
+    """The share of the pairs with the best scores, in the order in which they came.
+
+    What a translator is unsure of it mostly makes up, names above all.
+    """
+    ranked = sorted(range(len(pairs)), key=lambda i: -pairs[i][1])
+    return [pairs[i][0] for i in sorted(ranked[: round(share * len(pairs))])]
 
 
 class Output:

@@ -43,11 +43,15 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Translation:
-    """A translated text. `ended` is False when it ran into the length limit, `cut` when the source did."""
+    """A translated text. `ended` is False when it ran into the length limit, `cut` when the source did.
+
+    `score` is what the search ranks by: log-probability over length to the power of the length penalty.
+    """
 
     text: str
     ended: bool
     cut: bool
+    score: float = 0.0
 
 
 # --- translation ------------------------------------------------------------------------------
@@ -71,7 +75,7 @@ def translate_all(
         prompts = [tokenizer.languages[language]] * len(batch)
         for i, (best, *_) in zip(batch, search.search([sources[i] for i in batch], prompts), strict=True):
             text = tokenizer.decode(best.token_ids).strip()
-            found[i] = Translation(text, best.finished, len(encoded[i]) > room)
+            found[i] = Translation(text, best.finished, len(encoded[i]) > room, best.score)
     return [found[i] for i in range(len(texts))]
 
 

@@ -13,7 +13,7 @@ from model import checkpoint
 from model.models import Translator
 from model.tokenizer import Tokenizer
 from model.training.__main__ import main
-from model.training.back_translate import Output, sentences, sound_pairs
+from model.training.back_translate import Output, sentences, sound_pairs, surest
 from model.training.evaluate import OWN_PACKS, add_evaluate_arguments, evaluate_command
 from model.training.failures import (
     EVERYDAY,
@@ -45,7 +45,8 @@ def pack_of_documents(path: Path, count: int = 30) -> Path:
 
 def test_only_sound_pairs_stay() -> None:
     def made(text: str, *, ended: bool = True, cut: bool = False) -> list[Pair]:
-        return list(sound_pairs(["The dog sleeps."], [Translation(text, ended, cut)], "en"))
+        found = sound_pairs(["The dog sleeps."], [Translation(text, ended, cut)], "en")
+        return [pair for pair, _ in found]
 
     assert made("개가  잔다.") == [Pair("back-en", "The dog sleeps.", "개가 잔다.")]
     assert not made("")
@@ -53,9 +54,18 @@ def test_only_sound_pairs_stay() -> None:
     assert not made("개가 잔다.", ended=False)
     assert not made("개가 잔다.", cut=True)
     assert not made("개가 개가 개가 개가 잔다.")
-    assert list(sound_pairs(["개가 잔다."], [Translation("A dog.", True, False)], "ko")) == [
-        Pair("back-ko", "A dog.", "개가 잔다.")
+    assert list(sound_pairs(["개가 잔다."], [Translation("A dog.", True, False, -0.5)], "ko")) == [
+        (Pair("back-ko", "A dog.", "개가 잔다."), -0.5)
     ]
+
+
+def test_the_surest_pairs_stay_in_their_order() -> None:
+    scored = [
+        (Pair("back-ko", f"{n} dogs", f"개 {n}마리"), score) for n, score in enumerate((-3.0, -1, -2, -0.5))
+    ]
+    assert [pair.en for pair in surest(scored, 0.5)] == ["1 dogs", "3 dogs"]
+    assert surest(scored, 1.0) == [pair for pair, _ in scored]
+    assert surest([], 0.5) == []
 
 
 def test_what_is_held_out_is_not_read(tmp_path: Path) -> None:
