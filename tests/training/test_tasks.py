@@ -387,3 +387,15 @@ def test_a_causal_model_starts_from_an_encoder_too(tokenizer: Tokenizer) -> None
     blocks = [name for name in tensors if name.startswith("encoder.blocks.")]
     assert blocks
     assert all(torch.equal(own[name.replace("encoder.", "decoder.")], tensors[name]) for name in blocks)
+
+
+def test_widths_of_another_step(translate: TranslateTask, tokenizer: Tokenizer) -> None:
+    """A GPU's attention likes multiples of eight; nothing but padding changes."""
+    wide = TranslateTask(translate.shard, tokenizer, weights={"": 1.0}, budget=400, width_step=8)
+    for batch in wide.batches(0):
+        made, narrow = wide.collate(batch, rng()), translate.collate(batch, rng())
+        for name, ids in made.items():
+            assert ids.size(1) % 8 == 0
+            assert torch.equal(ids[:, : narrow[name].size(1)], narrow[name])
+            assert (ids[:, narrow[name].size(1) :] == tokenizer.pad_id).all()
+            assert ids.numel() <= 400 or len(ids) == 1
