@@ -87,16 +87,27 @@ def entries(task: str, arguments: argparse.Namespace) -> Iterator[Entry]:
 
 @contextlib.contextmanager
 def started(folder: Path, wanted: list[Entry]) -> Iterator[list[Remote]]:
-    """The contestants' processes; all ended at the end."""
+    """The contestants' processes; all ended at the end.
+
+    A peer that cannot hold the weights (no encoder-decoder of theirs has rotary positions) is left out.
+    """
     running: list[Remote] = []
     try:
         for entry in wanted:
-            remote = Remote(entry.name, entry.kind, folder, entry.options)
-            running.append(remote)
+            try:
+                running.append(Remote(entry.name, entry.kind, folder, entry.options))
+            except ContestantFailed as error:
+                if entry.kind == "engine":
+                    raise
+                print(f"left out: {_last_line(error)}", file=sys.stderr, flush=True)
         yield running
     finally:
         for remote in running:
             remote.close()
+
+
+def _last_line(error: ContestantFailed) -> str:
+    return str(error).strip().rpartition("\n")[2]
 
 
 def measure(case: Case, contestants: list[Remote], rounds: int) -> dict[str, Score]:

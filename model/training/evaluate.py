@@ -38,7 +38,13 @@ from model.training.shards import Document, Shard
 T = TypeVar("T")
 PAIR_PACK = "written.en-ko.tsv.xz"
 STORIES = "tales.en-ko.tsv.xz"
-OWN_PACKS = ("more.en-ko.tsv.xz", "more-2.en-ko.tsv.xz", STORIES)  # that come with the code
+OWN_PACKS = (  # that come with the code
+    "more.en-ko.tsv.xz",
+    "more-2.en-ko.tsv.xz",
+    "more-3.en-ko.tsv.xz",
+    "phrases.en-ko.tsv.xz",
+    STORIES,
+)
 TEXT_PACKS = ("mono.en.txt.xz", "mono.ko.txt.xz")
 CARD, HELD = "README.md", "held-out"
 START, STOP = "<!-- scores -->", "<!-- /scores -->"

@@ -80,6 +80,17 @@ def test_what_a_peer_cannot_express_is_refused(tmp_path: Path) -> None:
         ctranslate2_folder(folder, tmp_path / "out")
 
 
+def test_a_peer_that_cannot_hold_the_weights_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_folder(tmp_path / "gated", decoder_config(**TINY, n_decoder_layers=1, gated=True))
+    entry = decode.Entry("a peer", "transformers", {"device": "cpu", "dtype": "float32", "n_threads": 1})
+    entry.options["compile_too"] = False
+    with decode.started(folder, [entry]) as running:
+        assert running == []
+    assert "left out: " in capsys.readouterr().err
+
+
 def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--tiny", "--device", "cpu", "--threads", "1", "--weights", "shapes", "--tasks", "generate"]
     threads = torch.get_num_threads()

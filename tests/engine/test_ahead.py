@@ -193,6 +193,7 @@ async def test_kernels_for_a_cpu_can_be_launched_ahead(causal: Checkpoint, causa
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 async def test_the_host_never_waits_for_a_gpu_but_to_read_a_step(
     tiny_folders: TinyFolders, causal_oracle: Checkpoint
 ) -> None:
