@@ -16,8 +16,8 @@ from model.tokenizer import Tokenizer
 
 # A word that the text has itself is passed over. The first ones are those that the shipped model copies best,
 # as the name of something (an address) or as a noun (a term); see docs/notes.md.
-_NAMES = ("Firefox", "CPU", "IBM", "UN", "DNA", "NASA", "GPS", "PHP")
-_NOUNS = ("CPU", "IBM", "UN", "DNA", "Firefox", "NASA", "GPS", "PHP")
+_NAMES = ("Firefox", "CPU", "DNA", "GPS", "PDF", "BBC", "FIFA", "EU")
+_NOUNS = ("CPU", "DNA", "GPS", "PDF", "Firefox", "FIFA", "BBC", "EU")
 MAX_HIDDEN = 4  # in one sentence: with more of them a beam of usual width loses the sentence
 _MAX_NUMBERS = 6
 _MAX_NESTING = 100  # of groups in a pattern; much more and it cannot be compiled

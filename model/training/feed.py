@@ -1,40 +1,46 @@
-"""Batches made ready beside the training, in processes of their own."""
+"""What a training reads, made ready beside it in processes of their own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
 
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from model.training.batches import Indices
-
-Batch = dict[str, Tensor]
-Place = tuple[int, Indices]  # the batch's number in the whole run, and its examples
+_P = TypeVar("_P")
+_T = TypeVar("_T")
 
 
-class _Collated(Dataset[Batch]):
-    """Batches by place: a pure function, so that any process may make any of them."""
+class _Made(Dataset[_T], Generic[_P, _T]):
+    """Things by place; what makes them is a pure function, so that any process may make any of them."""
 
-    def __init__(self, make: Callable[[Place], Batch]) -> None:
+    def __init__(self, make: Callable[[_P], _T]) -> None:
         self.make = make
 
-    def __getitem__(self, place: Place) -> Batch:
+    def __getitem__(self, place: _P) -> _T:
         return self.make(place)
 
 
-def collated(
-    make: Callable[[Place], Batch], places: Iterable[Place], workers: int, *, pin: bool
-) -> Iterator[Batch]:
-    """make(place) for each place, in order; some ahead of their turn in `workers` processes, 0 is none."""
+def _as_it_is(made: _T) -> _T:
+    return made
+
+
+def made_ahead(
+    make: Callable[[_P], _T], places: Iterable[_P], workers: int, *, ahead: int = 4, pin: bool = False
+) -> Iterator[_T]:
+    """make(place) for each place, in order; each of `workers` processes is `ahead` of its turn, 0 is none.
+
+    `pin` puts tensors into memory from which a GPU copies them while it computes.
+    """
     if workers == 0:
         return map(make, places)
-    loader: Iterable[Batch] = DataLoader(
-        _Collated(make),
+    loader: Iterable[_T] = DataLoader(
+        _Made(make),
         batch_size=None,
         sampler=places,  # they stand for indices
+        collate_fn=_as_it_is,
         num_workers=workers,
+        prefetch_factor=ahead,
         pin_memory=pin,
-        prefetch_factor=4,
     )
     return iter(loader)

@@ -6,9 +6,9 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,11 +29,14 @@ from model.models import Model
 from model.tokenizer import Tokenizer
 from model.training.batches import Indices
 from model.training.dropout import share_dropout
-from model.training.feed import Batch, Place, collated
+from model.training.feed import made_ahead
 from model.training.loss import compile_loss
 from model.training.muon import BatchedMuon
 from model.training.products import use_plain_products
 from model.training.schedule import Schedule
+
+Batch = dict[str, Tensor]
+Place = tuple[int, Indices]  # a batch's number in the whole run, and its examples
 
 
 class Task(Protocol):
@@ -292,33 +295,21 @@ class Trainer:
 
     def batches_from(self, step: int) -> Iterator[Batch]:
         """The batches of this process, from a step on: epoch after epoch."""
+        make = partial(_collate, self.task, self.options.seed)
         pin = self.device.type == "cuda"
-        return collated(self._collate, self._places_from(step), self.options.workers, pin=pin)
-
-    def _collate(self, place: Place) -> Batch:
-        index, batch = place
-        return self.task.collate(batch, np.random.default_rng((self.options.seed, 2, index)))
+        return made_ahead(make, self._places_from(step), self.options.workers, pin=pin)
 
     def _places_from(self, step: int) -> Iterator[Place]:
         first, index = step * self.options.accumulate * self.world, 0
-        for batches in self._epochs():
+        # Another process draws the next epoch's batches while this one's are read.
+        for batches in made_ahead(self.task.batches, count(), min(1, self.options.workers), ahead=1):
+            if not batches:
+                raise ValueError("the training data holds no batch: is the shard empty?")
             for offset in range(max(0, first - index), len(batches)):
                 position = index + offset
                 if position % self.world == self.rank:
                     yield position, batches[offset]
             index += len(batches)
-
-    def _epochs(self) -> Iterator[list[Indices]]:
-        """The batches of one epoch after the other; the next one's are drawn while workers collate."""
-        ahead = 1 if self.options.workers else 0
-        with ThreadPoolExecutor(1) as pool:
-            coming = [pool.submit(self.task.batches, epoch) for epoch in range(ahead)]
-            for epoch in count():
-                coming.append(pool.submit(self.task.batches, epoch + ahead))
-                batches = coming.pop(0).result()
-                if not batches:
-                    raise ValueError("the training data holds no batch: is the shard empty?")
-                yield batches
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:
@@ -345,6 +336,11 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+def _collate(task: Task, seed: int, place: Place) -> Batch:
+    index, batch = place
+    return task.collate(batch, np.random.default_rng((seed, 2, index)))
 
 
 def _optimizer_state(tensors: dict[str, Tensor], prefix: str) -> dict[int, dict[str, Tensor]]:

@@ -25,8 +25,7 @@ from model.sampling import BeamParams
 from model.tokenizer import Tokenizer
 from model.training.batches import Indices
 from model.training.evaluate import read_parallel, write_card
-from model.training.feed import Batch
-from model.training.loop import Options, Task, Trainer
+from model.training.loop import Batch, Options, Task, Trainer
 from model.training.rnn import RNNConfig, RNNTranslator, greedy
 from model.training.schedule import Schedule
 from model.training.scores import DIRECTIONS, Row, markdown_table

@@ -97,12 +97,12 @@ def test_hidden_and_restored() -> None:
     marked = replace_runs(text, [(s.start, s.stop, mark) for s in spans]).text
     hidden, _ = shield(marked, mark, spans, byte_tokenizer())
     # The text has a Firefox of its own.
-    assert hidden.text == "Firefox: CPU, 1,250 books from the IBM"
+    assert hidden.text == "Firefox: CPU, 1,250 books from the DNA"
     assert [phrase.once for phrase in hidden.phrases] == [True, True, False]
-    assert hidden.restore("CPU는 IBM을 1,250") == "www.a.org는 가게를 1,250"
-    assert hidden.unmet("CPU는 IBM을 1,250") == []
-    assert hidden.restore("xIBMCPU CPUs") == "x가게www.a.org www.a.orgs"
-    assert hidden.unmet("XCPU는 IBMS 11,250 Firefox") == ["www.a.org", "shop", "1,250"]
+    assert hidden.restore("CPU는 DNA을 1,250") == "www.a.org는 가게를 1,250"
+    assert hidden.unmet("CPU는 DNA을 1,250") == []
+    assert hidden.restore("xDNACPU CPUs") == "x가게www.a.org www.a.orgs"
+    assert hidden.unmet("XCPU는 DNAS 11,250 Firefox") == ["www.a.org", "shop", "1,250"]
 
 
 def test_numbers_are_none_within_others() -> None:
@@ -123,7 +123,7 @@ def test_months_are_no_numbers() -> None:
 
 
 def test_so_many_can_be_hidden_whatever_the_text_says() -> None:
-    words = "cpu IBM un DNA Firefox NASA gps PHP QX2"
+    words = "cpu DNA pdf BBC Firefox FIFA gps EU QX2"
     text = " ".join((words, *["\U000f0000"] * MAX_HIDDEN))
     spans = find_spans(" ".join(["a@b.cd"] * MAX_HIDDEN), None)
     hidden, _ = shield(text, "\U000f0000", spans, byte_tokenizer())

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from model.models import build_model
 from model.tokenizer import Tokenizer
-from model.training.feed import Batch
-from model.training.loop import Options, Task, Trainer
+from model.training.loop import Batch, Options, Task, Trainer
 from model.training.masked import MaskedTask
 from model.training.shards import Document, Shard, write_shard
 from model.training.translate import TranslateTask
