@@ -20,6 +20,8 @@ PAGES     := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_MMAP_THRESHOLD_=400000
 TRAIN     := $(PAGES) $(PY) -m model.training
 RECIPES   := model/training/recipes
 FROM      = --data "$(DATA)" --tokenizer "$(RUNS)/tokenizer"
+# A second part is a run of its own: it reads other packs and goes on from other weights.
+PART      = $(if $(filter cpu gpu,$(SIZE)),,-$(SIZE))
 CODE      := $(wildcard app model tests benchmarks)
 PINS      := pyproject.toml constraints.txt
 FOR_SERVE := $(VENV)/.installed-serve
@@ -66,7 +68,7 @@ format: $(FOR_DEV) ## put the code in its one format
 bench-gpu: ## what a GPU reaches, beside the peers that are installed: some minutes (PY=python for another interpreter)
 	$(PY) -m benchmarks.roofline --device cuda
 	$(PY) -m benchmarks.decode --device cuda --tasks generate --weights shipped --sequences 1 64 --no-compile
-	$(PY) -m benchmarks.decode --device cuda --tasks translate --weights shipped --sequences 1 32 --no-compile
+	$(PY) -m benchmarks.decode --device cuda --tasks translate --weights shapes shipped --sequences 1 32 --no-compile
 
 peers: $(FOR_BENCH) ## install what the benchmarks compare with (docs/performance.md)
 
@@ -75,13 +77,13 @@ train-tokenizer: $(FOR_TRAIN) ## train the shared tokenizer on the packs in DATA
 	    --out "$(RUNS)/tokenizer" $(ARGS)
 
 train-masked: $(FOR_TRAIN) ## train the masked model and its next-sentence head
-	$(TRAIN) masked --recipe $(RECIPES)/masked-$(SIZE).toml --run "$(RUNS)/masked" $(FROM) $(ARGS)
+	$(TRAIN) masked --recipe $(RECIPES)/masked-$(SIZE).toml --run "$(RUNS)/masked$(PART)" $(FROM) $(ARGS)
 
 train-causal: $(FOR_TRAIN) ## train the generation model
-	$(TRAIN) causal --recipe $(RECIPES)/causal-$(SIZE).toml --run "$(RUNS)/causal" $(FROM) $(ARGS)
+	$(TRAIN) causal --recipe $(RECIPES)/causal-$(SIZE).toml --run "$(RUNS)/causal$(PART)" $(FROM) $(ARGS)
 
 train-translate: $(FOR_TRAIN) ## train the translator, both directions in one model
-	$(TRAIN) translate --recipe $(RECIPES)/translate-$(SIZE).toml --run "$(RUNS)/translate" $(FROM) $(ARGS)
+	$(TRAIN) translate --recipe $(RECIPES)/translate-$(SIZE).toml --run "$(RUNS)/translate$(PART)" $(FROM) $(ARGS)
 
 evaluate: $(FOR_TRAIN) ## measure a model and write its card (ARGS=...)
 	$(TRAIN) evaluate $(ARGS)

@@ -237,16 +237,29 @@ def _decoder_spec(config: TransformerConfig, tensors: Tensors) -> Any:
 def _translator_spec(config: TransformerConfig, tensors: Tensors, start: int) -> Any:
     from ctranslate2.specs import transformer_spec
 
-    _check(config, architecture="translator")
-    spec = transformer_spec.TransformerSpec.from_config(
-        (config.n_encoder_layers, config.n_decoder_layers),
-        config.n_heads,
-        pre_norm=config.norm_first,
-        activation=_activation(config),
-    )
+    rotary = config.positions == "rotary"
+    _check(config, architecture="translator", positions="rotary" if rotary else "sinusoidal")
+    n_layers = {"encoder": config.n_encoder_layers, "decoder": config.n_decoder_layers}
+    makers = {
+        "encoder": transformer_spec.TransformerEncoderSpec,
+        "decoder": transformer_spec.TransformerDecoderSpec,
+    }
+    turning = {"rotary_dim": config.head_dim, "rotary_interleave": False, "rotary_base": config.rotary_base}
+    stacks = {
+        side: make(
+            n_layers[side],
+            config.n_heads,
+            pre_norm=config.norm_first,
+            activation=_activation(config),
+            **(turning if rotary else {}),
+        )
+        for side, make in makers.items()
+    }
+    spec = transformer_spec.TransformerSpec(**stacks)
     table = sinusoidal_table(config.max_len, config.d_model).numpy()
-    for side, stack in (("encoder", spec.encoder), ("decoder", spec.decoder)):
-        stack.position_encodings.encodings = table
+    for side, stack in stacks.items():
+        if not rotary:
+            stack.position_encodings.encodings = table
         _fill_stack(stack, tensors, side, config)
     vocabulary = [str(i) for i in range(config.vocab_size)]
     spec.register_source_vocabulary(vocabulary)

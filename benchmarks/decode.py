@@ -26,6 +26,7 @@ import torch
 from app.settings import Settings
 from benchmarks.arguments import add_device, check_device, command_line, make_parser
 from benchmarks.contestants import ContestantFailed, Outputs, Remote
+from benchmarks.convert import CannotConvert
 from benchmarks.machine import head, read_bandwidth
 from benchmarks.table import Table, spread
 from benchmarks.workload import SHIPPED, TINY, Case, decoder_config, make_case, make_folder, translator_config
@@ -89,7 +90,7 @@ def entries(task: str, arguments: argparse.Namespace) -> Iterator[Entry]:
 def started(folder: Path, wanted: list[Entry]) -> Iterator[list[Remote]]:
     """The contestants' processes; all ended at the end.
 
-    A peer that cannot hold the weights (no encoder-decoder of theirs has rotary positions) is left out.
+    A peer that cannot hold the weights (Marian and Pegasus have no rotary positions) is left out.
     """
     running: list[Remote] = []
     try:
@@ -97,17 +98,14 @@ def started(folder: Path, wanted: list[Entry]) -> Iterator[list[Remote]]:
             try:
                 running.append(Remote(entry.name, entry.kind, folder, entry.options))
             except ContestantFailed as error:
-                if entry.kind == "engine":
+                reason = str(error).strip().rpartition("\n")[2]
+                if CannotConvert.__name__ not in reason:
                     raise
-                print(f"left out: {_last_line(error)}", file=sys.stderr, flush=True)
+                print(f"left out: {entry.name}: {reason}", file=sys.stderr, flush=True)
         yield running
     finally:
         for remote in running:
             remote.close()
-
-
-def _last_line(error: ContestantFailed) -> str:
-    return str(error).strip().rpartition("\n")[2]
 
 
 def measure(case: Case, contestants: list[Remote], rounds: int) -> dict[str, Score]:

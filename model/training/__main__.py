@@ -23,6 +23,7 @@ from model.tokenizer import Tokenizer
 from model.training import prepare
 from model.training.average import add_average_arguments, average_command
 from model.training.back_translate import add_back_translate_arguments, back_translate_command
+from model.training.batches import WIDTH_STEP
 from model.training.causal import CausalTask
 from model.training.classify import add_classify_arguments, classify_command
 from model.training.evaluate import add_evaluate_arguments, evaluate_command
@@ -112,6 +113,8 @@ def _train(arguments: argparse.Namespace) -> int:
     recipe = read_recipe(arguments.recipe, arguments.set)
     tokenizer = Tokenizer.load(arguments.tokenizer)
     options = _options(recipe["train"])
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit("[train] device: the recipe wants CUDA, which is not here (--set 'device=\"cpu\"')")
     config = model_config(arguments.command, recipe["model"], tokenizer)
     task, held = (
         make_task(arguments, recipe["data"], tokenizer, options.seed, held=h) for h in (False, True)
@@ -177,14 +180,14 @@ def make_task(
     """The task over its shard, which is written when it is not there yet."""
     shard = _shard(arguments, data, tokenizer, held=held)
     common: dict[str, Any] = {"budget": data["batch_tokens"], "max_len": data["max_len"], "seed": seed}
-    step = {"width_step": data["width_step"]} if "width_step" in data else {}
+    width = {"width_step": data.get("width_step", WIDTH_STEP)}
     if ARCHITECTURES[arguments.command] == "translator":
         weights = {"": 1.0} if held else data["weights"]
         noise = 0.0 if held else data.get("noise", 0.15)
-        return TranslateTask(shard, tokenizer, weights=weights, noise=noise, **common, **step)
+        return TranslateTask(shard, tokenizer, weights=weights, noise=noise, **common, **width)
     common["weights"] = None if held else data.get("weights")
     if arguments.command == "masked":
-        return MaskedTask(shard, tokenizer, mask_ratio=data.get("mask_ratio", 0.15), **common, **step)
+        return MaskedTask(shard, tokenizer, mask_ratio=data.get("mask_ratio", 0.15), **common, **width)
     return CausalTask(shard, tokenizer, **common)
 
 

@@ -69,6 +69,8 @@ def _run(arguments: argparse.Namespace) -> tuple[int, int]:
         raise CheckpointError(f"{arguments.model}: not a translator")
     room = min(arguments.max_new_tokens, checkpoint.config.max_len)
     params = BeamParams(arguments.beams, max_new_tokens=room)
+    if not 0 < arguments.keep <= 1:
+        raise ValueError(f"--keep {arguments.keep:g}: a share above 0, at most 1")
     target = OTHER[arguments.language]
     output = Output(arguments.out)
     texts = sentences(arguments.text, arguments.share, arguments.min_chars, arguments.max_chars)

@@ -110,8 +110,7 @@ class _TaskLoss(nn.Module):
 
 def _compile_blocks(model: Model) -> None:
     """Compile each layer on its own: equal layers share one compilation. Pays on a GPU, not on a CPU."""
-    # Sources and targets of one width, now and then, are no case of their own; encoder, decoder, training
-    # and evaluation are.
+    # Sources and targets of one width, now and then, are no case of their own; encoder and decoder are.
     shapes.use_duck_shape = False
     dynamo.recompile_limit = 32
     for module in model.modules():
@@ -138,6 +137,8 @@ class Trainer:
     ) -> None:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device(options.device)
+        if self.world > 1 and options.minutes:
+            raise ValueError("[train] minutes: several processes have a clock each; give them steps")
         if self.world > 1:
             torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             if self.device.type == "cuda":
@@ -156,8 +157,6 @@ class Trainer:
         if self.world > 1:
             # A batch without a second sentence leaves the next-sentence head unused.
             self.runner = DistributedDataParallel(self.runner, find_unused_parameters=True)
-        if self.world > 1 and options.minutes:
-            raise ValueError("[train] minutes: several processes have a clock each; give them steps")
         self.optimizers = make_optimizers(model, options)
         self.schedule = Schedule(options.steps, options.warmup, options.decay)
         self.step = 0
@@ -319,7 +318,8 @@ class Trainer:
     def _to_device(self, batch: Batch) -> Batch:
         if self.device.type != "cuda":
             return batch
-        return {name: t.to(self.device, non_blocking=True) for name, t in batch.items()}
+        pinned = {name: t if t.is_pinned() else t.pin_memory() for name, t in batch.items()}
+        return {name: t.to(self.device, non_blocking=True) for name, t in pinned.items()}
 
     def _log(self, bar: Any) -> None:
         mean = float(torch.stack(self.losses[-self.options.log_every :]).mean())

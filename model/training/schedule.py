@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step."""
+"""The learning rate as a pure function of how far a run is: steps, or the share of its time."""
 
 from __future__ import annotations
 

@@ -36,6 +36,10 @@ class Shard:
         if len(self.tokens) != self.units[-1] or len(self.units) - 1 != self.docs[-1]:
             raise ValueError(f"{folder}: tokens.bin and its offsets do not fit together; write it again")
 
+    def __reduce__(self) -> tuple[type[Shard], tuple[Path]]:
+        """Another process maps the same files, and copies nothing."""
+        return Shard, (self.folder,)
+
     def __len__(self) -> int:
         return len(self.docs) - 1
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import decode
-from benchmarks.contestants import Engine
+from benchmarks.contestants import ContestantFailed, Engine
 from benchmarks.convert import CannotConvert, ctranslate2_folder, start_id
 from benchmarks.table import percentile, spread
 from benchmarks.workload import decoder_config, filler_tokenizer, make_case, make_folder, translator_config
@@ -73,6 +73,18 @@ def test_peers_compute_the_same_function(task: str, folder: Path, peer: str) -> 
     assert found.run(case)[0] == [expected(task, folder, prompt, 6) for prompt in case.prompts]
 
 
+def test_a_translator_with_rotary_positions_as_the_one_that_ships(tmp_path: Path) -> None:
+    pytest.importorskip("ctranslate2")
+    from benchmarks.contestants import CTranslate2
+
+    sizes = TINY | {"n_encoder_layers": 3, "n_decoder_layers": 2}
+    config = translator_config(**sizes, positions="rotary", norm_first=True, activation="relu")
+    folder = make_folder(tmp_path / "rotary", config)
+    case = make_case("translate", folder, 3, 12, 6, text=False)
+    found = CTranslate2(folder, "cpu", "float32", 1)
+    assert found.run(case)[0] == [expected("translate", folder, prompt, 6) for prompt in case.prompts]
+
+
 def test_what_a_peer_cannot_express_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("ctranslate2")
     folder = make_folder(tmp_path / "gated", decoder_config(**TINY, n_decoder_layers=1, gated=True))
@@ -83,12 +95,17 @@ def test_what_a_peer_cannot_express_is_refused(tmp_path: Path) -> None:
 def test_a_peer_that_cannot_hold_the_weights_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("transformers")
     folder = make_folder(tmp_path / "gated", decoder_config(**TINY, n_decoder_layers=1, gated=True))
     entry = decode.Entry("a peer", "transformers", {"device": "cpu", "dtype": "float32", "n_threads": 1})
     entry.options["compile_too"] = False
     with decode.started(folder, [entry]) as running:
         assert running == []
-    assert "left out: " in capsys.readouterr().err
+    assert "left out: a peer: " in (said := capsys.readouterr().err)
+    assert "gated is True" in said
+    entry.options["nonsense"] = 1
+    with pytest.raises(ContestantFailed, match="nonsense"), decode.started(folder, [entry]):
+        pass
 
 
 def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:

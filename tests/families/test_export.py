@@ -103,7 +103,7 @@ def test_a_translators_own_loop_there(tokenizer: Tokenizer, tmp_path: Path) -> N
 
 
 def test_the_translator_that_ships_stays(tmp_path: Path) -> None:
-    """No encoder-decoder of that library turns its queries and keys."""
+    """Pegasus does not turn its queries and keys."""
     with pytest.raises(ExportError, match="positions is 'rotary', but Pegasus"):
         export(WEIGHTS / "translate", tmp_path / "theirs")
 

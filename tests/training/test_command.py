@@ -102,3 +102,14 @@ def test_the_shipped_recipes_build(path: Path, tokenizer: Tokenizer) -> None:
         assert STORIES not in recipe["data"].get("pairs", [])
     assert options.warmup < options.steps
     assert recipe["data"]["max_len"] <= recipe["model"]["max_len"]
+
+
+def test_a_recipe_for_cuda_says_so_at_once(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.save(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = ["causal", "--recipe", str(RECIPES / "causal-gpu.toml"), "--tokenizer", str(tmp_path)]
+    with pytest.raises(SystemExit, match="wants CUDA"):
+        main([*words, "--data", str(tmp_path), "--run", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from torch import nn
 from model.tokenizer import Tokenizer
 from model.training.muon import BatchedMuon
 from model.training.schedule import Schedule
+from model.training.shards import write_shard
 from tests.training.tiny_run import OPTIONS, make_trainer
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # Python 3.12 on
 def test_batches_from_workers_train_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
     losses = []
     for workers in (0, 2):
@@ -69,3 +72,19 @@ def test_matrices_in_stacks_learn_as_one_by_one() -> None:
     for one, other in zip(singly, stacked, strict=True):
         torch.testing.assert_close(one, other, atol=2e-3, rtol=0)
     assert optimizers[0].state_dict()["state"].keys() == optimizers[1].state_dict()["state"].keys()
+
+
+def test_another_process_maps_a_shard_anew(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "shard", tokenizer, [("written", ["I go home."])])
+    sent = pickle.dumps(shard)
+    assert len(sent) < 500
+    assert pickle.loads(sent).unit(0).tolist() == shard.unit(0).tolist()
+
+
+def test_minutes_are_for_one_process(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.save(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="a clock each"):
+        make_trainer(tmp_path, "masked", replace(OPTIONS, minutes=1.0))

@@ -171,3 +171,10 @@ def test_the_shipped_recipe_is_whole() -> None:
     recipe = Recipe.read(RECIPE)
     assert recipe.labels == ["negative", "positive"]
     assert sorted(recipe.few) == [100, 1000]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPE.parent.glob("classify*.toml")), ids=lambda path: path.stem)
+def test_the_shipped_recipes_read(path: Path) -> None:
+    recipe = Recipe.read(path)
+    assert recipe.labels == ["negative", "positive"]
+    assert recipe.few[100].seeds == 3
