@@ -8,6 +8,7 @@ search is made to say it.
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import chain, count
 from os.path import commonprefix
 
@@ -26,6 +27,7 @@ _PARTICLES = (
     "들?(?:이라고|라고|입니다|이에요|예요|이었다|였다|이다|에게서|에게|에서|에는|에도|에|으로|로|까지|부터|처럼|보다|이나|"
     "한테|께서|께|은|는|이|가|을|를|의|와|과|도|만|나|들){0,2}(?![가-힣])"
 )
+_ONLY_PARTICLES = re.compile(_PARTICLES)
 _ADDRESS_CHARS = r"[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]"
 _KEPT = re.compile(
     # A path may go on in other letters, unless that is but a particle after the address.
@@ -39,6 +41,21 @@ _KEPT = re.compile(
 # Not the number of a month (12월), which is a name in other languages.
 _NUMBER = re.compile(r"(?<![\w.,])(?:\d{1,3}(?:,\d{3})+|\d{2,}|\d(?=\.\d))(?:\.\d+)?(?![.,]?\d|월)")
 _LETTER = re.compile(r"[^\W\d_]")
+# A number with a word of magnitude. The languages count by other powers (만 is ten thousand), so that neither the
+# digits nor the word may stay; what stands for it is a small number, which takes the right counter.
+_FIGURE = r"\d+(?:,\d{3})*(?:\.\d+)?"
+_AMOUNTS = {
+    "ko": re.compile(rf"(?<![\w.,])({_FIGURE})[ -](thousand|million|billion|trillion)(?![A-Za-z])"),
+    "en": re.compile(
+        rf"(?<![\w.,제])(?:{_FIGURE} ?[천백십]?(?:만(?!큼)|억|조(?=\s?(?:\d|원|달러|엔|위안|유로))) ?)+"
+        rf"(?:{_FIGURE}천?(?![\d년월일]))?(?![\d.,]\d)"
+    ),
+}
+_PART = re.compile(rf"({_FIGURE}) ?([천백십]?)([만억조]?)")
+_POWERS = {"": 0, "십": 1, "백": 2, "천": 3, "만": 4, "억": 8, "조": 12} | {
+    "thousand": 3, "million": 6, "billion": 9, "trillion": 12,
+}  # fmt: skip
+_SMALL = ("37", "48", "26", "59", "64", "73", "85", "92")  # what stands for amounts
 # What ends a sentence or closes a bracket around an address is not part of it.
 _AFTER_ADDRESS = ".,;:!?'\"*_~"
 
@@ -47,7 +64,8 @@ _AFTER_ADDRESS = ".,;:!?'\"*_~"
 class Span:
     """Characters [start, stop) of a text, and what is to stand in their place, as it is.
 
-    A noun is hidden behind a noun, and markup is not escaped where the text becomes HTML.
+    A noun is hidden behind a noun, an amount behind a number, and markup is not escaped where the text
+    becomes HTML.
     """
 
     start: int
@@ -56,6 +74,7 @@ class Span:
     output: str
     is_noun: bool = False
     is_markup: bool = False
+    is_amount: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,9 +141,10 @@ def _branches(rests: Sequence[tuple[str, str]], depth: int = 0) -> str:
     return "|".join([*branches, *ends])
 
 
-def find_spans(text: str, glossary: Glossary | None) -> list[Span]:
-    """Addresses, code, figures and terms, in order, none within another."""
+def find_spans(text: str, glossary: Glossary | None, target: str = "") -> list[Span]:
+    """Addresses, code, figures and terms, in order, none within another; amounts where `target` is known."""
     found = [_trim(match) for match in _KEPT.finditer(text)]
+    found += _amounts(text, target)
     if glossary is not None:
         found += glossary.spans(text)
     spans: list[Span] = []
@@ -133,6 +153,43 @@ def find_spans(text: str, glossary: Glossary | None) -> list[Span]:
         if not spans or span.start >= spans[-1].stop:
             spans.append(span)
     return spans
+
+
+def _amounts(text: str, target: str) -> Iterable[Span]:
+    """Amounts of the other language, each with what it is in the target language."""
+    for match in _AMOUNTS[target].finditer(text) if target in _AMOUNTS else ():
+        source = match.group().rstrip()
+        value = _korean_value(source) if target == "en" else _value(match[1], match[2])
+        if value == int(value):
+            output = in_english(int(value)) if target == "en" else in_korean(int(value))
+            yield Span(match.start(), match.start() + len(source), source, output, is_amount=True)
+
+
+def _value(figure: str, *words: str) -> Decimal:
+    return Decimal(figure.replace(",", "")).scaleb(sum(_POWERS[word] for word in words))
+
+
+def _korean_value(text: str) -> Decimal:
+    """1조 2,500억 -> 1,250,000,000,000."""
+    return sum((_value(*match.groups()) for match in _PART.finditer(text)), Decimal(0))
+
+
+def in_english(value: int) -> str:
+    """9,400,000 -> 9.4 million: from a million on, where two decimals are enough."""
+    for word in ("trillion", "billion", "million"):
+        unit = 10 ** _POWERS[word]
+        if value >= unit and value % (unit // 100) == 0:
+            return f"{Decimal(value) / unit:f} {word}"
+    return f"{value:,}"
+
+
+def in_korean(value: int) -> str:
+    """1,250,000,000,000 -> 1조 2,500억."""
+    parts = []
+    for word in ("조", "억", "만"):
+        n, value = divmod(value, 10 ** _POWERS[word])
+        parts += [f"{n:,}{word}"] if n else []
+    return " ".join([*parts, *([f"{value:,}"] if value or not parts else [])])
 
 
 def _trim(match: re.Match[str]) -> Span:
@@ -235,7 +292,7 @@ class Shield:
         text = translated[start:stop]
         before = next((word for word in self.hidden if translated.endswith(word, 0, start)), None)
         if text not in self.hidden:
-            return text if before is None else agree(self.hidden[before].output, text)
+            return text if before is None else _behind(self.hidden[before], text)
         shown = output(self.hidden[text])
         # Two figures in a row would make another one.
         is_figure = before is not None and self.hidden[before].output[-1].isdigit() and shown[0].isdigit()
@@ -257,27 +314,39 @@ class Shield:
 def shield(text: str, mark: str, spans: list[Span], tokenizer: Tokenizer) -> tuple[Shield, Edited]:
     """Hide spans, which stand in the text as marks, in this order; `MAX_HIDDEN` of them at most."""
     hidden: dict[str, Span] = {}
-    lower = text.lower()
+    lower = text.lower()  # what stands for something must not be in it
     runs: list[tuple[int, int, str]] = []
     at = -1
     for span in spans:
-        words = chain(_NOUNS if span.is_noun else _NAMES, (f"QX{i}" for i in count(1)))
+        if span.is_amount:
+            words = chain(_SMALL, map(str, count(101)))
+        else:
+            words = chain(_NOUNS if span.is_noun else _NAMES, (f"QX{i}" for i in count(1)))
         word = next(word for word in words if word not in hidden and word.lower() not in lower)
         at = text.index(mark, at + 1)
         hidden[word] = span
         runs.append((at, at + 1, word))
     edited = replace_runs(text, runs)
-    numbers = tuple(dict.fromkeys(match.group() for match in _NUMBER.finditer(edited.text)))[:_MAX_NUMBERS]
-    phrases = [_phrase(tokenizer, word, is_number=False) for word in hidden]
-    phrases += [_phrase(tokenizer, number, is_number=True) for number in numbers]
+    found = dict.fromkeys(match.group() for match in _NUMBER.finditer(edited.text))
+    numbers = tuple(number for number in found if number not in hidden)[:_MAX_NUMBERS]
+    phrases = [_phrase(tokenizer, word, once=True, is_number=span.is_amount) for word, span in hidden.items()]
+    phrases += [_phrase(tokenizer, number, once=False, is_number=True) for number in numbers]
     return Shield(edited.text, hidden, numbers, tuple(phrases)), edited
 
 
-def _phrase(tokenizer: Tokenizer, text: str, *, is_number: bool) -> Phrase:
+def _behind(span: Span, text: str) -> str:
+    """What follows a hidden span: its particle in agreement, a counter apart from a word of magnitude."""
+    agreed = agree(span.output, text)
+    if span.is_amount and span.output[-1] in "만억조" and "가" <= text[0] <= "힣":
+        return agreed if _ONLY_PARTICLES.match(text) else f" {agreed}"
+    return agreed
+
+
+def _phrase(tokenizer: Tokenizer, text: str, *, once: bool, is_number: bool) -> Phrase:
     spellings = dict.fromkeys((tuple(tokenizer.encode(f" {text}")), tuple(tokenizer.encode(text))))
     # Another digit makes another number; and a model may stutter, "NASAASA".
     apart = tokenizer.digit_ids if is_number else frozenset(token for ids in spellings for token in ids)
-    return Phrase(tuple(spellings), once=not is_number, apart=apart)
+    return Phrase(tuple(spellings), once=once, apart=apart)
 
 
 def _has_number(number: str, text: str) -> bool:

@@ -285,7 +285,7 @@ class _Drafting:
 
     def draft(self, segment: Segment) -> list[str | _Draft]:
         """The sentences of a segment, and between them white space and tags that go around several."""
-        mark, own = segment.mark, find_spans(segment.text, self.form.glossary)
+        mark, own = segment.mark, find_spans(segment.text, self.form.glossary, iso_code(self.tgt))
         marked = replace_runs(segment.text, [(span.start, span.stop, mark) for span in own])
         spans = sorted([*segment.spans, *own], key=lambda span: span.start)
         parts = self._parts(marked.text, mark)

@@ -157,3 +157,53 @@ def test_a_term_with_its_article_replaces_the_article() -> None:
 )
 def test_particles_agree(word: str, after: str, agreed: str) -> None:
     assert agree(word, after) == agreed
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "amounts"),
+    [
+        ("월급이 300만 원이다.", "en", [("300만", "3 million")]),
+        ("15만 명이 1조 2,500억 원을", "en", [("15만", "150,000"), ("1조 2,500억", "1.25 trillion")]),
+        (
+            "1만 2천 명과 5천만 원, 1.5억 달러",
+            "en",
+            [("1만 2천", "12,000"), ("5천만", "50 million"), ("1.5억", "150 million")],
+        ),
+        ("3,456만 7,890원", "en", [("3,456만 7,890", "34,567,890")]),
+        ("제1조 2항, 1조는 왼쪽, 3만큼, 만 3세, 2024년", "en", []),
+        ("3만 명 2024년 3만 2024년", "en", [("3만", "30,000"), ("3만", "30,000")]),
+        (
+            "It lost $1.5 billion and 51.7 million won.",
+            "ko",
+            [("1.5 billion", "15억"), ("51.7 million", "5,170만")],
+        ),
+        (
+            "120 million, 1.2345 million, 15 thousand",
+            "ko",
+            [("120 million", "1억 2,000만"), ("1.2345 million", "123만 4,500"), ("15 thousand", "1만 5,000")],
+        ),
+        ("a million, 3 millionaires, 1.00000001 million", "ko", []),
+        ("월급이 300만 원이다.", "fr", []),
+        ("300만 and 3 million", "", []),
+    ],
+)
+def test_amounts_change_their_powers(text: str, target: str, amounts: list[tuple[str, str]]) -> None:
+    spans = find_spans(text, None, target)
+    assert [(span.source, span.output) for span in spans] == amounts
+    assert [text[span.start : span.stop] for span in spans] == [source for source, _ in amounts]
+
+
+def test_an_amount_stands_behind_a_small_number_that_the_text_has_not() -> None:
+    text = "37 books for 3 million won and 1,250"
+    mark = unused_mark(text)
+    spans = find_spans(text, None, "ko")
+    marked = replace_runs(text, [(s.start, s.stop, mark) for s in spans]).text
+    hidden, _ = shield(marked, mark, spans, byte_tokenizer())
+    assert hidden.text == "37 books for 48 won and 1,250"
+    assert hidden.numbers == ("37", "1,250")
+    assert [phrase.once for phrase in hidden.phrases] == [True, False, False]
+    assert hidden.restore("책 37권을 48원과 1,250에") == "책 37권을 300만 원과 1,250에"
+    assert hidden.restore("48을, 48까지, 48 원, 48") == "300만을, 300만까지, 300만 원, 300만"
+    assert hidden.unmet("37권, 148원, 1,250") == ["3 million"]
+    full = "37 48 26 59 64 73 85 92 \U000f0000"
+    assert list(shield(full, "\U000f0000", spans, byte_tokenizer())[0].hidden) == ["101"]
