@@ -41,7 +41,7 @@ _KEPT = re.compile(
 # Not the number of a month (12월), which is a name in other languages.
 _NUMBER = re.compile(r"(?<![\w.,])(?:\d{1,3}(?:,\d{3})+|\d{2,}|\d(?=\.\d))(?:\.\d+)?(?![.,]?\d|월)")
 _LETTER = re.compile(r"[^\W\d_]")
-# A number with a word of magnitude. The languages count by other powers (만 is ten thousand), so that neither the
+# A number with a word of magnitude. The languages count by other powers (만 is ten thousand): neither the
 # digits nor the word may stay; what stands for it is a small number, which takes the right counter.
 _FIGURE = r"\d+(?:,\d{3})*(?:\.\d+)?"
 _AMOUNTS = {
