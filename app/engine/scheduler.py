@@ -6,13 +6,15 @@ places, and the caller moves the cache accordingly.
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import bisect_right, insort
 from collections.abc import Iterable
 from typing import Protocol
 
 from app.engine.sequence import Sequence, SequenceStatus
 
 Moves = list[tuple[int, int]]  # (source row, target row); no row is both
+# Each further sequence of a request waits as if so many others had been admitted since the one before it.
+_STRIDE = 8
 
 
 class QueueLimits(Protocol):
@@ -30,14 +32,20 @@ def fits(n_items: int, n_tokens: int, limits: QueueLimits) -> bool:
 
 
 class Scheduler:
-    """First come, first served, within rows and a budget of padded prompt tokens per admission."""
+    """First come, first served, within rows and a budget of padded prompt tokens per admission.
+
+    Who brings many sequences at once takes turns with those who come after: a text of a hundred sentences
+    must not hold up a sentence. Turns are counted in admissions; the n-th sequence of a request stands in
+    the queue where one would that came n strides later, so that in a crowd the text still has its turns.
+    """
 
     def __init__(
         self, *, n_slots: int, prefill_tokens: int, max_queue_items: int, max_queue_tokens: int
     ) -> None:
         self.n_slots, self.prefill_tokens = n_slots, prefill_tokens
         self.max_queue_items, self.max_queue_tokens = max_queue_items, max_queue_tokens
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []  # by turn, and by arrival among equal turns
+        self._n_admitted = 0
         self.running: list[Sequence] = []
         self.owners: list[Sequence] = []  # per active row
         self.waiting_tokens = 0
@@ -51,16 +59,21 @@ class Scheduler:
         return fits(len(self.waiting) + n_items, self.waiting_tokens + n_tokens, self)
 
     def add(self, sequences: Iterable[Sequence]) -> None:
-        """Append to the queue; ask `has_room` first."""
-        for sequence in sequences:
-            self.waiting.append(sequence)
+        """Queue what one request brings; ask `has_room` first."""
+        for place, sequence in enumerate(sequences):
+            sequence.turn = self._n_admitted + place * _STRIDE
+            insort(self.waiting, sequence, key=_turn)
             self.waiting_tokens += sequence.n_prompt_tokens
+
+    def n_before(self, n_items: int) -> int:
+        """How many of those that wait would be admitted before the last of so many new ones."""
+        return bisect_right(self.waiting, self._n_admitted + (n_items - 1) * _STRIDE, key=_turn)
 
     def drop_aborted(self) -> list[Sequence]:
         """Take the aborted out of the queue and return them."""
         gone = [sequence for sequence in self.waiting if sequence.aborted]
         if gone:
-            self.waiting = deque(sequence for sequence in self.waiting if not sequence.aborted)
+            self.waiting = [sequence for sequence in self.waiting if not sequence.aborted]
             self.waiting_tokens -= sum(sequence.n_prompt_tokens for sequence in gone)
         return gone
 
@@ -78,7 +91,8 @@ class Scheduler:
             over_budget = longest * (len(admitted) + 1) > budget
             if head.n_rows > self.n_slots - self.n_active or (admitted and over_budget):
                 break
-            self.waiting.popleft()
+            self.waiting.pop(0)
+            self._n_admitted += 1
             self.waiting_tokens -= head.n_prompt_tokens
             head.rows = list(range(self.n_active, self.n_active + head.n_rows))
             head.status = SequenceStatus.RUNNING
@@ -119,3 +133,7 @@ class Scheduler:
             freed.discard(hole)
             moves.append((last, hole))
         return moves
+
+
+def _turn(sequence: Sequence) -> int:
+    return sequence.turn

@@ -86,6 +86,7 @@ class Sequence:
         self.seed = random.getrandbits(63) if seed is None else seed
         self.n_rows = params.num_beams if isinstance(params, BeamParams) else 1
         self.rows: list[int] = []
+        self.turn = 0  # in the queue; the scheduler sets it
         self.status = SequenceStatus.WAITING
         self.aborted = False
         self.prompt_logprobs_out: list[float | None] = []

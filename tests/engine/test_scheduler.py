@@ -157,3 +157,39 @@ def test_clear_forgets_everything() -> None:
     lane.admit()
     assert set(lane.clear()) == set(sequences)
     assert (lane.n_active, lane.waiting_tokens, list(lane.waiting), lane.running) == (0, 0, [], [])
+
+
+def test_a_sentence_does_not_wait_for_all_of_a_long_text() -> None:
+    lane = scheduler(2)
+    text, sentences = [make(1) for _ in range(30)], [make(1) for _ in range(4)]
+    lane.add(text)
+    first = lane.admit()
+    assert first == text[:2]
+    for sentence in sentences:
+        assert lane.n_before(1) == sum(each in sentences for each in lane.waiting)
+        lane.add([sentence])
+    assert lane.n_before(4) == 6  # two more of the text are due by then
+    lane.release(first)
+    assert lane.admit() == sentences[:2]
+
+
+def test_a_long_text_has_its_turns_in_a_crowd() -> None:
+    lane = scheduler(1)
+    text = [make(1) for _ in range(6)]
+    lane.add(text)
+    order: list[bool] = []
+    for _ in range(40):
+        lane.add([make(1), make(1)])  # more than can be served
+        (admitted,) = lane.admit()
+        order.append(admitted in text)
+        lane.release([admitted])
+    assert sum(order) >= 3
+
+
+def test_equal_turns_keep_the_order_of_arrival() -> None:
+    lane = scheduler(5)
+    sentences = [make(1) for _ in range(5)]
+    for sentence in sentences:
+        lane.add([sentence])
+    assert lane.admit() == sentences
+    assert lane.waiting == []
