@@ -44,17 +44,32 @@ _LETTER = re.compile(r"[^\W\d_]")
 # A number with a word of magnitude. The languages count by other powers (만 is ten thousand): neither the
 # digits nor the word may stay; what stands for it is a small number, which takes the right counter.
 _FIGURE = r"\d+(?:,\d{3})*(?:\.\d+)?"
+_SMALL_PARTS = r"(?:\d+ ?천 ?)?(?:\d+ ?백 ?)?(?:\d+ ?십 ?)?"
+_GROUP = rf"(?=\d){_SMALL_PARTS}(?:{_FIGURE})? ?"
+# 250조 1항 is a law's article, 3조 a group of people; money is what 조 counts, or more of the number follows.
+_TRILLIONS = r"조(?=\s?(?:\d[\d,.]*\s?[천백십]?\s?[억만]|원(?![칙문래고인])|달러|엔|위안|유로))"
+_NOT_ITS_END = r"%|시|분|초|주|개월|위|등|세|대|배|번|차|회|월|년|일"  # 10만 3개월: another number
+_REST = (
+    r"(?:\d+ ?천 ?(?:\d+ ?백 ?)?(?:\d+ ?십 ?)?(?:\d{1,3})?|\d+ ?백 ?(?:\d+ ?십 ?)?(?:\d{1,2})?"
+    rf"|(?<=[만억조])\d{{1,4}}|(?:\d{{1,3}}(?:,\d{{3}})+|\d{{3,4}})(?! ?(?:{_NOT_ITS_END})))"
+    r"(?!\d|[.,]\d| ?[천백십만억조])"
+)
 _AMOUNTS = {
-    "ko": re.compile(rf"(?<![\w.,])({_FIGURE})[ -](thousand|million|billion|trillion)(?![A-Za-z])"),
+    "ko": re.compile(
+        rf"(?<![\w.,])({_FIGURE})[ \u00a0\u202f-](thousand|million|billion|trillion)s?"
+        r"(?![A-Za-z]|[ -](?:million|billion|trillion))",
+        re.IGNORECASE,
+    ),
     "en": re.compile(
-        rf"(?<![\w.,제])(?:{_FIGURE} ?[천백십]?(?:만(?!큼)|억|조(?=\s?(?:\d|원|달러|엔|위안|유로))) ?)+"
-        rf"(?:{_FIGURE}천?(?![\d년월일]))?(?![\d.,]\d)"
+        rf"(?<![\w.,제])(?<!제 )(?<![천백십] )(?=[\d천백십,. ]{{1,40}}[만억조])"
+        rf"(?:{_GROUP}{_TRILLIONS} ?)?(?:{_GROUP}억 ?)?(?:{_GROUP}만(?!큼) ?)?(?:{_REST})?"
     ),
 }
-_PART = re.compile(rf"({_FIGURE}) ?([천백십]?)([만억조]?)")
-_POWERS = {"": 0, "십": 1, "백": 2, "천": 3, "만": 4, "억": 8, "조": 12} | {
-    "thousand": 3, "million": 6, "billion": 9, "trillion": 12,
-}  # fmt: skip
+_PART = re.compile(rf"(?=\d)(?:(\d+) ?천 ?)?(?:(\d+) ?백 ?)?(?:(\d+) ?십 ?)?({_FIGURE})? ?([만억조]?)")
+# Of a range (3~5만) only the end would be counted anew; and 만 may mean "only" (그림 3만).
+_BEFORE_NO_AMOUNT = re.compile(r"\d\s?(?:[~∼～–-]|to)\s?$|(?:그림|표|버전|문제|번호|딱|겨우)\s?$")
+_MAX_AMOUNT_DIGITS = 20  # more are no amount
+_POWERS = {"": 0, "만": 4, "억": 8, "조": 12, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _SMALL = ("37", "48", "26", "59", "64", "73", "85", "92")  # what stands for amounts
 # What ends a sentence or closes a bracket around an address is not part of it.
 _AFTER_ADDRESS = ".,;:!?'\"*_~"
@@ -144,9 +159,9 @@ def _branches(rests: Sequence[tuple[str, str]], depth: int = 0) -> str:
 def find_spans(text: str, glossary: Glossary | None, target: str = "") -> list[Span]:
     """Addresses, code, figures and terms, in order, none within another; amounts where `target` is known."""
     found = [_trim(match) for match in _KEPT.finditer(text)]
-    found += _amounts(text, target)
     if glossary is not None:
         found += glossary.spans(text)
+    found += _amounts(text, target)
     spans: list[Span] = []
     # Where two begin together, the longer one; an address before a term within it.
     for span in sorted(found, key=lambda s: (s.start, -s.stop)):
@@ -158,20 +173,27 @@ def find_spans(text: str, glossary: Glossary | None, target: str = "") -> list[S
 def _amounts(text: str, target: str) -> Iterable[Span]:
     """Amounts of the other language, each with what it is in the target language."""
     for match in _AMOUNTS[target].finditer(text) if target in _AMOUNTS else ():
-        source = match.group().rstrip()
-        value = _korean_value(source) if target == "en" else _value(match[1], match[2])
-        if value == int(value):
+        source, start = match.group().rstrip(), match.start()
+        before = text[max(0, start - 6) : start]
+        if len(re.sub(r"\D", "", source)) > _MAX_AMOUNT_DIGITS or _BEFORE_NO_AMOUNT.search(before):
+            continue
+        value = _korean_value(source) if target == "en" else _value(match[1], match[2].lower())
+        if value is not None and value == int(value):
             output = in_english(int(value)) if target == "en" else in_korean(int(value))
-            yield Span(match.start(), match.start() + len(source), source, output, is_amount=True)
+            yield Span(start, start + len(source), source, output, is_amount=True)
 
 
-def _value(figure: str, *words: str) -> Decimal:
-    return Decimal(figure.replace(",", "")).scaleb(sum(_POWERS[word] for word in words))
+def _value(figure: str | None, word: str) -> Decimal:
+    return Decimal((figure or "0").replace(",", "")).scaleb(_POWERS[word])
 
 
-def _korean_value(text: str) -> Decimal:
-    """1조 2,500억 -> 1,250,000,000,000."""
-    return sum((_value(*match.groups()) for match in _PART.finditer(text)), Decimal(0))
+def _korean_value(text: str) -> Decimal | None:
+    """1조 2,500억 -> 1,250,000,000,000; None where no word of magnitude is."""
+    total = Decimal(0)
+    for thousands, hundreds, tens, figure, word in _PART.findall(text):
+        small = 1000 * int(thousands or 0) + 100 * int(hundreds or 0) + 10 * int(tens or 0)
+        total += (small + _value(figure, "")).scaleb(_POWERS[word])
+    return total if any(word in text for word in "만억조") else None
 
 
 def in_english(value: int) -> str:
@@ -179,7 +201,7 @@ def in_english(value: int) -> str:
     for word in ("trillion", "billion", "million"):
         unit = 10 ** _POWERS[word]
         if value >= unit and value % (unit // 100) == 0:
-            return f"{Decimal(value) / unit:f} {word}"
+            return f"{Decimal(value) / unit:,f} {word}"
     return f"{value:,}"
 
 
@@ -308,7 +330,11 @@ class Shield:
         """Whole words; but one may follow another, or small letters, at once, and a noun may be several."""
         words = "|".join(self.hidden)
         before = "|".join(rf"(?<={word})" for word in self.hidden)
-        return re.compile(rf"(?:(?<![A-Z0-9])|{before})(?:{words})(?=(?:{words}|s?(?![A-Za-z0-9])))")
+        named = "|".join(word for word in self.hidden if not word.isdigit())
+        numbers = "|".join(word for word in self.hidden if word.isdigit())
+        whole = [rf"(?:(?<![A-Z0-9])|{before})(?:{named})(?=(?:{words}|s?(?![A-Za-z0-9])))"] if named else []
+        whole += [_as_number(rf"(?:{numbers})")] if numbers else []
+        return re.compile("|".join(whole))
 
 
 def shield(text: str, mark: str, spans: list[Span], tokenizer: Tokenizer) -> tuple[Shield, Edited]:
@@ -338,7 +364,7 @@ def _behind(span: Span, text: str) -> str:
     """What follows a hidden span: its particle in agreement, a counter apart from a word of magnitude."""
     agreed = agree(span.output, text)
     if span.is_amount and span.output[-1] in "만억조" and "가" <= text[0] <= "힣":
-        return agreed if _ONLY_PARTICLES.match(text) else f" {agreed}"
+        return agreed if _ONLY_PARTICLES.match(text) or text.startswith("여 ") else f" {agreed}"
     return agreed
 
 
@@ -351,7 +377,11 @@ def _phrase(tokenizer: Tokenizer, text: str, *, once: bool, is_number: bool) -> 
 
 def _has_number(number: str, text: str) -> bool:
     """Does it stand in the text, and not as a part of another number (12 in 12,000 or 3.12)?"""
-    return re.search(rf"(?<!\d)(?<!\d[.,]){re.escape(number)}(?![.,]?\d)", text) is not None
+    return re.search(_as_number(re.escape(number)), text) is not None
+
+
+def _as_number(pattern: str) -> str:
+    return rf"(?<!\d)(?<!\d[.,]){pattern}(?![.,]?\d)"
 
 
 # After a vowel, after a consonant.

@@ -96,7 +96,7 @@ class DecodeLane(ABC, Generic[Choice]):
             self.door.check()
             if not self.scheduler.has_room(len(sequences), n_tokens):
                 raise Overloaded(self.door.retry_after(len(self.scheduler.waiting)))
-            self.door.check_wait(self.scheduler.n_before(len(sequences)))
+            self.door.check_wait(self.scheduler.n_before(len(sequences)), len(self.scheduler.waiting))
             for sequence in sequences:
                 sequence.submitted_at = now
             self.scheduler.add(sequences)

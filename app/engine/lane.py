@@ -73,24 +73,28 @@ class Door:
         if len(self._ends) >= _TELLING_ENDS:
             self._last_pace = self._pace()
 
-    def check_wait(self, n_waiting: int) -> None:
-        """Raises `Overloaded` when as many items as wait now will take longer than the limit."""
-        seconds = self._wait_seconds(n_waiting)
+    def check_wait(self, n_before: int, n_waiting: int | None = None) -> None:
+        """Raises `Overloaded` when the items that come first will take longer than the limit.
+
+        `n_waiting` is how many wait, where some of them come later.
+        """
+        seconds = self._wait_seconds(n_before, n_waiting)
         if seconds > self.max_wait_seconds:
-            raise Overloaded(self.retry_after(n_waiting), f"the queue is {seconds:.0f} seconds long")
+            wait = min(MAX_RETRY_SECONDS, max(MIN_RETRY_SECONDS, seconds))
+            raise Overloaded(wait, f"the queue is {seconds:.0f} seconds long")
 
     def retry_after(self, n_waiting: int) -> float:
         """Seconds until as many items as wait now have probably ended, between 1 and 60."""
         return min(MAX_RETRY_SECONDS, max(MIN_RETRY_SECONDS, self._wait_seconds(n_waiting)))
 
-    def _wait_seconds(self, n_waiting: int) -> float:
+    def _wait_seconds(self, n_before: int, n_waiting: int | None = None) -> float:
         if len(self._ends) >= _TELLING_ENDS:
-            return n_waiting * self._pace()
+            return n_before * self._pace()
         # A burst begins with no end to go by: the pace of the last busy time is the best guess. What runs
         # side by side ends side by side, too: the time that one has taken so far is shared by all that run.
-        n_running = max(1, self.n_inside - n_waiting)
+        n_running = max(1, self.n_inside - (n_before if n_waiting is None else n_waiting))
         busy = (self._clock() - self._busy_since) if self.n_inside else 0.0
-        return n_waiting * max(busy / (len(self._ends) + n_running), self._last_pace)
+        return n_before * max(busy / (len(self._ends) + n_running), self._last_pace)
 
     def _pace(self) -> float:
         """Seconds an item, as if one more ended now."""

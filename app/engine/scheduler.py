@@ -45,7 +45,7 @@ class Scheduler:
         self.n_slots, self.prefill_tokens = n_slots, prefill_tokens
         self.max_queue_items, self.max_queue_tokens = max_queue_items, max_queue_tokens
         self.waiting: list[Sequence] = []  # by turn, and by arrival among equal turns
-        self._n_admitted = 0
+        self._clock = 0
         self.running: list[Sequence] = []
         self.owners: list[Sequence] = []  # per active row
         self.waiting_tokens = 0
@@ -61,13 +61,13 @@ class Scheduler:
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Queue what one request brings; ask `has_room` first."""
         for place, sequence in enumerate(sequences):
-            sequence.turn = self._n_admitted + place * _STRIDE
+            sequence.turn = self._clock + place * _STRIDE
             insort(self.waiting, sequence, key=_turn)
             self.waiting_tokens += sequence.n_prompt_tokens
 
     def n_before(self, n_items: int) -> int:
-        """How many of those that wait would be admitted before the last of so many new ones."""
-        return bisect_right(self.waiting, self._n_admitted + (n_items - 1) * _STRIDE, key=_turn)
+        """How many would be admitted before the last of so many new ones, their own among them."""
+        return bisect_right(self.waiting, self._clock + (n_items - 1) * _STRIDE, key=_turn) + n_items - 1
 
     def drop_aborted(self) -> list[Sequence]:
         """Take the aborted out of the queue and return them."""
@@ -92,7 +92,7 @@ class Scheduler:
             if head.n_rows > self.n_slots - self.n_active or (admitted and over_budget):
                 break
             self.waiting.pop(0)
-            self._n_admitted += 1
+            self._clock = max(self._clock + 1, head.turn)  # who had it alone owes nothing for that
             self.waiting_tokens -= head.n_prompt_tokens
             head.rows = list(range(self.n_active, self.n_active + head.n_rows))
             head.status = SequenceStatus.RUNNING

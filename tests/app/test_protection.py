@@ -170,7 +170,20 @@ def test_particles_agree(word: str, after: str, agreed: str) -> None:
             [("1만 2천", "12,000"), ("5천만", "50 million"), ("1.5억", "150 million")],
         ),
         ("3,456만 7,890원", "en", [("3,456만 7,890", "34,567,890")]),
-        ("제1조 2항, 1조는 왼쪽, 3만큼, 만 3세, 2024년", "en", []),
+        ("제1조 2항, 형법 250조 1항, 1조는 왼쪽, 3만큼, 만 3세, 2024년", "en", []),
+        ("1만 2천년, 19만9천9백원", "en", [("1만 2천", "12,000"), ("19만9천9백", "199,900")]),
+        ("3천 5백만, 1천 200억", "en", [("3천 5백만", "35 million"), ("1천 200억", "120 billion")]),
+        ("1억 5천 만원, 40만5000명", "en", [("1억 5천 만", "150 million"), ("40만5000", "405,000")]),
+        (
+            "1000만 2주, 10만 3개월, 3만 50%",
+            "en",
+            [("1000만", "10 million"), ("10만", "100,000"), ("3만", "30,000")],
+        ),
+        ("100만 200만 원", "en", [("100만", "1 million"), ("200만", "2 million")]),
+        ("3~5만 원, 그림 3만 보라, 딱 3만", "en", []),
+        ("2 to 3 million, 10 thousand million", "ko", []),
+        ("5 MILLION and 3 millions", "ko", [("5 MILLION", "500만"), ("3 millions", "300만")]),
+        ("9" * 4400 + " million", "ko", []),
         ("3만 명 2024년 3만 2024년", "en", [("3만", "30,000"), ("3만", "30,000")]),
         (
             "It lost $1.5 billion and 51.7 million won.",
@@ -205,5 +218,7 @@ def test_an_amount_stands_behind_a_small_number_that_the_text_has_not() -> None:
     assert hidden.restore("책 37권을 48원과 1,250에") == "책 37권을 300만 원과 1,250에"
     assert hidden.restore("48을, 48까지, 48 원, 48") == "300만을, 300만까지, 300만 원, 300만"
     assert hidden.unmet("37권, 148원, 1,250") == ["3 million"]
+    assert hidden.unmet("37권, 48,000원, 3.48, 1,250") == ["3 million"]
+    assert hidden.restore("48여 명") == "300만여 명"
     full = "37 48 26 59 64 73 85 92 \U000f0000"
     assert list(shield(full, "\U000f0000", spans, byte_tokenizer())[0].hidden) == ["101"]

@@ -168,7 +168,7 @@ def test_a_sentence_does_not_wait_for_all_of_a_long_text() -> None:
     for sentence in sentences:
         assert lane.n_before(1) == sum(each in sentences for each in lane.waiting)
         lane.add([sentence])
-    assert lane.n_before(4) == 6  # two more of the text are due by then
+    assert lane.n_before(4) == 4 + 3 + 3  # the sentences, three of the text by then, its own first three
     lane.release(first)
     assert lane.admit() == sentences[:2]
 
@@ -193,3 +193,19 @@ def test_equal_turns_keep_the_order_of_arrival() -> None:
         lane.add([sentence])
     assert lane.admit() == sentences
     assert lane.waiting == []
+
+
+def test_who_ran_alone_owes_nothing_for_it() -> None:
+    lane = scheduler(4)
+    text = [make(1) for _ in range(40)]
+    lane.add(text)
+    for _ in range(9):
+        lane.release(lane.admit())
+    rest, others = lane.waiting[:], 0
+    while any(sequence in lane.waiting for sequence in rest):
+        for _ in range(4):
+            lane.add([make(1)])
+        admitted = lane.admit()
+        others += sum(sequence not in rest for sequence in admitted)
+        lane.release(admitted)
+    assert others < 50
