@@ -80,12 +80,11 @@ class Door:
         """
         seconds = self._wait_seconds(n_before, n_waiting)
         if seconds > self.max_wait_seconds:
-            wait = min(MAX_RETRY_SECONDS, max(MIN_RETRY_SECONDS, seconds))
-            raise Overloaded(wait, f"the queue is {seconds:.0f} seconds long")
+            raise Overloaded(_within_bounds(seconds), f"the queue is {seconds:.0f} seconds long")
 
     def retry_after(self, n_waiting: int) -> float:
         """Seconds until as many items as wait now have probably ended, between 1 and 60."""
-        return min(MAX_RETRY_SECONDS, max(MIN_RETRY_SECONDS, self._wait_seconds(n_waiting)))
+        return _within_bounds(self._wait_seconds(n_waiting))
 
     def _wait_seconds(self, n_before: int, n_waiting: int | None = None) -> float:
         if len(self._ends) >= _TELLING_ENDS:
@@ -100,6 +99,10 @@ class Door:
         """Seconds an item, as if one more ended now."""
         since = self._ends[0] if len(self._ends) == self._ends.maxlen else self._busy_since
         return (self._clock() - since) / (len(self._ends) + 1)
+
+
+def _within_bounds(seconds: float) -> float:
+    return min(MAX_RETRY_SECONDS, max(MIN_RETRY_SECONDS, seconds))
 
 
 class Handover(Generic[D]):

@@ -204,7 +204,7 @@ class Trainer:
 
     def is_finished(self) -> bool:
         """Are all steps made, or is the time up?"""
-        return self.step >= self.options.steps or self.progress() >= 1.0
+        return self.progress() >= 1.0
 
     def progress(self) -> float:
         """The share of the run that lies behind."""

@@ -167,14 +167,9 @@ def test_the_command_trains_saves_and_reports(
     assert "give more --minutes" in capsys.readouterr().out
 
 
-def test_the_shipped_recipe_is_whole() -> None:
-    recipe = Recipe.read(RECIPE)
-    assert recipe.labels == ["negative", "positive"]
-    assert sorted(recipe.few) == [100, 1000]
-
-
 @pytest.mark.parametrize("path", sorted(RECIPE.parent.glob("classify*.toml")), ids=lambda path: path.stem)
-def test_the_shipped_recipes_read(path: Path) -> None:
+def test_the_shipped_recipes_are_whole(path: Path) -> None:
     recipe = Recipe.read(path)
     assert recipe.labels == ["negative", "positive"]
+    assert sorted(recipe.few) == [100, 1000]
     assert recipe.few[100].seeds == 3
