@@ -70,7 +70,8 @@ class Engine(Contestant):
     """The real thing without HTTP: settings, scheduler, runner and device thread, as the service has them."""
 
     def __init__(self, folder: Path, task: str, settings: dict[str, Any]) -> None:
-        model = {f"{task}_model": str(folder.resolve())}
+        # It is asked for all at once, and may take as long as it takes.
+        model = {f"{task}_model": str(folder.resolve()), "max_wait_seconds": 3600.0}
         # From an empty folder: no `.env`, and the models that are not measured are not there.
         with tempfile.TemporaryDirectory() as empty:
             self._service = _Service(model | settings, Path(empty))

@@ -9,13 +9,19 @@
 #include <string.h>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+#define HAS_VNNI 1
+#else
+#define HAS_VNNI 0
+#endif
+
+#if HAS_VNNI || (defined(__AVX2__) && defined(__FMA__))
 #define HAS_INT8 1
 #include <immintrin.h>
 #else
 #define HAS_INT8 0
 #endif
 
-#if HAS_INT8 && defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__linux__)
+#if HAS_VNNI && defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__linux__)
 #define HAS_TILES 1
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -30,8 +36,6 @@
 #define ONE_WAY static __attribute__((noipa))
 #endif
 #define LITTLE 60000 /* numbers: work on fewer is done before another thread has woken */
-
-int has_int8(void) { return HAS_INT8; }
 
 /* A buffer of at least `size` bytes that a thread keeps for its next call; NULL where there is no memory. */
 static void *scratch(size_t size)
@@ -53,17 +57,43 @@ static void *scratch(size_t size)
 
 #if HAS_INT8
 
-#define PANEL 64       /* outputs whose weights lie together: (N / 64, K / 4, 64, 4) */
-#define VECTORS 4      /* of a panel */
-#define MOST_ROWS 6    /* of a tile: their 24 sums and a panel's 4 weights fit into the 32 registers */
 #define BLOCK_ROWS 96  /* in eight bits at a time, so that they stay in the second cache */
 #define BLOCK_ROWS_TILED 128
 #ifndef FEWEST_TILED
 #define FEWEST_TILED 6 /* rows: fewer are done sooner in the ordinary registers */
 #endif
 
+#if HAS_VNNI
+
+#define PANEL 64    /* outputs whose weights lie together: (N / 64, K / 4, 64, 4) */
+#define VECTORS 4   /* of a panel */
+#define MOST_ROWS 6 /* of a tile: their 24 sums and a panel's 4 weights fit into the 32 registers */
+typedef uint8_t eight; /* what a number of a row is rounded to */
+
+#else
+
+#define PANEL 16    /* (N / 16, K / 4, 16, 4) */
+#define VECTORS 2   /* of a panel */
+#define MOST_ROWS 4 /* of a tile: 8 sums, 4 rows' numbers and 4 more fit into the 16 registers */
+typedef int8_t eight;
+
+#endif
+
+struct product {
+    const int8_t *weight; /* packed */
+    const int32_t *shift; /* (N,) where an output's sum begins: `int8_shift` */
+    const float *w_scale, *bias; /* (N,) */
+    const float *scale;   /* a row each */
+    const eight *x;
+    long x_stride, n_out;
+    float *out; /* (rows, out_stride), of which the first number is that of output `first_out` */
+    long out_stride, first_out;
+};
+
+#if HAS_VNNI
+
 /* A row in steps of scale, each number plus 128; returns the scale, NaN where the row holds no number. */
-static float quantise(const float *x, long n, uint8_t *out)
+static float quantise(const float *x, long n, eight *out)
 {
     __m512 most = _mm512_setzero_ps(), bad = _mm512_setzero_ps();
     for (long k = 0; k < n; k += 16) {
@@ -83,17 +113,6 @@ static float quantise(const float *x, long n, uint8_t *out)
     }
     return scale;
 }
-
-struct product {
-    const int8_t *weight; /* packed */
-    const int32_t *shift; /* (N,) -128 times the sum of an output's weights: undoes the 128 of `quantise` */
-    const float *w_scale, *bias; /* (N,) */
-    const float *scale;   /* a row each */
-    const uint8_t *x;
-    long x_stride, n_out;
-    float *out; /* (rows, out_stride), of which the first number is that of output `first_out` */
-    long out_stride, first_out;
-};
 
 /* Sixteen outputs, of which the last may be beyond the end. */
 struct column {
@@ -155,14 +174,128 @@ INLINE void tile(const struct product *p, long row, long panel, const int n_rows
     }
 }
 
+#else
+
+/* The first n of eight numbers, n from 0 to 8. */
+INLINE __m256i first_of_eight(long n)
+{
+    static const int32_t ends[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+    return _mm256_loadu_si256((const __m256i *)(ends + 8 - n));
+}
+
+INLINE __m256 load_part(const float *x, long left)
+{
+    return left >= 8 ? _mm256_loadu_ps(x) : _mm256_maskload_ps(x, first_of_eight(left < 0 ? 0 : left));
+}
+
+/* A row in steps of scale; returns the scale, NaN where the row holds no number. */
+static float quantise(const float *x, long n, eight *out)
+{
+    __m256 most = _mm256_setzero_ps(), bad = _mm256_setzero_ps();
+    for (long k = 0; k < n; k += 8) {
+        const __m256 v = load_part(x + k, n - k);
+        most = _mm256_max_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v), most); /* of NaN and a number, the number */
+        bad = _mm256_fmadd_ps(v, _mm256_setzero_ps(), bad);
+    }
+    float each[8], peak = 0.0f;
+    _mm256_storeu_ps(each, most);
+    for (int i = 0; i < 8; i++)
+        peak = each[i] > peak ? each[i] : peak;
+    const int sound = _mm256_movemask_ps(_mm256_cmp_ps(bad, _mm256_setzero_ps(), _CMP_NEQ_UQ)) == 0;
+    const float scale = sound ? peak / 127.0f : NAN;
+    const __m256 steps = _mm256_set1_ps(scale > 1e-36f ? 127.0f / peak : 0.0f);
+    for (long k = 0; k < n; k += 8) {
+        const __m256i whole = _mm256_cvtps_epi32(_mm256_mul_ps(load_part(x + k, n - k), steps));
+        const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+        const int64_t bytes = _mm_cvtsi128_si64(_mm_packs_epi16(halves, halves));
+        memcpy(out + k, &bytes, n - k >= 8 ? 8 : (size_t)(n - k));
+    }
+    return scale;
+}
+
+/* Eight outputs, of which the last may be beyond the end. */
+struct column {
+    long n, left;
+    __m256 w_scale, bias;
+};
+
+INLINE struct column column(const struct product *p, long n)
+{
+    const long left = p->n_out - n;
+    return (struct column){n, left, load_part(p->w_scale + n, left), load_part(p->bias + n, left)};
+}
+
+/* A row's sums in units of the scales, and the bias. */
+INLINE void finish(const struct product *p, const struct column *c, long row, __m256i sums)
+{
+    const __m256 unit = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), c->w_scale);
+    const __m256 y = _mm256_fmadd_ps(unit, _mm256_set1_ps(p->scale[row]), c->bias);
+    float *out = p->out + row * p->out_stride + c->n - p->first_out;
+    if (c->left >= 8)
+        _mm256_storeu_ps(out, y);
+    else if (c->left > 0)
+        _mm256_maskstore_ps(out, first_of_eight(c->left), y);
+}
+
+/* `n_rows` rows, known when compiling, times a panel: all sums stay in registers. The product of bytes adds pairs in 16
+ * bits and wants one side without signs: so the size of a weight is multiplied by the number, or, where the weight is
+ * negative, by the number with its bits turned over, -1 - x: two of 127 times 128 still fit, and what is lacking then,
+ * the size once more, is in `shift`. Left to itself, GCC 12 multiplies all before it adds, for which there are too few
+ * registers; hence the instructions. */
+INLINE void tile(const struct product *p, long row, long panel, const int n_rows)
+{
+    __m256i sums[MOST_ROWS][VECTORS];
+    const long depth = p->x_stride; /* the weights of numbers past n_in are zeros */
+    const int8_t *w = p->weight + panel * depth * PANEL;
+    const eight *x = p->x + row * depth;
+    const __m256i ones = _mm256_set1_epi16(1);
+    const __m256i *shift = (const __m256i *)(p->shift + panel * PANEL);
+#pragma GCC unroll 8
+    for (int i = 0; i < n_rows; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < VECTORS; j++)
+            sums[i][j] = _mm256_loadu_si256(shift + j);
+    for (long k = 0; k < depth; k += 4, w += 4 * PANEL) {
+        __m256i all[MOST_ROWS];
+#pragma GCC unroll 8
+        for (int i = 0; i < n_rows; i++) {
+            int32_t four;
+            memcpy(&four, x + i * depth + k, 4);
+            all[i] = _mm256_set1_epi32(four);
+        }
+#pragma GCC unroll 8
+        for (int j = 0; j < VECTORS; j++) {
+            const __m256i own = _mm256_loadu_si256((const __m256i *)(w + 32 * j)), size = _mm256_abs_epi8(own);
+            const __m256i negative = _mm256_cmpgt_epi8(_mm256_setzero_si256(), own);
+            __m256i part;
+#pragma GCC unroll 8
+            for (int i = 0; i < n_rows; i++)
+                __asm__("vpxor %2, %4, %1\n\tvpmaddubsw %1, %3, %1\n\tvpmaddwd %5, %1, %1\n\tvpaddd %1, %0, %0"
+                        : "+x"(sums[i][j]), "=&x"(part)
+                        : "x"(negative), "x"(size), "x"(all[i]), "x"(ones));
+        }
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < VECTORS; j++) {
+        const struct column c = column(p, panel * PANEL + 8 * j);
+#pragma GCC unroll 8
+        for (int i = 0; i < n_rows; i++)
+            finish(p, &c, row + i, sums[i][j]);
+    }
+}
+
+#endif
+
 INLINE void all_rows(const struct product *p, long n_rows, long panel)
 {
     long row = 0;
     for (; row + MOST_ROWS <= n_rows; row += MOST_ROWS)
         tile(p, row, panel, MOST_ROWS);
     switch (n_rows - row) {
+#if MOST_ROWS > 4
     case 5: tile(p, row, panel, 5); break;
     case 4: tile(p, row, panel, 4); break;
+#endif
     case 3: tile(p, row, panel, 3); break;
     case 2: tile(p, row, panel, 2); break;
     case 1: tile(p, row, panel, 1); break;
@@ -265,7 +398,7 @@ int int8_linear(const float *x, long n_rows, long n_in, long depth, const int8_t
     const int tiled = n_rows >= FEWEST_TILED && depth % 64 == 0 && may_tile();
     const long most = tiled ? BLOCK_ROWS_TILED : BLOCK_ROWS, at_once = n_rows < most ? n_rows : most;
     const long room = (at_once + 15) / 16 * 16; /* rows */
-    uint8_t *eights = scratch((size_t)(room * (depth + 4)));
+    eight *eights = scratch((size_t)(room * (depth + 4)));
     if (eights == NULL)
         return 1;
     float *scale = (float *)(eights + room * depth);
@@ -297,7 +430,33 @@ int int8_linear(const float *x, long n_rows, long n_in, long depth, const int8_t
     return 0;
 }
 
+/* Weights (N, K) in eight bits -> where the sum of each output begins (N,), to be right in the end. */
+void int8_shift(const int8_t *weight, long n_out, long n_in, int32_t *shift)
+{
+    for (long n = 0; n < n_out; n++) {
+        shift[n] = 0;
+        for (long k = 0; k < n_in; k++) {
+            const int32_t w = weight[n * n_in + k];
+#if HAS_VNNI
+            shift[n] -= 128 * w; /* `quantise` adds 128 to every number */
+#else
+            shift[n] -= w < 0 ? w : 0; /* `tile` takes one from it under every negative weight */
 #endif
+        }
+    }
+}
+
+#endif
+
+/* How many outputs' weights lie together; 0 without products in eight bits. */
+int panel_width(void)
+{
+#if HAS_INT8
+    return PANEL;
+#else
+    return 0;
+#endif
+}
 
 /* ---- attention of one query a row ------------------------------------------------------------------------ */
 
@@ -852,8 +1011,8 @@ int best_outputs(const float *x, long n_rows, long n_in, long depth, const int8_
     struct finder *finders = (struct finder *)(lists + (size_t)n_finders * listed);
     float *greatests = (float *)(finders + n_finders), *sums = greatests + per_part, *scale = sums + per_part;
     float *numbers = scale + room;
-    uint8_t *eights = (uint8_t *)(numbers + (size_t)n_finders * ((size_t)(LOOKED_AT * PART) + listed));
-    eights += -(uintptr_t)eights % 64;
+    char *lines = (char *)(numbers + (size_t)n_finders * ((size_t)(LOOKED_AT * PART) + listed));
+    eight *eights = (eight *)(lines + -(uintptr_t)lines % 64);
     for (long first = 0; first < n_rows; first += at_once) {
         const long n = n_rows - first < at_once ? n_rows - first : at_once;
         for (long i = 0; i < n; i++)

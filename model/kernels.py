@@ -32,8 +32,6 @@ _COMPILE_SECONDS = 60.0
 _pointer, _long, _int = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 _STORED: list[Any] = [_pointer, _pointer, *[_long] * 5]
 
-PANEL = 64  # outputs whose 8-bit weights lie together, as in kernels.c
-
 
 class Kernels:
     """The compiled functions, on tensors of float32 on the CPU.
@@ -43,7 +41,8 @@ class Kernels:
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self.has_int8 = bool(library.has_int8())
+        self.panel = int(library.panel_width())  # outputs whose 8-bit weights lie together
+        self.has_int8 = self.panel > 0
         self._self_attention = library.self_attention
         origins: list[Any] = [_pointer, _long, _long]
         self._self_attention.argtypes = [*_STORED, *origins, *[_pointer] * 5, _long, _pointer, _int]
@@ -54,6 +53,8 @@ class Kernels:
         self._draw_tokens = library.draw_tokens
         self._draw_tokens.argtypes = [_pointer, _long, _long, *[_pointer] * 4, _int, _pointer, _pointer, _int]
         if self.has_int8:
+            self._int8_shift = library.int8_shift
+            self._int8_shift.argtypes = [_pointer, _long, _long, _pointer]
             self._int8_linear = library.int8_linear
             self._int8_linear.argtypes = [_pointer, *[_long] * 3, *[_pointer] * 4, _long, _pointer, _int]
             self._best_outputs = library.best_outputs
@@ -61,6 +62,13 @@ class Kernels:
             self._best_outputs.argtypes += [_pointer, _long, _long, _pointer, _pointer, _int]
             self._run_blocks = library.run_blocks
             self._run_blocks.argtypes = [_pointer, _pointer, _long, *[_pointer] * 3, _long]
+
+    def int8_shift(self, weight: Tensor) -> Tensor:
+        """weight (N, K), int8 -> where the sum of each output begins, (N,) int32."""
+        weight = weight.contiguous()
+        shift = torch.empty(len(weight), dtype=torch.int32)
+        self._int8_shift(weight.data_ptr(), *weight.shape, shift.data_ptr())
+        return shift
 
     def int8_linear(
         self, x: Tensor, weight: Tensor, shift: Tensor, w_scale: Tensor, bias: Tensor, out: Tensor

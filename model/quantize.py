@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from model.kernels import PANEL, Kernels
+from model.kernels import Kernels
 
 
 def is_supported() -> bool:
@@ -75,23 +75,23 @@ class Int8Linear(nn.Module):
 class KernelInt8Linear(Int8Linear):
     """The same in one call of a kernel, which rounds a row to steps of a 127th of its greatest number."""
 
-    weight: Tensor  # (N / 64, K / 4, 64, 4), both padded with zeros
+    weight: Tensor  # panels of P outputs: (N / P, K / 4, P, 4), both padded with zeros
     shift: Tensor
     w_scale: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> None:
+        self._kernels = kernels  # before weights are packed as it wants them
         super().__init__(weight, bias)
-        self._kernels = kernels
 
     def _pack(self, weight: Tensor) -> None:
         n_out, n_in = weight.shape
         scale = weight_scale(weight)
-        padded = torch.zeros(-(-n_out // PANEL) * PANEL, -(-n_in // 4) * 4, dtype=torch.int8)
+        panel = self._kernels.panel
+        padded = torch.zeros(-(-n_out // panel) * panel, -(-n_in // 4) * 4, dtype=torch.int8)
         padded[:n_out, :n_in] = (weight / scale[:, None]).round()
-        panels = padded.view(-1, PANEL, padded.size(1) // 4, 4).transpose(1, 2).contiguous()
+        panels = padded.view(-1, panel, padded.size(1) // 4, 4).transpose(1, 2).contiguous()
         self.register_buffer("weight", panels, persistent=False)
-        # A kernel adds 128 to each number of a row, so that none is negative.
-        self.register_buffer("shift", -128 * padded.sum(1, dtype=torch.int32), persistent=False)
+        self.register_buffer("shift", self._kernels.int8_shift(padded), persistent=False)
         self.register_buffer("w_scale", scale, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import os
 import statistics
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +36,9 @@ from model.training.lowrank import adapt, adapter_tensors
 from model.training.packs import PackError
 from model.training.scores import Row, markdown_table
 from model.training.transfer import take_encoder
+
+LOW_RANK, ALL_WEIGHTS, RANDOM = "pre-trained, low-rank", "pre-trained, all weights", "random weights"
+STARTS = (LOW_RANK, ALL_WEIGHTS, RANDOM)  # where a classifier begins, and with it what it learns
 
 _FOLDS = 5
 _PROBE = 4  # steps by which the speed is judged
@@ -69,6 +72,7 @@ class Recipe:
     batch_tokens: int
     lr: float
     random_lr: float
+    all_lr: float = 1e-4
     other: str = ""
     other_passes: float = 4.0
     few_test: int = 2000
@@ -118,26 +122,35 @@ class Transfer:
             )
         return data
 
-    def model(self, seed: int, *, pretrained: bool) -> Classifier:
-        """A fresh head on the base with low-rank deltas, or on random weights that all learn."""
+    def model(self, seed: int, start: str = LOW_RANK) -> Classifier:
+        """A fresh head on the base, of which low-rank deltas or all weights learn, or on random weights."""
         torch.manual_seed(seed)
         model = Classifier(self.config)
-        if pretrained:
+        if start != RANDOM:
             take_encoder(model, self.tensors)
+        if start == LOW_RANK:
             adapt(model, self.recipe.rank, self.recipe.scale, self.recipe.n_layers)
         return model
 
     def train(
-        self, model: Classifier, data: Labelled, chosen: Indices, passes: float, budget: int, seed: int = 0
+        self,
+        model: Classifier,
+        data: Labelled,
+        chosen: Indices,
+        passes: float,
+        budget: int,
+        seed: int = 0,
+        start: str = LOW_RANK,
     ) -> None:
         """Learn the chosen examples in place: linear warm-up over a tenth of the steps, then decay."""
-        trainer = self._trainer(model, data, chosen, passes, budget, seed)
+        trainer = self._trainer(model, data, chosen, passes, budget, seed, start=start)
         trainer.run()
 
-    def learn(self, data: Labelled, passes: float, *, pretrained: bool) -> Classifier:
+    def learn(self, data: Labelled, passes: float, start: str = LOW_RANK) -> Classifier:
         """A model that has learned all the examples."""
-        model = self.model(self.seed, pretrained=pretrained)
-        self.train(model, data, np.arange(len(data)), passes, self.recipe.batch_tokens, self.seed)
+        model = self.model(self.seed, start)
+        budget = self.recipe.batch_tokens
+        self.train(model, data, np.arange(len(data)), passes, budget, self.seed, start)
         return model
 
     def row(self, learned: str, model: Classifier, data: Data) -> Row:
@@ -156,7 +169,7 @@ class Transfer:
 
     def tokens_per_second(self, data: Labelled) -> float:
         """The speed of a few steps on a model that is thrown away, by the processor's time."""
-        model = self.model(0, pretrained=True)
+        model = self.model(0)
         trainer = self._trainer(model, data, np.arange(len(data)), 1.0, self.recipe.batch_tokens, 0, _PROBE)
         started = time.process_time()
         trainer.run()
@@ -171,13 +184,14 @@ class Transfer:
         budget: int,
         seed: int,
         steps: int = 0,
+        start: str = LOW_RANK,
     ) -> Trainer:
         task = ClassifyTask(data, chosen, budget=budget, seed=seed)
         steps = steps or max(1, round(passes * len(task.batches(0))))
-        adapted = any(not p.requires_grad for p in model.parameters())
+        rates = {LOW_RANK: self.recipe.lr, ALL_WEIGHTS: self.recipe.all_lr, RANDOM: self.recipe.random_lr}
         options = Options(
             steps=steps,
-            lr=self.recipe.lr if adapted else self.recipe.random_lr,
+            lr=rates[start],
             warmup=steps // 10,
             decay=1.0,
             weight_decay=self.recipe.weight_decay,
@@ -233,7 +247,7 @@ def _run(arguments: argparse.Namespace, recipe: Recipe) -> str:
     left = started + 60 * (arguments.minutes or recipe.minutes) - time.process_time()
     passes = affordable_passes(transfer, data, left)
     print(f"{passes:.2f} passes over {len(data.train)} examples", flush=True)
-    model = transfer.learn(data.train, passes, pretrained=True)
+    model = transfer.learn(data.train, passes)
     shipped = model
     if data.other:
         shipped = _learn_other(transfer, model, data, np.arange(len(data.other)), arguments.seed)
@@ -243,14 +257,17 @@ def _run(arguments: argparse.Namespace, recipe: Recipe) -> str:
     rows.append(_shipped_row(arguments, transfer, data))
     tables = [rows]
     if arguments.compare:
-        random = transfer.learn(data.train, passes, pretrained=False)
-        rows.insert(1, transfer.row(f"{transfer.names[0]} alone, random weights", random, data))
-        if data.other:
-            rows[2:2] = fold_rows(transfer, model, data)
+        part = _first(data.test, recipe.few_test)
+        found = {LOW_RANK: [transfer.accuracy(model, part)]}
+        more = []
+        for start in STARTS[1:]:
+            other = transfer.learn(data.train, passes, start)
+            more.append(transfer.row(f"{transfer.names[0]} alone, {start}", other, data))
+            print(more[-1], flush=True)
+            found[start] = [transfer.accuracy(other, part)]
+        rows[1:1] = [*more, *(fold_rows(transfer, model, data) if data.other else [])]
         tables.append(few_label_rows(transfer, data))
-        found = ([transfer.accuracy(m, _first(data.test, recipe.few_test))] for m in (model, random))
-        n_seen = round(passes * len(data.train))
-        tables[-1].append(_few_row(str(n_seen), 1, min(recipe.few_test, len(data.test)), *found))
+        tables[-1].append(_few_row(str(round(passes * len(data.train))), 1, len(part), found))
     report = "\n\n".join(map(markdown_table, tables))
     seconds = time.process_time() - started
     return (
@@ -270,32 +287,25 @@ def _shipped_row(arguments: argparse.Namespace, transfer: Transfer, data: Data) 
 
 
 def few_label_rows(transfer: Transfer, data: Data) -> list[Row]:
-    """With few labels, drawn anew by every seed: from the base, and from random weights."""
+    """With few labels, drawn anew by every seed: from the base in both ways, and from random weights."""
     part = _first(data.test, transfer.recipe.few_test)
     rows = []
     for size, few in sorted(transfer.recipe.few.items()):
-        found: dict[bool, list[float]] = {True: [], False: []}
+        found: dict[str, list[float]] = {start: [] for start in STARTS}
         for seed in range(transfer.seed, transfer.seed + few.seeds):
             chosen = np.random.default_rng((seed, size)).permutation(len(data.train))[:size]
-            for pretrained, accuracies in found.items():
-                model = transfer.model(seed, pretrained=pretrained)
-                transfer.train(model, data.train, chosen, few.passes, few.batch_tokens, seed)
+            for start, accuracies in found.items():
+                model = transfer.model(seed, start)
+                transfer.train(model, data.train, chosen, few.passes, few.batch_tokens, seed, start)
                 accuracies.append(transfer.accuracy(model, part))
-        rows.append(_few_row(str(size), few.seeds, len(part), found[True], found[False]))
+        rows.append(_few_row(str(size), few.seeds, len(part), found))
         print(rows[-1], flush=True)
     return rows
 
 
-def _few_row(
-    labels: str, seeds: int, n_test: int, pretrained: Sequence[float], random: Sequence[float]
-) -> Row:
-    return {
-        "labels": labels,
-        "seeds": str(seeds),
-        "tested on": str(n_test),
-        "pre-trained, low-rank": _spread(pretrained),
-        "random weights": _spread(random),
-    }
+def _few_row(labels: str, seeds: int, n_test: int, found: Mapping[str, Sequence[float]]) -> Row:
+    row = {"labels": labels, "seeds": str(seeds), "tested on": str(n_test)}
+    return row | {start: _spread(shares) for start, shares in found.items()}
 
 
 def affordable_passes(transfer: Transfer, data: Data, seconds: float) -> float:
@@ -334,7 +344,7 @@ def fold_rows(transfer: Transfer, model: Classifier, data: Data) -> list[Row]:
     for number, fold in enumerate(folds):
         rest = np.concatenate([f for i, f in enumerate(folds) if i != number])
         held = data.other.subset(fold)
-        fresh = transfer.model(transfer.seed, pretrained=True)
+        fresh = transfer.model(transfer.seed)
         transfer.train(fresh, data.other, rest, few.passes, few.batch_tokens, number)
         alone += transfer.accuracy(fresh, held) * len(fold) / len(data.other)
         both = _learn_other(transfer, model, data, rest, number)

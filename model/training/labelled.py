@@ -16,6 +16,7 @@ from model.models import Classifier
 from model.tokenizer import Tokenizer
 from model.training.batches import Indices, pad, token_budget_batches
 from model.training.packs import PackError, open_pack
+from model.training.precision import autocast
 from model.training.scores import Row, percent
 
 Batch = dict[str, Tensor]
@@ -133,7 +134,7 @@ def probabilities(model: Classifier, data: Labelled, *, bf16: bool = False, budg
     out = torch.empty(len(data), len(model.config.labels))
     for indices in token_budget_batches(data.lengths, budget, np.random.default_rng(0)):
         batch = {name: t.to(device) for name, t in data.batch(indices).items()}
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+        with autocast(device.type, bf16=bf16):
             logits = model(batch["token_ids"], batch["segment_ids"])
         out[torch.from_numpy(indices)] = logits.float().softmax(-1).cpu()
     return out

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
@@ -32,6 +32,7 @@ from model.training.dropout import share_dropout
 from model.training.feed import made_ahead
 from model.training.loss import compile_loss
 from model.training.muon import BatchedMuon
+from model.training.precision import autocast, multiplies_bf16
 from model.training.products import use_plain_products
 from model.training.schedule import Schedule
 
@@ -144,6 +145,8 @@ class Trainer:
             if self.device.type == "cuda":
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(self.device)
+        if options.bf16 and not multiplies_bf16(self.device.type) and folder:
+            print("bf16 is left off: this processor has no instructions for it, float32 is faster")
         self.model: Model = model.to(self.device)
         self.tokenizer, self.task, self.held, self.options, self.folder = (
             tokenizer,
@@ -226,7 +229,7 @@ class Trainer:
             last = part == options.accumulate - 1
             sync = nullcontext() if last or self.world == 1 else self.runner.no_sync()  # type: ignore[operator]
             with sync:
-                with self._autocast():
+                with autocast(self.device.type, bf16=self.options.bf16):
                     loss, count = self.runner(arrays)
                 (loss / options.accumulate).backward()
             total += loss.detach() / options.accumulate
@@ -251,7 +254,7 @@ class Trainer:
         for index, batch in enumerate(self.held.batches(0)[:max_batches]):
             arrays = self._to_device(self.held.collate(batch, np.random.default_rng((0, index))))
             # As it is: compiling the layers once more takes longer than all these batches.
-            with self._autocast(), torch.compiler.set_stance("force_eager"):
+            with autocast(self.device.type, bf16=self.options.bf16), torch.compiler.set_stance("force_eager"):
                 loss, tokens = self.held.loss(self.model, arrays)
             total += float(loss) * tokens
             count += tokens
@@ -309,11 +312,6 @@ class Trainer:
                 if position % self.world == self.rank:
                     yield position, batches[offset]
             index += len(batches)
-
-    @contextmanager
-    def _autocast(self) -> Iterator[None]:
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.options.bf16):
-            yield
 
     def _to_device(self, batch: Batch) -> Batch:
         if self.device.type != "cuda":

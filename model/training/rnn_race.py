@@ -26,6 +26,7 @@ from model.tokenizer import Tokenizer
 from model.training.batches import Indices
 from model.training.evaluate import read_parallel, write_card
 from model.training.loop import Batch, Options, Task, Trainer
+from model.training.precision import autocast
 from model.training.rnn import RNNConfig, RNNTranslator, greedy
 from model.training.schedule import Schedule
 from model.training.scores import DIRECTIONS, Row, markdown_table
@@ -221,7 +222,7 @@ def _training_speed(
     best = math.inf
     for _ in range(_REPEATS):
         started = time.process_time()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with autocast("cpu", bf16=bf16):
             loss, _tokens = task.loss(model, batch)  # type: ignore[arg-type]
         loss.backward()  # type: ignore[no-untyped-call]
         best = min(best, time.process_time() - started)
