@@ -162,11 +162,14 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """In JSON like all others. Nothing can be said in the middle of an answer: that is then the last."""
-        if self._awaited == _BODY_SECONDS:
-            self.transport.abort()
-            return
         cycle: RequestResponseCycle | None = self.cycle  # none before the first request
-        if cycle is not None and not cycle.response_complete:
+        if self._awaited == _BODY_SECONDS:
+            if cycle is None or cycle is not self._running or cycle.response_started:
+                self.transport.abort()
+                return
+            cycle.disconnected = True  # its endpoint waits for a body that will never be whole
+            cycle.message_event.set()
+        elif cycle is not None and not cycle.response_complete:
             self._awaited, self._is_last, cycle.keep_alive = None, True, False
             return
         body = json.dumps({"error": _MESSAGE, "error_type": "validation"}).encode()

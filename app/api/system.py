@@ -69,7 +69,9 @@ async def info(call: CallDep) -> Json:
     wanted = models.named(None)
     described = {
         endpoint: {
-            task.name: _describe(task) for task in services.shelves[endpoint] if wanted in (None, task.name)
+            task.name: _describe(task, endpoint, services)
+            for task in services.shelves[endpoint]
+            if wanted in (None, task.name)
         }
         for endpoint in models.endpoints(None)
     }
@@ -102,7 +104,7 @@ def _fault(lifecycle: Lifecycle, services: Services | None) -> str | None:
     return None if services is None or lifecycle.phase is Phase.LOADING else services.worker.fault
 
 
-def _describe(task: AnyTask) -> dict[str, Any]:
+def _describe(task: AnyTask, endpoint: str, services: Services) -> dict[str, Any]:
     limits = task.lane.limits
     names = (
         "max_prompt_tokens",
@@ -112,6 +114,10 @@ def _describe(task: AnyTask) -> dict[str, Any]:
         "max_queue_items",
         "max_queue_tokens",
     )
+    held = {name: getattr(limits, name) for name in names if hasattr(limits, name)}
+    if "max_new_tokens" in held:  # what a request may ask for, not what a row has room for
+        taken = 1 if endpoint == "generate" else 0
+        held["max_new_tokens"] = min(services.settings.max_new_tokens, held["max_new_tokens"] - taken)
     return {
         "model": task.name,
         "sha256": task.sha256,
@@ -120,7 +126,7 @@ def _describe(task: AnyTask) -> dict[str, Any]:
         "mask_token": task.tokenizer.mask_token,
         "labels": task.config.labels,
         "device_bytes": task.n_bytes,
-        "limits": {name: getattr(limits, name) for name in names if hasattr(limits, name)},
+        "limits": held,
     }
 
 

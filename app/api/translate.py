@@ -268,6 +268,10 @@ def _resolve(parameters: TranslateParameters, settings: Settings, task: Task[Gen
     num_beams = settings.default_beams if asked.num_beams is None else asked.num_beams
     n_best = 1 if asked.num_return_sequences is None else asked.num_return_sequences
     check_count("num_beams", num_beams, 1, settings.max_beams)
+    if n_best > num_beams >= 1:
+        raise InvalidRequest(
+            f"num_return_sequences is {brief(n_best)}, the limit is num_beams, which is {num_beams}"
+        )
     check_count("num_return_sequences", n_best, 1, num_beams)
     given = {name: value for name, value in asked.model_dump().items() if value is not None}
     beams = BeamParams(

@@ -211,13 +211,18 @@ async def test_a_client_that_asks_first_is_told_to_go_on(address: tuple[str, int
         assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200 ")
 
 
-async def test_garbage_behind_a_request_ends_it(
+async def test_garbage_in_a_body_ends_its_request(
     address: tuple[str, int], generate_lane: FakeDecodeLane
 ) -> None:
     generate_lane.pause_seconds = 5.0
     async with connection(address) as (reader, writer):
-        writer.write(HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n")
-        assert await rest(reader) == b""
+        writer.write(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+        await asyncio.sleep(0.1)  # the endpoint waits for the rest
+        writer.write(b"zz\r\n")
+        answer = await rest(reader)
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert b"this is not HTTP/1.1" in answer
+        assert answer.count(b"\r\n\r\n") == 1
         assert not generate_lane.running
 
 

@@ -174,8 +174,11 @@ async def test_alignment_of_each_sentence(client: Client) -> None:
         ({"src_lang": "ko", "tgt_lang": "ko"}, "src_lang and tgt_lang are both 'ko'; they must differ"),
         ({"num_beams": 0}, "num_beams is 0, the limit is 1 to 8"),
         ({"num_beams": 9}, "num_beams is 9, the limit is 1 to 8"),
-        ({"num_return_sequences": 5}, "num_return_sequences is 5, the limit is 1 to 4"),
-        ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences is 3, the limit is 1 to 2"),
+        ({"num_return_sequences": 5}, "num_return_sequences is 5, the limit is num_beams, which is 4"),
+        (
+            {"num_beams": 2, "num_return_sequences": 3},
+            "num_return_sequences is 3, the limit is num_beams, which is 2",
+        ),
         ({"length_penalty": 6.0}, "length_penalty is 6, the limit is -5 to 5"),
         ({"max_new_tokens": 101}, "max_new_tokens is 101, the limit is 1 to 100"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0, the limit is 1 to 100"),
