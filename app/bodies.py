@@ -21,6 +21,7 @@ _BRACKET = re.compile(r"[\[\]{}]")
 _ITEM_CHARACTERS = ",[]{}"
 _FORM = "application/x-www-form-urlencoded"
 MAX_FORM_FIELDS = 1000
+BROKEN_BODY = "broken_body"  # in a scope's state: what came is no HTTP, and nothing more of it is read
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,18 @@ class BodyLimits:
 
 
 async def read_body(scope: Scope, receive: Receive, limits: BodyLimits) -> bytes:
-    """The whole body. Raises BodyTooLarge, as soon as it is, BodyTooSlow and ClientGone."""
+    """The whole body. Raises BodyTooLarge, as soon as it is, BodyTooSlow, ClientGone and InvalidRequest."""
     declared = Headers(scope=scope).get("content-length", "")
     if declared.isdecimal() and int(declared) > limits.max_bytes:
         raise BodyTooLarge(limits.max_bytes, int(declared))
     try:
         async with asyncio.timeout(limits.receive_seconds):
-            return await _read(receive, limits.max_bytes)
+            body = await _read(receive, limits.max_bytes)
     except TimeoutError:
         raise BodyTooSlow(limits.receive_seconds) from None
+    if scope.get("state", {}).get(BROKEN_BODY):
+        raise InvalidRequest("the body is not HTTP/1.1 as the server understands it: a chunk is broken")
+    return body
 
 
 async def _read(receive: Receive, max_bytes: int) -> bytes:

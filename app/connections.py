@@ -10,6 +10,8 @@ import json
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from app.bodies import BROKEN_BODY
+
 # Above the limit, as many connections again are taken on which probes are answered and all else is told to
 # come back; what comes on top of those is closed without a word.
 FACTOR = 2
@@ -163,14 +165,16 @@ class BoundedProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """In JSON like all others. Nothing can be said in the middle of an answer: that is then the last."""
         cycle: RequestResponseCycle | None = self.cycle  # none before the first request
-        if self._awaited == _BODY_SECONDS:
-            if cycle is None or cycle is not self._running or cycle.response_started:
-                self.transport.abort()
-                return
-            cycle.disconnected = True  # its endpoint waits for a body that will never be whole
+        in_body = self._awaited == _BODY_SECONDS
+        if in_body and cycle is not None:  # whoever reads it refuses, in the path's own form
+            cycle.scope["state"][BROKEN_BODY] = True
+            cycle.more_body = False
             cycle.message_event.set()
-        elif cycle is not None and not cycle.response_complete:
+        if cycle is not None and not cycle.response_complete:
             self._awaited, self._is_last, cycle.keep_alive = None, True, False
+            return
+        if in_body:
+            self.transport.close()  # its answer is out
             return
         body = json.dumps({"error": _MESSAGE, "error_type": "validation"}).encode()
         head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"

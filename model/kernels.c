@@ -32,8 +32,10 @@
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__clang__) /* for whoever calls it the same instructions, and so the same bits */
 #define ONE_WAY static __attribute__((noinline))
+#define UNROLL _Pragma("clang loop unroll(full)") /* a count leaves a loop, whose sums lie in memory */
 #else
 #define ONE_WAY static __attribute__((noipa))
+#define UNROLL _Pragma("GCC unroll 8")
 #endif
 #define LITTLE 60000 /* numbers: work on fewer is done before another thread has woken */
 
@@ -145,30 +147,30 @@ INLINE void tile(const struct product *p, long row, long panel, const int n_rows
     const long depth = p->x_stride; /* the weights of numbers past n_in are zeros */
     const int8_t *w = p->weight + panel * depth * PANEL;
     const uint8_t *x = p->x + row * depth;
-#pragma GCC unroll 8
+    UNROLL
     for (int i = 0; i < n_rows; i++)
-#pragma GCC unroll 8
+        UNROLL
         for (int j = 0; j < VECTORS; j++)
             sums[i][j] = _mm512_loadu_si512(p->shift + panel * PANEL + 16 * j);
     for (long k = 0; k < depth; k += 4, w += 4 * PANEL) {
         __m512i own[VECTORS];
-#pragma GCC unroll 8
+        UNROLL
         for (int j = 0; j < VECTORS; j++)
             own[j] = _mm512_loadu_si512(w + 64 * j);
-#pragma GCC unroll 8
+        UNROLL
         for (int i = 0; i < n_rows; i++) {
             int32_t four;
             memcpy(&four, x + i * depth + k, 4);
             const __m512i all = _mm512_set1_epi32(four);
-#pragma GCC unroll 8
+            UNROLL
             for (int j = 0; j < VECTORS; j++)
                 __asm__("vpdpbusd %2, %1, %0" : "+v"(sums[i][j]) : "v"(all), "v"(own[j]));
         }
     }
-#pragma GCC unroll 8
+    UNROLL
     for (int j = 0; j < VECTORS; j++) {
         const struct column c = column(p, panel * PANEL + 16 * j);
-#pragma GCC unroll 8
+        UNROLL
         for (int i = 0; i < n_rows; i++)
             finish(p, &c, row + i, sums[i][j]);
     }
@@ -250,35 +252,35 @@ INLINE void tile(const struct product *p, long row, long panel, const int n_rows
     const eight *x = p->x + row * depth;
     const __m256i ones = _mm256_set1_epi16(1);
     const __m256i *shift = (const __m256i *)(p->shift + panel * PANEL);
-#pragma GCC unroll 8
+    UNROLL
     for (int i = 0; i < n_rows; i++)
-#pragma GCC unroll 8
+        UNROLL
         for (int j = 0; j < VECTORS; j++)
             sums[i][j] = _mm256_loadu_si256(shift + j);
     for (long k = 0; k < depth; k += 4, w += 4 * PANEL) {
         __m256i all[MOST_ROWS];
-#pragma GCC unroll 8
+        UNROLL
         for (int i = 0; i < n_rows; i++) {
             int32_t four;
             memcpy(&four, x + i * depth + k, 4);
             all[i] = _mm256_set1_epi32(four);
         }
-#pragma GCC unroll 8
+        UNROLL
         for (int j = 0; j < VECTORS; j++) {
             const __m256i own = _mm256_loadu_si256((const __m256i *)(w + 32 * j)), size = _mm256_abs_epi8(own);
             const __m256i negative = _mm256_cmpgt_epi8(_mm256_setzero_si256(), own);
             __m256i part;
-#pragma GCC unroll 8
+            UNROLL
             for (int i = 0; i < n_rows; i++)
                 __asm__("vpxor %2, %4, %1\n\tvpmaddubsw %1, %3, %1\n\tvpmaddwd %5, %1, %1\n\tvpaddd %1, %0, %0"
                         : "+x"(sums[i][j]), "=&x"(part)
                         : "x"(negative), "x"(size), "x"(all[i]), "x"(ones));
         }
     }
-#pragma GCC unroll 8
+    UNROLL
     for (int j = 0; j < VECTORS; j++) {
         const struct column c = column(p, panel * PANEL + 8 * j);
-#pragma GCC unroll 8
+        UNROLL
         for (int i = 0; i < n_rows; i++)
             finish(p, &c, row + i, sums[i][j]);
     }

@@ -1,6 +1,6 @@
 """GET /health, /ready, /info and /metrics: what machines ask of the service itself."""
 
-from typing import Any, Literal
+from typing import Any, cast, Literal
 
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -10,10 +10,11 @@ from typing_extensions import TypedDict
 
 from app import __version__, metrics
 from app.api.deps import CallDep, Services
+from app.api.generation import max_new_tokens
 from app.dialects import error_response
 from app.engine.errors import Draining
 from app.engine.lane import DRAIN_RETRY_SECONDS
-from app.engine.registry import AnyTask
+from app.engine.registry import AnyTask, GeneratingLane, Task
 from app.errors import ErrorBody, Json, NotReady
 from app.lifecycle import Lifecycle, Phase
 
@@ -115,9 +116,10 @@ def _describe(task: AnyTask, endpoint: str, services: Services) -> dict[str, Any
         "max_queue_tokens",
     )
     held = {name: getattr(limits, name) for name in names if hasattr(limits, name)}
-    if "max_new_tokens" in held:  # what a request may ask for, not what a row has room for
-        taken = 1 if endpoint == "generate" else 0
-        held["max_new_tokens"] = min(services.settings.max_new_tokens, held["max_new_tokens"] - taken)
+    if endpoint == "generate":  # what a request may ask for, not what a row has room for
+        held["max_new_tokens"] = max_new_tokens(services.settings, cast(Task[GeneratingLane], task))
+    elif "max_new_tokens" in held:
+        held["max_new_tokens"] = min(services.settings.max_new_tokens, held["max_new_tokens"])
     return {
         "model": task.name,
         "sha256": task.sha256,

@@ -268,7 +268,7 @@ def _resolve(parameters: TranslateParameters, settings: Settings, task: Task[Gen
     num_beams = settings.default_beams if asked.num_beams is None else asked.num_beams
     n_best = 1 if asked.num_return_sequences is None else asked.num_return_sequences
     check_count("num_beams", num_beams, 1, settings.max_beams)
-    if n_best > num_beams >= 1:
+    if n_best > num_beams:
         raise InvalidRequest(
             f"num_return_sequences is {brief(n_best)}, the limit is num_beams, which is {num_beams}"
         )

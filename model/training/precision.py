@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import platform
 
 import torch
 
@@ -11,9 +12,12 @@ import torch
 def multiplies_bf16(device: str) -> bool:
     """Does a kind of device, "cpu" or "cuda", have products of bfloat16 that are faster than float32's?
 
-    A processor without instructions for them is five times as slow (torch 2.13, AVX2).
+    An x86 processor without instructions for them is five times as slow (torch 2.13, AVX2). Of others, and of
+    GPUs, it is taken for granted: who asks for bfloat16 there knows it.
     """
-    return device != "cpu" or bool(torch.cpu._is_avx512_bf16_supported())  # noqa: SLF001  # no public one
+    if device != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    return bool(torch.cpu._is_avx512_bf16_supported())  # noqa: SLF001  # there is no public one
 
 
 def autocast(device: str, *, bf16: bool) -> torch.autocast:

@@ -211,19 +211,47 @@ async def test_a_client_that_asks_first_is_told_to_go_on(address: tuple[str, int
         assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200 ")
 
 
-async def test_garbage_in_a_body_ends_its_request(
+@pytest.mark.parametrize("pause", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("path", "status", "form"), [("generate", 422, b'"error_type"'), ("v1/completions", 400, b'"message"')]
+)
+async def test_garbage_in_a_body_is_refused_by_who_reads_it(
+    address: tuple[str, int], pause: float, path: str, status: int, form: bytes
+) -> None:
+    async with connection(address) as (reader, writer):
+        head = HEAD.replace(b"/generate", b"/" + path.encode())
+        writer.write(head + b"x-request-id: bad\r\nTransfer-Encoding: chunked\r\n\r\n")
+        await asyncio.sleep(pause)  # the endpoint waits for the rest
+        writer.write(b"zz\r\n" + b"z" * 100_000)
+        answer = await rest(reader)
+        assert answer.startswith(b"HTTP/1.1 %d " % status)
+        assert b"a chunk is broken" in answer
+        assert form in answer
+        assert b"x-request-id: bad" in answer
+        assert b"connection: close" in answer
+        assert answer.count(b"\r\n\r\n") == 1
+
+
+async def test_garbage_in_a_second_body_spares_the_first(
     address: tuple[str, int], generate_lane: FakeDecodeLane
 ) -> None:
-    generate_lane.pause_seconds = 5.0
+    generate_lane.pause_seconds = 0.2
     async with connection(address) as (reader, writer):
-        writer.write(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
-        await asyncio.sleep(0.1)  # the endpoint waits for the rest
-        writer.write(b"zz\r\n")
+        writer.write(HEAD + b'Content-Length: 15\r\n\r\n{"inputs": "y"}')
+        writer.write(HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n")
         answer = await rest(reader)
-        assert answer.startswith(b"HTTP/1.1 400 ")
-        assert b"this is not HTTP/1.1" in answer
-        assert answer.count(b"\r\n\r\n") == 1
-        assert not generate_lane.running
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert answer.count(b"HTTP/1.1 422 ") == 1
+        assert answer.count(b"\r\n\r\n") == 2
+
+
+async def test_garbage_in_a_body_behind_its_answer_is_not_answered(address: tuple[str, int]) -> None:
+    async with connection(address) as (reader, writer):
+        head = HEAD.replace(b"application/json", b"image/png")
+        writer.write(head + b"Content-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"zz\r\n")
+        assert b"HTTP/1.1" not in await rest(reader)
 
 
 async def test_garbage_between_requests_spares_the_first(

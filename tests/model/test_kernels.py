@@ -33,11 +33,24 @@ def native() -> Kernels:
     return found
 
 
-@pytest.fixture(scope="module")
-def eight_bits(native: Kernels) -> Kernels:
+_CPUINFO = Path("/proc/cpuinfo")
+_HAS = _CPUINFO.read_text() if _CPUINFO.exists() and shutil.which("gcc") else ""
+_FEWER = {"amx_int8": "-mno-amx-int8", "avx512_vnni": "-mno-amx-int8 -mno-avx512vnni"}
+
+
+@pytest.fixture(scope="module", params=["", *(flags for feature, flags in _FEWER.items() if feature in _HAS)])
+def eight_bits(native: Kernels, request: pytest.FixtureRequest) -> Kernels:
+    """As this processor has it, and as one with fewer instructions would."""
     if not native.has_int8:
         pytest.skip("no 8-bit product for this processor")
-    return native
+    if not request.param:
+        return native
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CC", f"gcc {request.param}")
+        found = kernels.compiled.__wrapped__()
+    assert found is not None
+    assert found.has_int8
+    return found
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -80,26 +93,21 @@ def test_no_rows_are_no_work(native: Kernels, n_in: int) -> None:
     assert shapes == [(0, 70)]
 
 
-@pytest.mark.parametrize(
-    ("feature", "without_it"),
-    [("amx_int8", "-mno-amx-int8"), ("avx512_vnni", "-mno-amx-int8 -mno-avx512vnni")],
-)
-def test_other_instructions_change_no_bit(
-    eight_bits: Kernels, monkeypatch: pytest.MonkeyPatch, feature: str, without_it: str
-) -> None:
-    compiler = shutil.which("gcc")
-    if compiler is None or feature not in Path("/proc/cpuinfo").read_text():
-        pytest.skip(f"no {feature}, or a compiler that cannot leave it out")
-    monkeypatch.setenv("CC", f"{compiler} {without_it}")
-    without = kernels.compiled.__wrapped__()
-    assert without is not None
-    assert without.has_int8
+def test_other_instructions_change_no_bit(native: Kernels, eight_bits: Kernels) -> None:
     torch.manual_seed(7)
     weight, bias = torch.randn(130, 192), torch.randn(130)
-    with_it, plain = (KernelInt8Linear(weight, bias, each) for each in (eight_bits, without))
+    own, other = (KernelInt8Linear(weight, bias, each) for each in (native, eight_bits))
     for n_rows in (1, 5, 6, 16, 17, 33, 129, 200):
         x = torch.randn(n_rows, 192)
-        assert torch.equal(with_it(x), plain(x))
+        assert torch.equal(own(x), other(x))
+
+
+def test_the_greatest_products_fit(eight_bits: Kernels) -> None:
+    """Where all numbers and weights are as large as they can be, pairs of products are, too."""
+    torch.manual_seed(2)
+    weight, x = (torch.randint(0, 2, (n, 250)) * 2.0 - 1.0 for n in (70, 33))
+    weight[0], weight[1], x[0], x[1] = 1.0, -1.0, 1.0, -1.0
+    torch.testing.assert_close(KernelInt8Linear(weight, None, eight_bits)(x), x @ weight.T)
 
 
 def test_it_is_as_near_as_torchs_own(eight_bits: Kernels) -> None:

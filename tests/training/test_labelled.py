@@ -12,7 +12,7 @@ from model.adapter import Adapter
 from model.models import Classifier
 from model.tokenizer import Tokenizer
 from model.training.__main__ import main
-from model.training.classify import Recipe, Transfer
+from model.training.classify import STARTS, Recipe, Transfer
 from model.training.labelled import (
     ClassifyTask,
     Example,
@@ -122,6 +122,16 @@ def test_a_saved_addition_says_what_was_learned(
     torch.testing.assert_close(probabilities(loaded, data), probabilities(model, data), atol=1e-5, rtol=1e-4)
 
 
+def test_where_a_classifier_begins(tiny_folders: TinyFolders) -> None:
+    transfer = Transfer(tiny_folders.fill_mask, recipe_of_two_layers(Recipe.read(RECIPE)), "cpu", 0)
+    low_rank, whole, random = (transfer.model(0, start) for start in STARTS)
+    name = "encoder.blocks.0.feed_forward.up.weight"
+    assert torch.equal(whole.get_parameter(name), transfer.tensors[name])
+    assert not torch.equal(random.get_parameter(name), transfer.tensors[name])
+    learning = [all(p.requires_grad for p in model.parameters()) for model in (low_rank, whole, random)]
+    assert learning == [False, True, True]
+
+
 def recipe_of_two_layers(recipe: Recipe) -> Recipe:
     return Recipe(**{**vars(recipe), "n_layers": 2, "bf16": False, "lr": 5e-3})
 
@@ -155,6 +165,8 @@ def test_the_command_trains_saves_and_reports(
     assert main([*map(str, command), "--compare", "--card"]) == 0
     assert checkpoint.load(out).config.labels == ["bad", "good"]
     card = (out / "README.md").read_text(encoding="utf-8")
+    assert "train alone, pre-trained, all weights" in card
+    assert "train alone, random weights" in card
     assert "both, 5 folds" in card
     assert "other alone, 5 folds" in card
     assert " 8 |     2 |        24 |" in card
