@@ -1,6 +1,6 @@
 """GET /health, /ready, /info and /metrics: what machines ask of the service itself."""
 
-from typing import Any, cast, Literal
+from typing import Any, Literal, cast
 
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
