@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from app.api.deps import Attendance, gather, note_times, prepare
+from app.casing import in_small_letters, is_shouted
 from app.engine.registry import GeneratingLane, Task
 from app.engine.sequence import Hypothesis, Sequence
 from app.errors import InvalidRequest
@@ -312,7 +313,9 @@ class _Drafting:
     def _draft_part(self, part: Part, mark: str, spans: list[Span], elements: list[Element]) -> str | _Draft:
         if not part.is_sentence or not is_translatable(part.text.replace(mark, "")):
             return self._verbatim(part.text, mark, spans, elements)
-        hidden, edited = shield(part.text, mark, spans, self.task.tokenizer)
+        shouted = iso_code(self.src) == "en" and is_shouted(part.text)
+        text = in_small_letters(part.text) if shouted else part.text
+        hidden, edited = shield(text, mark, spans, self.task.tokenizer)
         tokenizer = self.task.tokenizer
         prompt_ids = tokenizer.source_ids(
             tokenizer.encode(plain_spaces(hidden.text)), self.tgt, src_lang=self.src

@@ -5,6 +5,7 @@ from typing import Any
 import httpx
 import pytest
 
+from app.casing import in_small_letters, is_shouted
 from tests.app.fakes import FakeDecodeLane, byte_tokenizer
 
 Client = httpx.AsyncClient
@@ -105,6 +106,36 @@ async def test_other_spaces_are_spaces_to_the_model(
     tokenizer = byte_tokenizer()
     wanted = tokenizer.source_ids(tokenizer.encode("She bought a red car."), "ko")
     assert translate_lane.submitted[-1].prompt_ids == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("PLEASE CLOSE THE DOOR!", "Please close the door!"),
+        ("SORRY, I'M LATE AND I LOST MY TV.", "Sorry, I'm late and I lost my TV."),
+        ("WHO ARE YOU?", "Who are you?"),
+        ("THANK YOU", "Thank you"),
+        ("NASA AND ESA", "Nasa and esa"),
+        ("USA GDP", "USA GDP"),
+        ("STOP!", "STOP!"),
+        ("WRITE TO ME, please.", "WRITE TO ME, please."),
+        ("", ""),
+    ],
+)
+def test_shouting_is_read_calmly(text: str, read: str) -> None:
+    assert (in_small_letters(text) if is_shouted(text) else text) == read
+
+
+async def test_shouted_sentences_reach_the_model_in_small_letters(
+    client: Client, translate_lane: FakeDecodeLane
+) -> None:
+    await translate(client, "WRITE TO ANN@EXAMPLE.ORG TODAY. I will.", src_lang="en")
+    tokenizer = byte_tokenizer()
+    first, second = (tokenizer.decode(sequence.prompt_ids) for sequence in translate_lane.submitted)
+    assert first.startswith("Write to ")
+    assert first.rstrip().endswith(" today.")
+    assert "example" not in first.lower()
+    assert "I will." in second
 
 
 async def test_each_text_has_its_own_language(client: Client, translate_lane: FakeDecodeLane) -> None:
