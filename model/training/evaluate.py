@@ -42,6 +42,7 @@ OWN_PACKS = (  # that come with the code
     "more.en-ko.tsv.xz",
     "more-2.en-ko.tsv.xz",
     "more-3.en-ko.tsv.xz",
+    "more-4.en-ko.tsv.xz",
     "phrases.en-ko.tsv.xz",
     STORIES,
 )

@@ -106,13 +106,16 @@ class TranslateTask:
 
 def source_tag(label: str) -> str:
     """The tag that goes before a source's sentences: software documentation has a voice of its own."""
-    everyday = ("written", "wiki", "grammar", "tatoeba", "ncsoft", "risawoz", "xpersona", "korsts")
+    everyday = ("written", "mixed", "wiki", "grammar", "tatoeba", "ncsoft", "risawoz", "xpersona", "korsts")
     if label.startswith("back-"):
         return "back"
     return "everyday" if label.startswith(everyday) else "docs"
 
 
 def _learned(name: str, direction: int) -> bool:
-    """Is this direction (0 to Korean, 1 to English) learned from a source? Not towards a machine's words."""
-    written = {"back-ko": 0, "back-en": 1}
+    """Is this direction (0 to Korean, 1 to English) learned from a source?
+
+    Not towards a machine's words, nor towards a side that has words of the other language in it.
+    """
+    written = {"back-ko": 0, "back-en": 1, "mixed-ko": 0, "mixed-en": 1}
     return all(direction == only for prefix, only in written.items() if name.startswith(prefix))

@@ -118,12 +118,12 @@ def test_the_command_in_two_parts_equals_one(
     assert "not a translator" in capsys.readouterr().out
 
 
-def test_machine_words_are_no_target(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    labels = ("back-ko", "back-en", "written-daily")
+def test_machine_words_and_mixtures_are_no_target(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    labels = ("back-ko", "back-en", "written-daily", "mixed-ko", "mixed-en")
     shard = write_shard(tmp_path, tokenizer, [(label, list(PAIRS[i])) for i, label in enumerate(labels)])
     task = TranslateTask(shard, tokenizer, weights={"": 1.0}, budget=400)
     examples = sorted(np.concatenate(task.batches(0)).tolist())
-    assert examples == [0, 5, 8, 9]  # to Korean; to English; both
+    assert examples == [0, 5, 8, 9, 12, 17]  # to Korean; to English; both; and again one each
     source = task.collate(np.array([0]), np.random.default_rng(0))["src"][0, 0]
     assert source == tokenizer.tags["back"]
 

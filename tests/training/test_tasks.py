@@ -348,8 +348,8 @@ def test_smoothing_is_for_training_alone(translate: TranslateTask, tokenizer: To
 
 
 def test_tags() -> None:
-    names = ("written-daily", "wiki-en-ko", "grammar", "msdocs-ht", "back-books")
-    assert [source_tag(name) for name in names] == ["everyday", "everyday", "everyday", "docs", "back"]
+    names = ("written-daily", "wiki-en-ko", "grammar", "mixed-ko", "msdocs-ht", "back-books")
+    assert [source_tag(name) for name in names] == [*["everyday"] * 4, "docs", "back"]
 
 
 def test_start_from_a_trained_encoder(tokenizer: Tokenizer) -> None:
