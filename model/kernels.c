@@ -14,12 +14,23 @@
 #define HAS_VNNI 0
 #endif
 
-#if HAS_VNNI || (defined(__AVX2__) && defined(__FMA__))
-#define HAS_INT8 1
-#include <immintrin.h>
+#if defined(__AVX2__) && defined(__FMA__)
+#define HAS_PAIRS 1 /* products of bytes, added in pairs */
 #else
-#define HAS_INT8 0
+#define HAS_PAIRS 0
 #endif
+
+#if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
+#define HAS_DOT 1
+#include <arm_neon.h>
+#else
+#define HAS_DOT 0
+#endif
+
+#if HAS_VNNI || HAS_PAIRS
+#include <immintrin.h>
+#endif
+#define HAS_INT8 (HAS_VNNI || HAS_PAIRS || HAS_DOT)
 
 #if HAS_VNNI && defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__linux__)
 #define HAS_TILES 1
@@ -72,11 +83,18 @@ static void *scratch(size_t size)
 #define MOST_ROWS 6 /* of a tile: their 24 sums and a panel's 4 weights fit into the 32 registers */
 typedef uint8_t eight; /* what a number of a row is rounded to */
 
-#else
+#elif HAS_PAIRS
 
 #define PANEL 16    /* (N / 16, K / 4, 16, 4) */
 #define VECTORS 2   /* of a panel */
 #define MOST_ROWS 4 /* of a tile: 8 sums, 4 rows' numbers and 4 more fit into the 16 registers */
+typedef int8_t eight;
+
+#else
+
+#define PANEL 16
+#define VECTORS 4   /* of 4 outputs each */
+#define MOST_ROWS 4 /* of a tile: 16 sums, 4 rows' numbers and 4 weights, of 32 registers */
 typedef int8_t eight;
 
 #endif
@@ -176,7 +194,7 @@ INLINE void tile(const struct product *p, long row, long panel, const int n_rows
     }
 }
 
-#else
+#elif HAS_PAIRS
 
 /* The first n of eight numbers, n from 0 to 8. */
 INLINE __m256i first_of_eight(long n)
@@ -280,6 +298,97 @@ INLINE void tile(const struct product *p, long row, long panel, const int n_rows
     UNROLL
     for (int j = 0; j < VECTORS; j++) {
         const struct column c = column(p, panel * PANEL + 8 * j);
+        UNROLL
+        for (int i = 0; i < n_rows; i++)
+            finish(p, &c, row + i, sums[i][j]);
+    }
+}
+
+#else
+
+INLINE float32x4_t load_part(const float *x, long left)
+{
+    float four[4] = {0.0f};
+    if (left >= 4)
+        return vld1q_f32(x);
+    for (long i = 0; i < left; i++)
+        four[i] = x[i];
+    return vld1q_f32(four);
+}
+
+/* A row in steps of scale; returns the scale, NaN where the row holds no number. */
+static float quantise(const float *x, long n, eight *out)
+{
+    float32x4_t most = vdupq_n_f32(0.0f), bad = vdupq_n_f32(0.0f);
+    for (long k = 0; k < n; k += 4) {
+        const float32x4_t v = load_part(x + k, n - k);
+        most = vmaxnmq_f32(most, vabsq_f32(v)); /* of NaN and a number, the number */
+        bad = vfmaq_f32(bad, v, vdupq_n_f32(0.0f));
+    }
+    const float peak = vmaxvq_f32(most), scale = vaddvq_f32(bad) == 0.0f ? peak / 127.0f : NAN;
+    const float32x4_t steps = vdupq_n_f32(scale > 1e-36f ? 127.0f / peak : 0.0f);
+    for (long k = 0; k < n; k += 4) {
+        const int16x4_t whole = vqmovn_s32(vcvtnq_s32_f32(vmulq_f32(load_part(x + k, n - k), steps)));
+        const int32_t bytes = vget_lane_s32(vreinterpret_s32_s8(vqmovn_s16(vcombine_s16(whole, whole))), 0);
+        memcpy(out + k, &bytes, n - k >= 4 ? 4 : (size_t)(n - k));
+    }
+    return scale;
+}
+
+/* Four outputs, of which the last may be beyond the end. */
+struct column {
+    long n, left;
+    float32x4_t w_scale, bias;
+};
+
+INLINE struct column column(const struct product *p, long n)
+{
+    const long left = p->n_out - n;
+    return (struct column){n, left, load_part(p->w_scale + n, left), load_part(p->bias + n, left)};
+}
+
+/* A row's sums in units of the scales, and the bias. */
+INLINE void finish(const struct product *p, const struct column *c, long row, int32x4_t sums)
+{
+    const float32x4_t unit = vmulq_f32(vcvtq_f32_s32(sums), c->w_scale);
+    const float32x4_t y = vfmaq_f32(c->bias, unit, vdupq_n_f32(p->scale[row]));
+    float *out = p->out + row * p->out_stride + c->n - p->first_out, four[4];
+    vst1q_f32(c->left >= 4 ? out : four, y);
+    for (long i = 0; c->left < 4 && i < c->left; i++)
+        out[i] = four[i];
+}
+
+/* `n_rows` rows, known when compiling, times a panel: all sums stay in registers. */
+INLINE void tile(const struct product *p, long row, long panel, const int n_rows)
+{
+    int32x4_t sums[MOST_ROWS][VECTORS];
+    const long depth = p->x_stride; /* the weights of numbers past n_in are zeros */
+    const int8_t *w = p->weight + panel * depth * PANEL;
+    const eight *x = p->x + row * depth;
+    UNROLL
+    for (int i = 0; i < n_rows; i++)
+        UNROLL
+        for (int j = 0; j < VECTORS; j++)
+            sums[i][j] = vdupq_n_s32(0);
+    for (long k = 0; k < depth; k += 4, w += 4 * PANEL) {
+        int8x16_t all[MOST_ROWS];
+        UNROLL
+        for (int i = 0; i < n_rows; i++) {
+            int32_t four;
+            memcpy(&four, x + i * depth + k, 4);
+            all[i] = vreinterpretq_s8_s32(vdupq_n_s32(four));
+        }
+        UNROLL
+        for (int j = 0; j < VECTORS; j++) {
+            const int8x16_t own = vld1q_s8(w + 16 * j);
+            UNROLL
+            for (int i = 0; i < n_rows; i++)
+                sums[i][j] = vdotq_s32(sums[i][j], own, all[i]);
+        }
+    }
+    UNROLL
+    for (int j = 0; j < VECTORS; j++) {
+        const struct column c = column(p, panel * PANEL + 4 * j);
         UNROLL
         for (int i = 0; i < n_rows; i++)
             finish(p, &c, row + i, sums[i][j]);
@@ -441,8 +550,10 @@ void int8_shift(const int8_t *weight, long n_out, long n_in, int32_t *shift)
             const int32_t w = weight[n * n_in + k];
 #if HAS_VNNI
             shift[n] -= 128 * w; /* `quantise` adds 128 to every number */
-#else
+#elif HAS_PAIRS
             shift[n] -= w < 0 ? w : 0; /* `tile` takes one from it under every negative weight */
+#else
+            shift[n] += 0 * w;
 #endif
         }
     }

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import logging
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -26,7 +27,9 @@ log = logging.getLogger("model.kernels")
 _SOURCE = Path(__file__).with_name("kernels.c")
 _COMPILERS = ("cc", "gcc", "clang")
 # Nothing that changes what is computed but the order of sums: NaN and infinity stay what they are.
-_FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+_FLAGS = ("-std=gnu11", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+# Every compiler knows but one of them on ARM.
+_NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 _COMPILE_SECONDS = 60.0
 
 _pointer, _long, _int = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
@@ -266,7 +269,7 @@ def compiled() -> Kernels | None:
         # A folder that nobody else may write to, and that is gone once the library is loaded.
         with tempfile.TemporaryDirectory() as folder:
             library = Path(folder) / "kernels.so"
-            command += [*_FLAGS, "-shared", "-fPIC", str(_SOURCE), "-o", str(library), "-lm"]
+            command += [*_FLAGS, _NATIVE, "-shared", "-fPIC", str(_SOURCE), "-o", str(library), "-lm"]
             subprocess.run(  # noqa: S603  # the compiler of this machine, on a file of this package
                 command,
                 check=True,
