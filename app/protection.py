@@ -66,7 +66,18 @@ _AMOUNTS = {
     ),
 }
 _PART = re.compile(rf"(?=\d)(?:(\d+) ?천 ?)?(?:(\d+) ?백 ?)?(?:(\d+) ?십 ?)?({_FIGURE})? ?([만억조]?)")
-# Of a range (3~5만) only the end would be counted anew; and 만 may mean "only" (그림 3만).
+# Of a range (3~5만, 3 to 5 million) the word of magnitude counts for both ends; after "from" it stays.
+_BEGINNING = {
+    "ko": re.compile(
+        rf"(?<![\w.,$])(?<!from )(?<!between )({_FIGURE})(?: ?[~∼～–-] ?| to )$",
+        re.IGNORECASE,
+    ),
+    "en": re.compile(rf"(?<![\w.,제$])(?<!제 )({_FIGURE}) ?[~∼～–-] ?$"),
+}
+_ONE_WORD = re.compile(rf"{_FIGURE}( ?[천백십]?[만억조]|[^\d천백십]+)")
+_MOST_BEFORE = 40  # characters of a beginning
+_TO = {"ko": "~", "en": " to "}
+# 만 may mean "only" (그림 3만), and of a range that is written otherwise only the end would be counted anew.
 _BEFORE_NO_AMOUNT = re.compile(r"\d\s?(?:[~∼～–-]|to)\s?$|(?:그림|표|버전|문제|번호|딱|겨우)\s?$")
 _MAX_AMOUNT_DIGITS = 20  # more are no amount
 _POWERS = {"": 0, "만": 4, "억": 8, "조": 12, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
@@ -174,17 +185,32 @@ def _amounts(text: str, target: str) -> Iterable[Span]:
     """Amounts of the other language, each with what it is in the target language."""
     for match in _AMOUNTS[target].finditer(text) if target in _AMOUNTS else ():
         source, start = match.group().rstrip(), match.start()
-        before = text[max(0, start - 6) : start]
-        if len(re.sub(r"\D", "", source)) > _MAX_AMOUNT_DIGITS or _BEFORE_NO_AMOUNT.search(before):
+        if len(re.sub(r"\D", "", source)) > _MAX_AMOUNT_DIGITS:
             continue
-        value = _korean_value(source) if target == "en" else _value(match[1], match[2].lower())
-        if value is not None and value == int(value):
-            output = in_english(int(value)) if target == "en" else in_korean(int(value))
+        count, show = (_korean_value, in_english) if target == "en" else (_english_value, in_korean)
+        ends = [count(source)]
+        begun = _BEGINNING[target].search(text[max(0, start - _MOST_BEFORE) : start])
+        if begun:
+            one_word = _ONE_WORD.fullmatch(source)  # not 3~5만 2천
+            ends.insert(0, count(begun[1] + one_word[1]) if one_word else None)
+            start -= len(begun.group())
+            source = begun.group() + source
+        elif _BEFORE_NO_AMOUNT.search(text[max(0, start - 6) : start]):
+            continue
+        values = [int(end) for end in ends if end is not None and end == int(end)]
+        if len(values) == len(ends) and values == sorted(values):
+            output = _TO[target].join(map(show, values))
             yield Span(start, start + len(source), source, output, is_amount=True)
 
 
 def _value(figure: str | None, word: str) -> Decimal:
     return Decimal((figure or "0").replace(",", "")).scaleb(_POWERS[word])
+
+
+def _english_value(text: str) -> Decimal | None:
+    """3.5 million -> 3,500,000."""
+    figure, word = re.split(r"[ \u00a0\u202f-]", text)
+    return _value(figure, word.lower().removesuffix("s"))
 
 
 def _korean_value(text: str) -> Decimal | None:
