@@ -103,6 +103,7 @@ class TransformerConfig:
     sep_id: int | None = 5
     start_id: int | None = None  # what a translation begins with; None: with its language
     languages: dict[str, int] = field(default_factory=dict)
+    length_penalty: float = 1.0  # of a translation's beam search, where none is asked for
     labels: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -129,6 +130,8 @@ class TransformerConfig:
             raise ConfigError(f"positions: {self.positions} needs an even width")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout: {self.dropout} is not in [0, 1)")
+        if not math.isfinite(self.length_penalty):
+            raise ConfigError(f"length_penalty: {self.length_penalty} is not a number")
         self._check_layers()
         self._check_labels()
         self._check_rotary()

@@ -216,7 +216,12 @@ def _search(n_alternatives: int, settings: Settings, task: Task[GeneratingLane])
     limit = min(settings.max_new_tokens, task.lane.limits.max_new_tokens)
     n_best = n_alternatives + 1
     num_beams = max(settings.default_beams, n_best)
-    beams = BeamParams(num_beams=num_beams, num_return_sequences=n_best, max_new_tokens=limit)
+    beams = BeamParams(
+        num_beams=num_beams,
+        num_return_sequences=n_best,
+        length_penalty=task.config.length_penalty,
+        max_new_tokens=limit,
+    )
     return Search(beams, None, limit, settings.default_beams)
 
 

@@ -64,7 +64,7 @@ class BeamParameters(Strict):
         description="translations of each text, at most num_beams; they differ, and so there may be fewer",
     )
     length_penalty: float | None = Field(
-        None, description="above 0 favours long translations; 1.0 by default"
+        None, description="above 0 favours long translations; by default as the model has it"
     )
     max_new_tokens: int | None = Field(
         None, description="for each sentence; by default three times its length"
@@ -274,9 +274,10 @@ def _resolve(parameters: TranslateParameters, settings: Settings, task: Task[Gen
         )
     check_count("num_return_sequences", n_best, 1, num_beams)
     given = {name: value for name, value in asked.model_dump().items() if value is not None}
+    given["num_beams"] = num_beams
     beams = BeamParams(
         return_alignment=bool(parameters.return_alignment),
-        **(given | {"num_beams": num_beams, "max_new_tokens": given.get("max_new_tokens", limit)}),
+        **({"max_new_tokens": limit, "length_penalty": task.config.length_penalty} | given),
     )
     check_count("max_new_tokens", beams.max_new_tokens, 1, limit)
     check_range(

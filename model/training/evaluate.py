@@ -95,7 +95,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="examples of each text; 0 is all")
     parser.add_argument("--beams", type=int, default=4)
-    parser.add_argument("--length-penalty", type=float, default=1.0)
+    parser.add_argument("--length-penalty", type=float, help="else the model's own")
     parser.add_argument("--no-repeat-ngram-size", type=int, default=0, metavar="N")
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -190,9 +190,10 @@ def _beam_params(arguments: argparse.Namespace, checkpoint: Checkpoint) -> BeamP
     if arguments.repetition_penalty <= 0:
         raise ValueError(f"--repetition-penalty is {arguments.repetition_penalty:g}; it must be above 0")
     longest = min(arguments.max_new_tokens, checkpoint.config.max_len)
+    own, asked = checkpoint.config.length_penalty, arguments.length_penalty
     return BeamParams(
         arguments.beams,
-        length_penalty=arguments.length_penalty,
+        length_penalty=own if asked is None else asked,
         no_repeat_ngram_size=arguments.no_repeat_ngram_size,
         repetition_penalty=arguments.repetition_penalty,
         max_new_tokens=longest,

@@ -1,9 +1,11 @@
 """POST /translate on the lane that shouts."""
 
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from app.casing import in_small_letters, is_shouted
 from tests.app.fakes import FakeDecodeLane, byte_tokenizer
@@ -169,6 +171,18 @@ async def test_parameters_reach_the_lane_from_both_places(
     beams: Any = translate_lane.submitted[-1].params
     assert (beams.num_beams, beams.length_penalty, beams.max_new_tokens) == (2, 0.5, 7)
     assert (beams.no_repeat_ngram_size, beams.repetition_penalty, beams.num_return_sequences) == (3, 1.5, 1)
+
+
+async def test_the_length_penalty_is_the_models_own_unless_one_is_asked_for(
+    client: Client, app: FastAPI, translate_lane: FakeDecodeLane
+) -> None:
+    task = app.state.services.tasks["translate"]
+    task.config = replace(task.config, length_penalty=1.5)
+    await translate(client, "abc")
+    await translate(client, "abc", length_penalty=1.0)
+    await client.post("/translate", json={"q": "abc", "source": "en", "target": "ko"})
+    asked: list[Any] = [sequence.params for sequence in translate_lane.submitted]
+    assert [params.length_penalty for params in asked] == [1.5, 1.0, 1.5]
 
 
 async def test_default_beams_and_length(client: Client, translate_lane: FakeDecodeLane) -> None:

@@ -37,6 +37,8 @@ def test_it_is_frozen() -> None:
         ("max_len", 0),
         ("dropout", 1.0),
         ("dropout", float("nan")),
+        ("length_penalty", float("inf")),
+        ("length_penalty", "1"),
         ("norm_eps", 0.0),
         ("rotary_base", -1.0),
         ("bias", 1),
