@@ -76,8 +76,11 @@ class Door:
     def check_wait(self, n_before: int, n_waiting: int | None = None) -> None:
         """Raises `Overloaded` when the items that come first will take longer than the limit.
 
-        `n_waiting` is how many wait, where some of them come later.
+        `n_waiting` is how many wait, where some of them come later. An empty lane begins at once, however
+        long what is asked for will take.
         """
+        if self.n_inside == 0:
+            return
         seconds = self._wait_seconds(n_before, n_waiting)
         if seconds > self.max_wait_seconds:
             raise Overloaded(_within_bounds(seconds), f"the queue is {seconds:.0f} seconds long")
@@ -87,7 +90,7 @@ class Door:
         return _within_bounds(self._wait_seconds(n_waiting))
 
     def _wait_seconds(self, n_before: int, n_waiting: int | None = None) -> float:
-        if len(self._ends) >= _TELLING_ENDS:
+        if self.n_inside and len(self._ends) >= _TELLING_ENDS:  # else the pause would count as work
             return n_before * self._pace()
         # A burst begins with no end to go by: the pace of the last busy time is the best guess. What runs
         # side by side ends side by side, too: the time that one has taken so far is shared by all that run.

@@ -82,7 +82,7 @@ def test_a_queue_that_is_too_long_in_seconds_refuses() -> None:
     clock = Clock()
     door = Door(clock)
     door.max_wait_seconds = 10.0
-    door.enter(30)
+    door.enter(31)
     door.check_wait(1_000_000)  # nothing is known yet
     for _ in range(30):
         clock.now += 0.5
@@ -91,6 +91,24 @@ def test_a_queue_that_is_too_long_in_seconds_refuses() -> None:
     with pytest.raises(Overloaded, match="the queue is 15 seconds long; try again in 14") as raised:
         door.check_wait(30)
     assert raised.value.retry_after_seconds == pytest.approx(14.5, rel=0.05)
+
+
+def test_an_empty_lane_begins_at_once() -> None:
+    """Whatever the pace was, and however long the pause: nothing is before the one who comes."""
+    clock = Clock()
+    door = Door(clock)
+    door.max_wait_seconds = 10.0
+    for pause in (0.0, 60.0, 3600.0):
+        clock.now += pause
+        door.check_wait(64)
+        door.enter(64)
+        with pytest.raises(Overloaded):
+            clock.now += 15
+            door.check_wait(64)
+        for _ in range(64):
+            clock.now += 0.3
+            door.leave()
+        assert door.retry_after(20) == pytest.approx(6, rel=0.05)
 
 
 def test_a_burst_after_a_pause_goes_by_the_pace_before_it() -> None:
