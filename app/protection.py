@@ -6,7 +6,7 @@ search is made to say it.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import chain, count
@@ -31,8 +31,9 @@ _ONLY_PARTICLES = re.compile(_PARTICLES)
 _ADDRESS_CHARS = r"[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]"
 _KEPT = re.compile(
     # A path may go on in other letters, unless that is but a particle after the address.
-    rf"(?P<address>(?:https?|ftp)://(?:{_ADDRESS_CHARS}|(?<=[/=_\-%.])(?!{_PARTICLES})[^\W\d_a-zA-Z]+)+"
-    rf"|www\.[A-Za-z0-9\-]+\.{_ADDRESS_CHARS}+"
+    rf"(?P<address>(?i:https?|ftp)://(?:{_ADDRESS_CHARS}|(?<=[/=_\-%.])(?!{_PARTICLES})[^\W\d_a-zA-Z]+)+"
+    rf"|(?i:www)\.[A-Za-z0-9\-]+\.{_ADDRESS_CHARS}+"
+    rf"|(?<![\w.@/\-])(?:[A-Za-z0-9][A-Za-z0-9\-]*\.)+(?i:com|net|org|kr|io|edu|gov)(?![A-Za-z0-9\-@])(?:/{_ADDRESS_CHARS}*)?"
     r"|(?<![\w.+%\-])[A-Za-z0-9._%+\-]+@[A-Za-z0-9\-]+(?:\.[A-Za-z0-9\-]+)+)"
     r"|(?P<code>`[^`\n]+`)"
     # Dates, times, telephone numbers, versions.
@@ -66,17 +67,41 @@ _AMOUNTS = {
     ),
 }
 _PART = re.compile(rf"(?=\d)(?:(\d+) ?천 ?)?(?:(\d+) ?백 ?)?(?:(\d+) ?십 ?)?({_FIGURE})? ?([만억조]?)")
-# Of a range (3~5만, 3 to 5 million) the word of magnitude counts for both ends; after "from" it stays.
+# What stands before the end of a range: the word of magnitude counts for it as well (3~5만, 3 to 5 million).
+_SIGNS = "₩¥£€$"
 _BEGINNING = {
     "ko": re.compile(
-        rf"(?<![\w.,$])(?<!from )(?<!between )({_FIGURE})(?: ?[~∼～–-] ?| to )$",
+        rf"(?P<lead>(?<![A-Za-z])(?:from|between) )?[{_SIGNS}]?(?<![\w.,])(?P<figure>{_FIGURE})"
+        rf"(?: ?(?P<dash>[~∼～–-]) ?| (?P<word>to|and|or) )[{_SIGNS}]?$",
         re.IGNORECASE,
     ),
-    "en": re.compile(rf"(?<![\w.,제$])(?<!제 )({_FIGURE}) ?[~∼～–-] ?$"),
+    "en": re.compile(
+        rf"(?P<lead>(?!))?[{_SIGNS}]?(?<![\w.,제])(?<!제 )(?P<figure>{_FIGURE})"
+        rf" ?(?P<dash>[~∼～–-]) ?(?P<word>(?!))?[{_SIGNS}]?$"
+    ),
 }
 _ONE_WORD = re.compile(rf"{_FIGURE}( ?[천백십]?[만억조]|[^\d천백십]+)")
 _MOST_BEFORE = 40  # characters of a beginning
 _TO = {"ko": "~", "en": " to "}
+# A sign of money before a number is read as the word behind it.
+_MONEY = {
+    "ko": {"₩": " won", "¥": " yen", "£": " pounds", "€": " euros"},  # $ is read well as it is
+    "en": {"₩": "원", "¥": "엔", "£": "파운드", "€": "유로", "$": "달러"},
+}
+_PRICE = re.compile(rf"(?<!\w)([₩¥£€]) ?({_FIGURE})(?![\w.,]?\d)")
+_SHORT = re.compile(rf"(?<!\w)([{_SIGNS}])({_FIGURE}) ?(K|M|m|bn|B|tn|T)(?!\w)")
+_SHORT_POWERS = {"K": 3, "M": 6, "m": 6, "bn": 9, "B": 9, "tn": 12, "T": 12}
+# 3,4만 and 2~3천: three or four ten thousands, two or three thousands. 300여만: somewhat more.
+_ABOUT = re.compile(
+    r"(?<![\w.,])([1-9])(?:, ?| ?[~∼～–-] ?)([1-9]) ?([천백십]?[만억조]|천|백)(?! ?[\d천백십만억조큼])"
+)
+_MORE_THAN = re.compile(rf"(?<![\w.,])({_FIGURE}) ?여 ?([천백십]?[만억조])(?! ?[\d천백십만억조])")
+_DIGITS = "일이삼사오육칠팔구"
+_NUMERALS = f"{_DIGITS}십백천만억"
+_IN_WORDS = re.compile(
+    rf"(?<![\w])(?=[{_NUMERALS} ]{{2,24}}(?:원|명|달러))"
+    rf"([{_NUMERALS}]+(?: [{_NUMERALS}]+)*)(?= ?(?:원(?![칙문래고인리장])|명(?![가-힣]*[사의])|달러))"
+)
 # 만 may mean "only" (그림 3만), and of a range that is written otherwise only the end would be counted anew.
 _BEFORE_NO_AMOUNT = re.compile(r"\d\s?(?:[~∼～–-]|to)\s?$|(?:그림|표|버전|문제|번호|딱|겨우)\s?$")
 _MAX_AMOUNT_DIGITS = 20  # more are no amount
@@ -90,8 +115,8 @@ _AFTER_ADDRESS = ".,;:!?'\"*_~"
 class Span:
     """Characters [start, stop) of a text, and what is to stand in their place, as it is.
 
-    A noun is hidden behind a noun, an amount behind a number, and markup is not escaped where the text
-    becomes HTML.
+    A noun is hidden behind a noun, an amount behind a number, and `unit`, and markup is not escaped where the
+    text becomes HTML.
     """
 
     start: int
@@ -101,6 +126,7 @@ class Span:
     is_noun: bool = False
     is_markup: bool = False
     is_amount: bool = False
+    unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -173,6 +199,7 @@ def find_spans(text: str, glossary: Glossary | None, target: str = "") -> list[S
     if glossary is not None:
         found += glossary.spans(text)
     found += _amounts(text, target)
+    found += _other_amounts(text, target)
     spans: list[Span] = []
     # Where two begin together, the longer one; an address before a term within it.
     for span in sorted(found, key=lambda s: (s.start, -s.stop)):
@@ -181,26 +208,105 @@ def find_spans(text: str, glossary: Glossary | None, target: str = "") -> list[S
     return spans
 
 
-def _amounts(text: str, target: str) -> Iterable[Span]:
+def _amounts(text: str, target: str) -> Iterator[Span]:
     """Amounts of the other language, each with what it is in the target language."""
-    for match in _AMOUNTS[target].finditer(text) if target in _AMOUNTS else ():
+    if target not in _AMOUNTS:
+        return
+    count, show = (_korean_value, in_english) if target == "en" else (_english_value, in_korean)
+    for match in _AMOUNTS[target].finditer(text):
         source, start = match.group().rstrip(), match.start()
-        if len(re.sub(r"\D", "", source)) > _MAX_AMOUNT_DIGITS:
+        value = count(source) if len(re.sub(r"\D", "", source)) <= _MAX_AMOUNT_DIGITS else None
+        if value is None or value != int(value):
             continue
-        count, show = (_korean_value, in_english) if target == "en" else (_english_value, in_korean)
-        ends = [count(source)]
         begun = _BEGINNING[target].search(text[max(0, start - _MOST_BEFORE) : start])
-        if begun:
-            one_word = _ONE_WORD.fullmatch(source)  # not 3~5만 2천
-            ends.insert(0, count(begun[1] + one_word[1]) if one_word else None)
-            start -= len(begun.group())
-            source = begun.group() + source
-        elif _BEFORE_NO_AMOUNT.search(text[max(0, start - 6) : start]):
+        one_word = _ONE_WORD.fullmatch(source)  # not 3~5만 2천
+        if begun and (begun["word"] or "").lower() == "and" and (begun["lead"] or "").lower() != "between ":
+            begun = None
+        if not begun:
+            if not _BEFORE_NO_AMOUNT.search(text[max(0, start - 6) : start]):
+                yield _amount(text, start, start + len(source), show(int(value)), target)
             continue
-        values = [int(end) for end in ends if end is not None and end == int(end)]
-        if len(values) == len(ends) and values == sorted(values):
-            output = _TO[target].join(map(show, values))
-            yield Span(start, start + len(source), source, output, is_amount=True)
+        # A whole number before it is itself: 500,000 to 1 million.
+        own = _value(begun["figure"], "")
+        first = own if own >= 1000 else count(begun["figure"] + one_word[1]) if one_word else None
+        if first is None or first != int(first) or first >= value:
+            continue
+        place = max(0, start - _MOST_BEFORE) + begun.start("figure")
+        if begun["dash"] or (begun["word"].lower() == "to" and not begun["lead"]):
+            shown = show(int(first)) + _TO[target] + show(int(value))
+            yield _amount(text, place, start + len(source), shown, target)
+        else:
+            yield _amount(text, place, place + len(begun["figure"]), show(int(first)), target)
+            yield _amount(text, start, start + len(source), show(int(value)), target)
+
+
+def _other_amounts(text: str, target: str) -> Iterator[Span]:
+    """Prices with their sign before them, and what has its magnitude in other forms."""
+    for match in _PRICE.finditer(text) if target in _MONEY else ():
+        yield _amount(text, match.start(2), match.end(), match[2], target)
+    if target == "ko":
+        for match in _SHORT.finditer(text):
+            value = _value(match[2], "").scaleb(_SHORT_POWERS[match[3]])
+            if value == int(value):
+                yield _amount(text, match.start(2), match.end(), in_korean(int(value)), target)
+    if target != "en":
+        return
+    for match in _ABOUT.finditer(text):
+        low, high = (int(match[i]) for i in (1, 2))
+        unit = _unit(match[3])
+        if low < high and ("," not in match.group() or high == low + 1):
+            shown = f"{in_english(low * unit)} to {in_english(high * unit)}"
+            yield _amount(text, *match.span(), shown, target)
+    for match in _MORE_THAN.finditer(text):
+        value = _value(match[1], "") * _unit(match[2])
+        if value == int(value):
+            yield _amount(text, *match.span(), f"more than {in_english(int(value))}", target)
+    for match in _IN_WORDS.finditer(text):
+        number = _numeral(match[1].replace(" ", ""))
+        if number >= 1000:
+            yield _amount(text, *match.span(1), in_english(number), target)
+
+
+def _amount(text: str, start: int, stop: int, output: str, target: str) -> Span:
+    """With the sign of money before it, which becomes a word behind it."""
+    unit = ""
+    for gap in (0, 1):
+        sign = text[start - gap - 1 : start - gap]
+        if sign in _MONEY[target] and sign and not text[start - gap : start].strip():
+            start, unit = start - gap - 1, _MONEY[target][sign]
+            break
+    return Span(start, stop, text[start:stop], output, is_amount=True, unit=unit)
+
+
+def _unit(word: str) -> int:
+    """천만 -> 10,000,000."""
+    value = 1
+    for character in word:
+        value *= 10 ** ({"십": 1, "백": 2, "천": 3} | _POWERS)[character]
+    return value
+
+
+def _numeral(text: str) -> int:
+    """이십오만 -> 250,000; 0 where the order of its parts makes no number."""
+    total = section = digit = 0
+    least, least_group = 10_000, 10**12
+    for character in text:
+        if character in _DIGITS:
+            if digit:
+                return 0
+            digit = _DIGITS.index(character) + 1
+        elif character in "십백천":
+            power = 10 ** ("십백천".index(character) + 1)
+            if power >= least:
+                return 0
+            section, digit, least = section + (digit or 1) * power, 0, power
+        else:
+            group = 10 ** _POWERS[character]
+            if group >= least_group:
+                return 0
+            total += (section + digit or 1) * group
+            section, digit, least, least_group = 0, 0, 10_000, group
+    return total + section + digit
 
 
 def _value(figure: str | None, word: str) -> Decimal:
@@ -377,7 +483,7 @@ def shield(text: str, mark: str, spans: list[Span], tokenizer: Tokenizer) -> tup
         word = next(word for word in words if word not in hidden and word.lower() not in lower)
         at = text.index(mark, at + 1)
         hidden[word] = span
-        runs.append((at, at + 1, word))
+        runs.append((at, at + 1, word + span.unit))
     edited = replace_runs(text, runs)
     found = dict.fromkeys(match.group() for match in _NUMBER.finditer(edited.text))
     numbers = tuple(number for number in found if number not in hidden)[:_MAX_NUMBERS]

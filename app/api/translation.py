@@ -48,6 +48,14 @@ from model.tokenizer import Tokenizer, text_pieces
 Direction = Callable[[str, str], tuple[str, str]]
 Found = dict[Sequence, list[Hypothesis]]
 # As in Markdown and in what people type: bullets, headings, quotes.
+# A sentence with none of its language's letters is in the other language already.
+_LETTERS = {"ko": re.compile("[가-힣]"), "en": re.compile("[A-Za-z]")}
+# What a tokenizer of bytes may spell wrong, and what means the same in every language.
+_PICTURES = (
+    r"(?:[\u2600-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff][\ufe0f\u200d\u20e3\U000e0020-\U000e007f]*)+"
+)
+_PICTURES_BEFORE = re.compile(rf"(?:{_PICTURES}\s*)+")
+_PICTURES_BEHIND = re.compile(rf"(?:\s*{_PICTURES})+\s*$")
 _LIST_SIGNS = re.compile(r"(?:(?:[-*+•·–—>]|#+)\s+)+(?=\S)")
 
 
@@ -299,7 +307,7 @@ class _Drafting:
             n = part.text.count(mark)
             own_spans, n_spans = spans[n_spans : n_spans + n], n_spans + n
             elements = [replace(e, start=e.start - start, stop=e.stop - start) for e in around.within(i)]
-            draft = self._draft_part(part, mark, own_spans, elements)
+            draft = self._draft_part(part, mark, own_spans, elements, segment.text)
             drafts += [around.before(i), draft, around.after(i)]
         return drafts
 
@@ -310,8 +318,11 @@ class _Drafting:
         wholes = split_text(text, iso_code(self.src), tokenizer, max_tokens)
         return [part for whole in wholes for part in _cut(whole, mark)]
 
-    def _draft_part(self, part: Part, mark: str, spans: list[Span], elements: list[Element]) -> str | _Draft:
-        if not part.is_sentence or not is_translatable(part.text.replace(mark, "")):
+    def _draft_part(
+        self, part: Part, mark: str, spans: list[Span], elements: list[Element], whole: str
+    ) -> str | _Draft:
+        bare = part.text.replace(mark, "")
+        if not part.is_sentence or not is_translatable(bare) or self._is_foreign(bare, whole):
             return self._verbatim(part.text, mark, spans, elements)
         shouted = iso_code(self.src) == "en" and is_shouted(part.text)
         text = in_small_letters(part.text) if shouted else part.text
@@ -321,6 +332,17 @@ class _Drafting:
             tokenizer.encode(plain_spaces(hidden.text)), self.tgt, src_lang=self.src
         )
         return _Draft(prompt_ids, tokenizer.target_ids(self.tgt), hidden, _moved(elements, edited))
+
+    def _is_foreign(self, text: str, whole: str) -> bool:
+        """Is a sentence in the letters of the target alone, in a text that has those of its language?
+
+        A whole text without them is for whoever named its language to answer for.
+        """
+        source, target = (_LETTERS.get(iso_code(language)) for language in (self.src, self.tgt))
+        if source is None or target is None:
+            return False
+        has_source, has_target = source.search(text), target.search(text)
+        return has_target is not None and has_source is None and source.search(whole) is not None
 
     def _verbatim(self, text: str, mark: str, spans: list[Span], elements: list[Element]) -> str:
         """What no model needs to see, with its tags where they were."""
@@ -340,12 +362,25 @@ def _moved(elements: list[Element], edited: Edited) -> list[Element]:
 
 
 def _cut(part: Part, mark: str) -> list[Part]:
-    """A sentence without the signs of a list before it, in parts with as many marks as can be hidden."""
-    signs = _LIST_SIGNS.match(part.text)
-    if signs is not None:
-        rest = Part(part.text[signs.end() :], part.is_sentence)
-        return [Part(signs.group(), False), *_cut_at_marks(rest, mark)]
-    return _cut_at_marks(part, mark)
+    """A sentence without the signs of a list before it, and without pictures around it.
+
+    In parts with as many marks as can be hidden.
+    """
+    if not part.is_sentence:
+        return [part]
+    text, around = part.text, []
+    for pattern in (_LIST_SIGNS, _PICTURES_BEFORE):
+        if (found := pattern.match(text)) and found.end() < len(text):
+            around.append(Part(found.group(), False))
+            text = text[found.end() :]
+    behind = _PICTURES_BEHIND.search(text)
+    if behind is None or behind.start() == 0:
+        return [*around, *_cut_at_marks(Part(text, True), mark)]
+    return [
+        *around,
+        *_cut_at_marks(Part(text[: behind.start()], True), mark),
+        Part(behind.group(), False),
+    ]
 
 
 def _cut_at_marks(part: Part, mark: str) -> list[Part]:

@@ -117,7 +117,8 @@ async def test_other_spaces_are_spaces_to_the_model(
         ("SORRY, I'M LATE AND I LOST MY TV.", "Sorry, I'm late and I lost my TV."),
         ("WHO ARE YOU?", "Who are you?"),
         ("THANK YOU", "Thank you"),
-        ("NASA AND ESA", "Nasa and esa"),
+        ("NASA AND MR. KIM", "NASA and Mr. kim"),
+        ("THE CEO OF IBM TOOK FLIGHT KE123.", "The CEO of IBM took flight KE123."),
         ("USA GDP", "USA GDP"),
         ("STOP!", "STOP!"),
         ("WRITE TO ME, please.", "WRITE TO ME, please."),
@@ -126,6 +127,27 @@ async def test_other_spaces_are_spaces_to_the_model(
 )
 def test_shouting_is_read_calmly(text: str, read: str) -> None:
     assert (in_small_letters(text) if is_shouted(text) else text) == read
+
+
+async def test_a_sentence_of_the_other_language_stays(client: Client, translate_lane: FakeDecodeLane) -> None:
+    text = "나는 집에 간다. How are you? 그래요."
+    (answer,) = await translate(client, text, src_lang="ko", tgt_lang="en")
+    assert len(translate_lane.submitted) == 2
+    assert " How are you? " in answer["translation_text"]
+    await translate(client, "How are you?", src_lang="ko", tgt_lang="en")  # whoever says so knows better
+    assert len(translate_lane.submitted) == 3
+
+
+async def test_pictures_around_a_sentence_stay(client: Client, translate_lane: FakeDecodeLane) -> None:
+    family = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
+    (answer,) = await translate(
+        client, f"{family} I go home. \U0001f44d\U0001f3fd\u2764\ufe0f", src_lang="en"
+    )
+    assert answer["translation_text"].startswith(f"{family} ")
+    assert answer["translation_text"].endswith(" \U0001f44d\U0001f3fd\u2764\ufe0f")
+    (sequence,) = translate_lane.submitted
+    assert byte_tokenizer().decode(sequence.prompt_ids).strip() == "I go home."
+    assert await translate(client, family, src_lang="en") == [{"translation_text": family}]
 
 
 async def test_shouted_sentences_reach_the_model_in_small_letters(

@@ -102,8 +102,8 @@ def test_an_empty_lane_begins_at_once() -> None:
         clock.now += pause
         door.check_wait(64)
         door.enter(64)
+        clock.now += 15
         with pytest.raises(Overloaded):
-            clock.now += 15
             door.check_wait(64)
         for _ in range(64):
             clock.now += 0.3
