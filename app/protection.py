@@ -96,6 +96,11 @@ _ABOUT = re.compile(
     r"(?<![\w.,])([1-9])(?:, ?| ?[~∼～–-] ?)([1-9]) ?([천백십]?[만억조]|천|백)(?! ?[\d천백십만억조큼])"
 )
 _MORE_THAN = re.compile(rf"(?<![\w.,])({_FIGURE}) ?여 ?([천백십]?[만억조])(?! ?[\d천백십만억조])")
+# 3만에서 5만 명, but not what rose from the one to the other (3만에서 5만으로).
+_FROM_TO = re.compile(
+    rf"(?<![\w.,])({_FIGURE} ?[천백십]?[만억조])(?:에서|부터) ({_FIGURE} ?[천백십]?[만억조])"
+    r"(?! ?[\d천백십만억조])(?! ?[가-힣]{0,2}로(?![가-힣]))"
+)
 _DIGITS = "일이삼사오육칠팔구"
 _NUMERALS = f"{_DIGITS}십백천만억"
 _IN_WORDS = re.compile(
@@ -257,6 +262,11 @@ def _other_amounts(text: str, target: str) -> Iterator[Span]:
         if low < high and ("," not in match.group() or high == low + 1):
             shown = f"{in_english(low * unit)} to {in_english(high * unit)}"
             yield _amount(text, *match.span(), shown, target)
+    for match in _FROM_TO.finditer(text):
+        ends = [_korean_value(match[i]) for i in (1, 2)]
+        values = [int(end) for end in ends if end is not None and end == int(end)]
+        if len(values) == 2 and values[0] < values[1]:
+            yield _amount(text, *match.span(), " to ".join(map(in_english, values)), target)
     for match in _MORE_THAN.finditer(text):
         value = _value(match[1], "") * _unit(match[2])
         if value == int(value):
