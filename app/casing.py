@@ -2,16 +2,17 @@
 
 import re
 
-_WORD = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]+(?:['’][A-Za-z]+)*(?![A-Za-z0-9])")  # nor what has digits in it
+# A word, or letters with full stops (U.S.); nothing that has digits in it.
+_WORD = re.compile(r"(?<![^\W_])(?:(?:[A-Za-z]\.){2,}|[A-Za-z]+(?:['’][A-Za-z]+)*)(?![^\W_])")
 _LONG = 5  # letters: two shorter words may be abbreviations
 _KEPT = re.compile(r"I|[B-DF-HJ-NP-TV-XZ]+")  # without a vowel most are: TV, DVD, KTX
 # fmt: off
 _ABBREVIATIONS = frozenset((
-    "AI", "AIDS", "API", "ASAP", "ATM", "BIOS", "CEO", "CFO", "CIA", "CIO", "COO", "COVID", "CPU",
+    "AI", "API", "ASAP", "ATM", "BIOS", "CEO", "CFO", "CIA", "CIO", "COO", "COVID", "CPU",
     "CTO", "DIY", "DNA", "ETA", "ETF", "EU", "FAQ", "FBI", "FIFA", "GDP", "GPS", "GPU", "HIV", "IBM",
     "ICBM", "IMF", "IOC", "IOS", "IPO", "ISS", "KAIST", "KAL", "KBO", "KIA", "KOSDAQ", "KOSPI", "KOTRA",
-    "LA", "LED", "MIT", "MP", "MVP", "NASA", "NATO", "NBA", "NGO", "NHK", "OECD", "OPEC", "PDF", "PIN",
-    "POSCO", "RAM", "ROM", "SAT", "SIM", "SNS", "SUV", "UAE", "UCLA", "UFO", "UK", "UN", "UNESCO",
+    "MP", "MVP", "NASA", "NATO", "NBA", "NGO", "NHK", "OECD", "OPEC", "PDF",
+    "POSCO", "SNS", "SUV", "UAE", "UCLA", "UFO", "UK", "UN", "UNESCO",
     "UNICEF", "URL", "USA", "USB", "VIP", "WIFI", "WTO",
 ))
 # fmt: on
@@ -33,15 +34,13 @@ def in_small_letters(text: str) -> str:
     """
 
     def lower(match: re.Match[str]) -> str:
-        word = match.group()
-        if word in _ABBREVIATIONS:
-            return word
-        if match.start() == first or word.startswith(("I'", "I’")):
-            return word[0] + word[1:].lower()
-        if word in _TITLES:
-            return _TITLES[word]
-        return word if _KEPT.fullmatch(word) else word.lower()
+        word, (stem, *rest) = match.group(), re.split("(?=['’])", match.group(), maxsplit=1)
+        ending = "".join(rest).lower()
+        if stem in _TITLES:
+            return _TITLES[stem] + ending
+        if "." in word or stem in _ABBREVIATIONS or _KEPT.fullmatch(stem):
+            return stem + ending
+        begins = not text[: match.start()].strip(" \"'“‘(¿¡")
+        return (stem[0] + stem[1:].lower() if begins else stem.lower()) + ending
 
-    beginning = _WORD.search(text)
-    first = beginning.start() if beginning else -1
     return _WORD.sub(lower, text)

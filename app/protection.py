@@ -33,7 +33,9 @@ _KEPT = re.compile(
     # A path may go on in other letters, unless that is but a particle after the address.
     rf"(?P<address>(?i:https?|ftp)://(?:{_ADDRESS_CHARS}|(?<=[/=_\-%.])(?!{_PARTICLES})[^\W\d_a-zA-Z]+)+"
     rf"|(?i:www)\.[A-Za-z0-9\-]+\.{_ADDRESS_CHARS}+"
-    rf"|(?<![\w.@/\-])(?:[A-Za-z0-9][A-Za-z0-9\-]*\.)+(?i:com|net|org|kr|io|edu|gov)(?![A-Za-z0-9\-@])(?:/{_ADDRESS_CHARS}*)?"
+    r"|(?<![\w.@/\-])(?:[a-z0-9][a-z0-9\-]{2,}\.(?:[a-z]{2,3}\.)?(?:com|org|kr|io|edu|gov|uk)"
+    r"|[A-Z0-9][A-Z0-9\-]{2,}\.(?:[A-Z]{2,3}\.)?(?:COM|ORG|KR|IO|EDU|GOV|UK))(?![A-Za-z0-9\-@])"
+    rf"(?:[:/?]{_ADDRESS_CHARS}*)?"
     r"|(?<![\w.+%\-])[A-Za-z0-9._%+\-]+@[A-Za-z0-9\-]+(?:\.[A-Za-z0-9\-]+)+)"
     r"|(?P<code>`[^`\n]+`)"
     # Dates, times, telephone numbers, versions.
@@ -88,25 +90,31 @@ _MONEY = {
     "ko": {"₩": " won", "¥": " yen", "£": " pounds", "€": " euros"},  # $ is read well as it is
     "en": {"₩": "원", "¥": "엔", "£": "파운드", "€": "유로", "$": "달러"},
 }
-_PRICE = re.compile(rf"(?<!\w)([₩¥£€]) ?({_FIGURE})(?![\w.,]?\d)")
-_SHORT = re.compile(rf"(?<!\w)([{_SIGNS}])({_FIGURE}) ?(K|M|m|bn|B|tn|T)(?!\w)")
-_SHORT_POWERS = {"K": 3, "M": 6, "m": 6, "bn": 9, "B": 9, "tn": 12, "T": 12}
-# 3,4만 and 2~3천: three or four ten thousands, two or three thousands. 300여만: somewhat more.
-_ABOUT = re.compile(
-    r"(?<![\w.,])([1-9])(?:, ?| ?[~∼～–-] ?)([1-9]) ?([천백십]?[만억조]|천|백)(?! ?[\d천백십만억조큼])"
+_PRICE = re.compile(
+    r"(?<!\w)([₩¥£€]) ?(\d+(?:,\d{3})*(?:\.\d{1,2})?)(?![\w.,]?\d)(?![A-Za-z])(?! ?[~∼～–-] ?\d)"
 )
-_MORE_THAN = re.compile(rf"(?<![\w.,])({_FIGURE}) ?여 ?([천백십]?[만억조])(?! ?[\d천백십만억조])")
+_SHORT = re.compile(rf"(?<!\w)([{_SIGNS}])({_FIGURE})(K|M|m|bn|B|tn|T)(?![\w&])")
+_SHORT_POWERS = {"K": 3, "M": 6, "m": 6, "bn": 9, "B": 9, "tn": 12, "T": 12}
+_COUNTED = (
+    r"(?= ?(?:명|원(?![칙문래고인리장])|달러|엔|위안|유로|개|톤|곳|대|권|건|마리|가구|주|표)(?![가-힣]*법))"
+)
+_AFTER_RANGE = re.compile(rf"{_COUNTED}|(?![가-힣])")
+# 3,4만 and 2~3천: three or four ten thousands, two or three thousands. 300여만: somewhat more.
+_ABOUT = re.compile(rf"(?<![\w.,])(?<!제 )([1-9])(?:, ?| ?[~∼～–-] ?)([1-9]) ?([천백십]?[만억]|천){_COUNTED}")
+_MORE_THAN = re.compile(rf"(?<![\w.,])({_FIGURE}) ?여 ?([천백십]?[만억]){_COUNTED}")
 # 3만에서 5만 명, but not what rose from the one to the other (3만에서 5만으로).
 _FROM_TO = re.compile(
-    rf"(?<![\w.,])({_FIGURE} ?[천백십]?[만억조])(?:에서|부터) ({_FIGURE} ?[천백십]?[만억조])"
-    r"(?! ?[\d천백십만억조])(?! ?[가-힣]{0,2}로(?![가-힣]))"
+    rf"(?<![\w.,])({_FIGURE} ?[천백십]?[만억])(?:에서|부터) ({_FIGURE} ?[천백십]?[만억]){_COUNTED}"
+    r"(?! ?[가-힣]{0,2}로(?![가-힣]))"
 )
 _DIGITS = "일이삼사오육칠팔구"
 _NUMERALS = f"{_DIGITS}십백천만억"
+# In words, up to a word that counts and what may follow that; not 수만 명, 몇 만 명, 이 백만 명.
 _IN_WORDS = re.compile(
-    rf"(?<![\w])(?=[{_NUMERALS} ]{{2,24}}(?:원|명|달러))"
-    rf"([{_NUMERALS}]+(?: [{_NUMERALS}]+)*)(?= ?(?:원(?![칙문래고인리장])|명(?![가-힣]*[사의])|달러))"
+    rf"(?<!\w)([{_NUMERALS}]+(?:(?<=[만억]) [{_NUMERALS}]+)*) ?(?:원|명|달러)"
+    r"(?=[^\w]|$|(?:은|는|이|가|을|를|의|과|와|도|에|으로|로|짜리|씩|정도|이상|이하|가량|어치)(?![가-힣]*하))"
 )
+_BEFORE_NO_NUMERAL = re.compile(rf"(?:[{_NUMERALS}조수몇\d]|여러|여)\s?$")
 # 만 may mean "only" (그림 3만), and of a range that is written otherwise only the end would be counted anew.
 _BEFORE_NO_AMOUNT = re.compile(r"\d\s?(?:[~∼～–-]|to)\s?$|(?:그림|표|버전|문제|번호|딱|겨우)\s?$")
 _MAX_AMOUNT_DIGITS = 20  # more are no amount
@@ -231,10 +239,14 @@ def _amounts(text: str, target: str) -> Iterator[Span]:
             if not _BEFORE_NO_AMOUNT.search(text[max(0, start - 6) : start]):
                 yield _amount(text, start, start + len(source), show(int(value)), target)
             continue
-        # A whole number before it is itself: 500,000 to 1 million.
-        own = _value(begun["figure"], "")
-        first = own if own >= 1000 else count(begun["figure"] + one_word[1]) if one_word else None
+        # The word counts for both ends, unless the first were greater then: 500,000 to 1 million. No years.
+        own, shared = _value(begun["figure"], ""), count(begun["figure"] + one_word[1]) if one_word else None
+        first = own if own >= 1000 and own % 100 == 0 and (shared is None or shared >= value) else shared
         if first is None or first != int(first) or first >= value:
+            continue
+        lead = max(0, start - _MOST_BEFORE) + begun.start()
+        ends_well = _AFTER_RANGE.match(text, start + len(source))
+        if not ends_well or _BEFORE_NO_AMOUNT.search(text[max(0, lead - 6) : lead]):
             continue
         place = max(0, start - _MOST_BEFORE) + begun.start("figure")
         if begun["dash"] or (begun["word"].lower() == "to" and not begun["lead"]):
@@ -247,34 +259,45 @@ def _amounts(text: str, target: str) -> Iterator[Span]:
 
 def _other_amounts(text: str, target: str) -> Iterator[Span]:
     """Prices with their sign before them, and what has its magnitude in other forms."""
-    for match in _PRICE.finditer(text) if target in _MONEY else ():
+    if target not in _AMOUNTS:
+        return
+    for match in _matches(_PRICE, text):
         yield _amount(text, match.start(2), match.end(), match[2], target)
     if target == "ko":
-        for match in _SHORT.finditer(text):
+        for match in _matches(_SHORT, text):
             value = _value(match[2], "").scaleb(_SHORT_POWERS[match[3]])
             if value == int(value):
                 yield _amount(text, match.start(2), match.end(), in_korean(int(value)), target)
-    if target != "en":
         return
-    for match in _ABOUT.finditer(text):
-        low, high = (int(match[i]) for i in (1, 2))
-        unit = _unit(match[3])
+    for match in _matches(_ABOUT, text):
+        low, high, unit = int(match[1]), int(match[2]), _unit(match[3])
         if low < high and ("," not in match.group() or high == low + 1):
-            shown = f"{in_english(low * unit)} to {in_english(high * unit)}"
-            yield _amount(text, *match.span(), shown, target)
-    for match in _FROM_TO.finditer(text):
+            yield _amount(
+                text, *match.span(), f"{in_english(low * unit)} to {in_english(high * unit)}", target
+            )
+    for match in _matches(_FROM_TO, text):
         ends = [_korean_value(match[i]) for i in (1, 2)]
         values = [int(end) for end in ends if end is not None and end == int(end)]
         if len(values) == 2 and values[0] < values[1]:
             yield _amount(text, *match.span(), " to ".join(map(in_english, values)), target)
-    for match in _MORE_THAN.finditer(text):
+    for match in _matches(_MORE_THAN, text):
         value = _value(match[1], "") * _unit(match[2])
         if value == int(value):
             yield _amount(text, *match.span(), f"more than {in_english(int(value))}", target)
-    for match in _IN_WORDS.finditer(text):
+    for match in _matches(_IN_WORDS, text):
         number = _numeral(match[1].replace(" ", ""))
-        if number >= 1000:
+        if number >= 10_000 and not _BEFORE_NO_NUMERAL.search(
+            text[max(0, match.start() - 6) : match.start()]
+        ):
             yield _amount(text, *match.span(1), in_english(number), target)
+
+
+def _matches(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
+    """Where a text has no more digits than an amount, and no word before it that makes it none."""
+    for match in pattern.finditer(text):
+        few = len(re.sub(r"\D", "", match.group())) <= _MAX_AMOUNT_DIGITS
+        if few and not _BEFORE_NO_AMOUNT.search(text[max(0, match.start() - 6) : match.start()]):
+            yield match
 
 
 def _amount(text: str, start: int, stop: int, output: str, target: str) -> Span:
@@ -282,7 +305,8 @@ def _amount(text: str, start: int, stop: int, output: str, target: str) -> Span:
     unit = ""
     for gap in (0, 1):
         sign = text[start - gap - 1 : start - gap]
-        if sign in _MONEY[target] and sign and not text[start - gap : start].strip():
+        letter = text[max(0, start - gap - 2) : max(0, start - gap - 1)].isalnum()  # US$ is one word
+        if sign and sign in _MONEY[target] and not letter and not text[start - gap : start].strip():
             start, unit = start - gap - 1, _MONEY[target][sign]
             break
     return Span(start, stop, text[start:stop], output, is_amount=True, unit=unit)
@@ -313,6 +337,8 @@ def _numeral(text: str) -> int:
         else:
             group = 10 ** _POWERS[character]
             if group >= least_group:
+                return 0
+            if not section + digit and total:
                 return 0
             total += (section + digit or 1) * group
             section, digit, least, least_group = 0, 0, 10_000, group

@@ -48,15 +48,12 @@ from model.tokenizer import Tokenizer, text_pieces
 Direction = Callable[[str, str], tuple[str, str]]
 Found = dict[Sequence, list[Hypothesis]]
 # As in Markdown and in what people type: bullets, headings, quotes.
-# A sentence with none of its language's letters is in the other language already.
-_LETTERS = {"ko": re.compile("[가-힣]"), "en": re.compile("[A-Za-z]")}
-# What a tokenizer of bytes may spell wrong, and what means the same in every language.
-_PICTURES = (
-    r"(?:[\u2600-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff][\ufe0f\u200d\u20e3\U000e0020-\U000e007f]*)+"
-)
-_PICTURES_BEFORE = re.compile(rf"(?:{_PICTURES}\s*)+")
-_PICTURES_BEHIND = re.compile(rf"(?:\s*{_PICTURES})+\s*$")
 _LIST_SIGNS = re.compile(r"(?:(?:[-*+•·–—>]|#+)\s+)+(?=\S)")
+# A sentence with none of its language's letters is in the other language already.
+_LETTERS = {"ko": re.compile("[가-힣ㄱ-ㅎㅏ-ㅣ]"), "en": re.compile("[A-Za-z]")}
+# What a tokenizer of bytes may spell wrong, and what means the same in every language.
+_PICTURE = re.compile("[\u2600-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff]")
+_BESIDE_PICTURE = re.compile("[\\s\ufe0f\u200d\u20e3\U000e0020-\U000e007f]")
 
 
 @dataclass(frozen=True)
@@ -297,32 +294,42 @@ class _Drafting:
         mark, own = segment.mark, find_spans(segment.text, self.form.glossary, iso_code(self.tgt))
         marked = replace_runs(segment.text, [(span.start, span.stop, mark) for span in own])
         spans = sorted([*segment.spans, *own], key=lambda span: span.start)
-        parts = self._parts(marked.text, mark)
+        # With tags, what they are around stays one sentence.
+        parts = self._parts(marked.text, mark, with_pictures=not segment.elements)
         ends = list(accumulate(len(part.text) for part in parts))
         bounds = [(end - len(part.text), end) for part, end in zip(parts, ends, strict=True)]
         around = Around(_moved(segment.elements, marked), bounds, [part.is_sentence for part in parts])
         drafts: list[str | _Draft] = []
+        # A whole text without its language's letters is for whoever named that to answer for.
+        letters = _LETTERS.get(iso_code(self.src))
+        is_mixed = letters is not None and letters.search(segment.text) is not None
         n_spans = 0
         for i, (part, (start, _)) in enumerate(zip(parts, bounds, strict=True)):
             n = part.text.count(mark)
             own_spans, n_spans = spans[n_spans : n_spans + n], n_spans + n
             elements = [replace(e, start=e.start - start, stop=e.stop - start) for e in around.within(i)]
-            draft = self._draft_part(part, mark, own_spans, elements, segment.text)
+            draft = self._draft_part(part, mark, own_spans, elements, is_mixed=is_mixed)
             drafts += [around.before(i), draft, around.after(i)]
         return drafts
 
-    def _parts(self, text: str, mark: str) -> list[Part]:
+    def _parts(self, text: str, mark: str, *, with_pictures: bool) -> list[Part]:
         tokenizer = self.task.tokenizer
         n_around = len(tokenizer.source_ids([], self.tgt, src_lang=self.src))
         max_tokens = self.task.lane.limits.max_prompt_tokens - n_around
         wholes = split_text(text, iso_code(self.src), tokenizer, max_tokens)
-        return [part for whole in wholes for part in _cut(whole, mark)]
+        return [part for whole in wholes for part in _cut(whole, mark, with_pictures=with_pictures)]
 
     def _draft_part(
-        self, part: Part, mark: str, spans: list[Span], elements: list[Element], whole: str
+        self, part: Part, mark: str, spans: list[Span], elements: list[Element], *, is_mixed: bool
     ) -> str | _Draft:
         bare = part.text.replace(mark, "")
-        if not part.is_sentence or not is_translatable(bare) or self._is_foreign(bare, whole):
+        if is_mixed and self._is_foreign(bare):
+            spans = [replace(span, output=span.source, unit="") for span in spans]
+            return self._verbatim(part.text, mark, spans, elements)
+        if not part.is_sentence or not is_translatable(bare):
+            spans = [
+                replace(span, output=span.source[:1] + span.output) if span.unit else span for span in spans
+            ]
             return self._verbatim(part.text, mark, spans, elements)
         shouted = iso_code(self.src) == "en" and is_shouted(part.text)
         text = in_small_letters(part.text) if shouted else part.text
@@ -333,16 +340,10 @@ class _Drafting:
         )
         return _Draft(prompt_ids, tokenizer.target_ids(self.tgt), hidden, _moved(elements, edited))
 
-    def _is_foreign(self, text: str, whole: str) -> bool:
-        """Is a sentence in the letters of the target alone, in a text that has those of its language?
-
-        A whole text without them is for whoever named its language to answer for.
-        """
+    def _is_foreign(self, text: str) -> bool:
+        """Is a sentence in the letters of the target alone?"""
         source, target = (_LETTERS.get(iso_code(language)) for language in (self.src, self.tgt))
-        if source is None or target is None:
-            return False
-        has_source, has_target = source.search(text), target.search(text)
-        return has_target is not None and has_source is None and source.search(whole) is not None
+        return bool(source and target and target.search(text) and not source.search(text))
 
     def _verbatim(self, text: str, mark: str, spans: list[Span], elements: list[Element]) -> str:
         """What no model needs to see, with its tags where they were."""
@@ -361,7 +362,7 @@ def _moved(elements: list[Element], edited: Edited) -> list[Element]:
     return [replace(e, start=edited.place(e.start), stop=edited.place(e.stop, end=True)) for e in elements]
 
 
-def _cut(part: Part, mark: str) -> list[Part]:
+def _cut(part: Part, mark: str, *, with_pictures: bool) -> list[Part]:
     """A sentence without the signs of a list before it, and without pictures around it.
 
     In parts with as many marks as can be hidden.
@@ -369,18 +370,35 @@ def _cut(part: Part, mark: str) -> list[Part]:
     if not part.is_sentence:
         return [part]
     text, around = part.text, []
-    for pattern in (_LIST_SIGNS, _PICTURES_BEFORE):
-        if (found := pattern.match(text)) and found.end() < len(text):
-            around.append(Part(found.group(), False))
-            text = text[found.end() :]
-    behind = _PICTURES_BEHIND.search(text)
-    if behind is None or behind.start() == 0:
-        return [*around, *_cut_at_marks(Part(text, True), mark)]
-    return [
-        *around,
-        *_cut_at_marks(Part(text[: behind.start()], True), mark),
-        Part(behind.group(), False),
+    if signs := _LIST_SIGNS.match(text):
+        around.append(Part(signs.group(), False))
+        text = text[signs.end() :]
+    start, stop = _without_pictures(text) if with_pictures else (0, len(text))
+    runs = [
+        Part(text[:start], False),
+        *_cut_at_marks(Part(text[start:stop], True), mark),
+        Part(text[stop:], False),
     ]
+    return [*around, *(run for run in runs if run.text)]
+
+
+def _without_pictures(text: str) -> tuple[int, int]:
+    """Where a sentence begins and ends, but for pictures with white space; all where there is no more."""
+    start, stop = 0, len(text)
+    while start < stop and _in_run(text[start]):
+        start += 1
+    while stop > start and _in_run(text[stop - 1]):
+        stop -= 1
+    # A sign of a run belongs to the figure before it (1️⃣), white space to the sentence without a picture.
+    while stop < len(text) and not _PICTURE.match(text[stop]):
+        stop += 1
+    if not _PICTURE.search(text[:start]):
+        start = 0
+    return (start, stop) if start < stop else (0, len(text))
+
+
+def _in_run(character: str) -> bool:
+    return bool(_PICTURE.match(character) or _BESIDE_PICTURE.match(character))
 
 
 def _cut_at_marks(part: Part, mark: str) -> list[Part]:

@@ -120,6 +120,8 @@ async def test_other_spaces_are_spaces_to_the_model(
         ("NASA AND MR. KIM", "NASA and Mr. kim"),
         ("THE CEO OF IBM TOOK FLIGHT KE123.", "The CEO of IBM took flight KE123."),
         ("USA GDP", "USA GDP"),
+        ("THE U.S. ARMY SAT ON NASA'S SHIP AT 9 A.M.", "The U.S. army sat on NASA's ship at 9 A.M."),
+        ("5 MILLION PEOPLE CAME", "5 million people came"),
         ("STOP!", "STOP!"),
         ("WRITE TO ME, please.", "WRITE TO ME, please."),
         ("", ""),
@@ -148,6 +150,16 @@ async def test_pictures_around_a_sentence_stay(client: Client, translate_lane: F
     (sequence,) = translate_lane.submitted
     assert byte_tokenizer().decode(sequence.prompt_ids).strip() == "I go home."
     assert await translate(client, family, src_lang="en") == [{"translation_text": family}]
+    await translate(
+        client, "So funny " + family * 500 + " bye", src_lang="en"
+    )  # within a sentence they are read
+
+
+async def test_prices_keep_their_signs_where_nothing_is_translated(client: Client) -> None:
+    for text, kept in (("£5", "£5"), ("₩50,000", "₩50,000"), ("$5만", "$50,000")):
+        assert await translate(client, text, src_lang="ko", tgt_lang="en") == [{"translation_text": kept}]
+    (answer,) = await translate(client, "값이다. It costs £5. 그래.", src_lang="ko", tgt_lang="en")
+    assert " It costs £5. " in answer["translation_text"]
 
 
 async def test_shouted_sentences_reach_the_model_in_small_letters(
