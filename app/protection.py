@@ -111,7 +111,7 @@ _DIGITS = "일이삼사오육칠팔구"
 _NUMERALS = f"{_DIGITS}십백천만억"
 # In words, up to a word that counts and what may follow that; not 수만 명, 몇 만 명, 이 백만 명.
 _IN_WORDS = re.compile(
-    rf"(?<!\w)([{_NUMERALS}]+(?:(?<=[만억]) [{_NUMERALS}]+)*) ?(?:원|명|달러)"
+    rf"(?<!\w)([{_NUMERALS}]{{1,16}}(?:(?<=[만억]) [{_NUMERALS}]{{1,16}}){{0,2}}) ?(?:원|명|달러)"
     r"(?=[^\w]|$|(?:은|는|이|가|을|를|의|과|와|도|에|으로|로|짜리|씩|정도|이상|이하|가량|어치)(?![가-힣]*하))"
 )
 _BEFORE_NO_NUMERAL = re.compile(rf"(?:[{_NUMERALS}조수몇\d]|여러|여)\s?$")

@@ -389,9 +389,11 @@ def _without_pictures(text: str) -> tuple[int, int]:
         start += 1
     while stop > start and _in_run(text[stop - 1]):
         stop -= 1
-    # A sign of a run belongs to the figure before it (1️⃣), white space to the sentence without a picture.
-    while stop < len(text) and not _PICTURE.match(text[stop]):
+    # What a run begins with belongs to what stands before it (1️⃣).
+    while stop < len(text) and not _PICTURE.match(text[stop]) and not text[stop].isspace():
         stop += 1
+    if not _PICTURE.search(text[stop:]):
+        stop = len(text)
     if not _PICTURE.search(text[:start]):
         start = 0
     return (start, stop) if start < stop else (0, len(text))
