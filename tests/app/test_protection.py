@@ -273,6 +273,8 @@ def test_particles_agree(word: str, after: str, agreed: str) -> None:
         ("1,000 to 2,000 million", "ko", [("1,000 to 2,000 million", "10억~20억")]),
         ("€1.000, £5k, $5 m tall, $6 M&M, $" + "9" * 4500 + "M", "ko", []),
         ("US$5만", "en", [("5만", "50,000")]),
+        ("3만 명이 $1", "en", [("3만", "30,000")]),
+        ("3만 명이 $", "en", [("3만", "30,000")]),
         ("9" * 4500 + "만에서 " + "9" * 4501 + "만 명", "en", []),
         ("5 MILLION and 3 millions", "ko", [("5 MILLION", "500만"), ("3 millions", "300만")]),
         ("9" * 4400 + " million", "ko", []),
