@@ -211,7 +211,7 @@ def test_the_packs_beside_the_code() -> None:
     assert {pair.source for name in stories for pair in packs[name]} == {"written-tales"}
     for pair in (pair for pairs in packs.values() for pair in pairs):
         assert clean_pair(pair)
-        assert pair.source.startswith(("written-", "wikipedia-"))
+        assert pair.source.startswith(("written-", "mixed-", "wikipedia-"))
         assert not {_bare(pair.en), _bare(pair.ko)} & read
     assert len({(pair.en, pair.ko) for pair in more}) == len(more) > 120_000
     assert all(len(story) > 3 for name in stories for story in read_stories(TEXTS / name))
