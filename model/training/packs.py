@@ -110,7 +110,9 @@ def clean_pair(pair: Pair, max_ratio: float = 3.0) -> bool:
     """Is this pair worth learning? Language, length and length ratio are judged, in characters."""
     if not 1 <= len(pair.en) <= 400 or not 1 <= len(pair.ko) <= 300:
         return False
-    if not _HANGUL.search(pair.ko) or not _LATIN.search(pair.en) or _HANGUL.search(pair.en):
+    if not _HANGUL.search(pair.ko) or not _LATIN.search(pair.en):
+        return False
+    if _HANGUL.search(pair.en) and not pair.source.startswith("mixed-"):
         return False
     # Korean takes about half the characters; short texts vary, so ten characters are free.
     en, ko = len(pair.en) + 10, 2 * len(pair.ko) + 10
