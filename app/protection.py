@@ -303,7 +303,7 @@ def _matches(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
 def _amount(text: str, start: int, stop: int, output: str, target: str) -> Span:
     """With the sign of money before it, which becomes a word behind it."""
     unit = ""
-    for gap in (0, 1) if start >= 2 else (0,) if start else ():
+    for gap in range(min(start, 2)):
         sign = text[start - gap - 1 : start - gap]
         letter = text[max(0, start - gap - 2) : max(0, start - gap - 1)].isalnum()  # US$ is one word
         if sign and sign in _MONEY[target] and not letter and not text[start - gap : start].strip():

@@ -553,7 +553,7 @@ void int8_shift(const int8_t *weight, long n_out, long n_in, int32_t *shift)
 #elif HAS_PAIRS
             shift[n] -= w < 0 ? w : 0; /* `tile` takes one from it under every negative weight */
 #else
-            shift[n] += 0 * w;
+            (void)w; /* nothing is added to a number, and nothing taken from it */
 #endif
         }
     }

@@ -110,9 +110,12 @@ def check_stops(stop: str | list[str] | None, settings: Settings) -> list[str]:
     return stops
 
 
-def max_new_tokens(settings: Settings, task: Task[GeneratingLane]) -> int:
-    """What a request may ask for: a prompt has one token at least, and the context holds both."""
-    return min(settings.max_new_tokens, task.lane.limits.max_new_tokens - 1)
+def max_new_tokens(settings: Settings, task: Task[GeneratingLane], n_prompt: int = 1) -> int:
+    """What a request may ask for: a prompt has one token at least, and the context holds both.
+
+    A translation's prompt is the encoder's, so that there it takes none of the room.
+    """
+    return min(settings.max_new_tokens, task.lane.limits.max_new_tokens - n_prompt)
 
 
 def fit_new_tokens(

@@ -12,6 +12,7 @@ from typing_extensions import TypedDict
 
 from app.api.bounds import Strict, Texts, check_count, check_text, check_texts, input_names
 from app.api.deps import CallDep
+from app.api.generation import max_new_tokens
 from app.api.translation import (
     Found,
     Plan,
@@ -213,7 +214,7 @@ def _check_languages(body: LibreTranslateRequest, task: Task[GeneratingLane]) ->
 
 def _search(n_alternatives: int, settings: Settings, task: Task[GeneratingLane]) -> Search:
     check_count("alternatives", n_alternatives, 0, settings.max_beams - 1)
-    limit = min(settings.max_new_tokens, task.lane.limits.max_new_tokens)
+    limit = max_new_tokens(settings, task, n_prompt=0)
     n_best = n_alternatives + 1
     num_beams = max(settings.default_beams, n_best)
     beams = BeamParams(

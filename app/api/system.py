@@ -116,10 +116,9 @@ def _describe(task: AnyTask, endpoint: str, services: Services) -> dict[str, Any
         "max_queue_tokens",
     )
     held = {name: getattr(limits, name) for name in names if hasattr(limits, name)}
-    if endpoint == "generate":  # what a request may ask for, not what a row has room for
-        held["max_new_tokens"] = max_new_tokens(services.settings, cast(Task[GeneratingLane], task))
-    elif "max_new_tokens" in held:
-        held["max_new_tokens"] = min(services.settings.max_new_tokens, held["max_new_tokens"])
+    if "max_new_tokens" in held:  # what a request may ask for, not what a row has room for
+        generating, n_prompt = cast(Task[GeneratingLane], task), 1 if endpoint == "generate" else 0
+        held["max_new_tokens"] = max_new_tokens(services.settings, generating, n_prompt)
     return {
         "model": task.name,
         "sha256": task.sha256,

@@ -20,6 +20,7 @@ from app.api.bounds import (
     input_names,
 )
 from app.api.deps import BodyRoute, Call, CallDep, prepare
+from app.api.generation import max_new_tokens
 from app.api.libretranslate import (
     FORM_BODY,
     LibreError,
@@ -264,7 +265,7 @@ def _merge(parameters: TranslateParameters) -> BeamParameters:
 def _resolve(parameters: TranslateParameters, settings: Settings, task: Task[GeneratingLane]) -> Search:
     """Fill in the defaults and check the bounds."""
     asked = _merge(parameters)
-    limit = min(settings.max_new_tokens, task.lane.limits.max_new_tokens)
+    limit = max_new_tokens(settings, task, n_prompt=0)
     num_beams = settings.default_beams if asked.num_beams is None else asked.num_beams
     n_best = 1 if asked.num_return_sequences is None else asked.num_return_sequences
     check_count("num_beams", num_beams, 1, settings.max_beams)
