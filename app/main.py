@@ -122,6 +122,7 @@ def load_services(settings: Settings, lifecycle: Lifecycle) -> Services:
         max_context=settings.max_context,
         quantization=resolve_quantization(settings, device, dtype),
         kernels=compiling.result(),
+        use_shortlist=settings.use_shortlist,
         chunk_tokens=settings.chunk_tokens or _CHUNK_TOKENS[device.type],
         n_prefix_tokens=settings.prefix_tokens,
         launch_ahead=_LAUNCH_AHEAD[settings.launch_ahead],

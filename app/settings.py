@@ -142,6 +142,11 @@ class Settings(BaseSettings):
     compile_kernels: bool = Field(
         True, description="kernels in C for the CPU, compiled at the start where a compiler is; else torch's"
     )
+    use_shortlist: bool = Field(
+        True,
+        description="in 8 bits on the CPU, choose a translation's tokens among those that the model's "
+        "shortlist names for its source, where it has one; else among all",
+    )
     n_threads: int = Field(
         0, ge=0, le=1024, description="threads of one model step on the CPU; 0: all cores but one"
     )

@@ -36,6 +36,7 @@ _FREE = {
     ),
     *("pad_id", "bos_id", "eos_id", "mask_id", "cls_id", "sep_id", "languages"),
     *("norm_first", "activation", "rotary_base"),
+    "length_penalty",  # which a benchmark says itself
 }
 
 

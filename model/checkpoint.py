@@ -26,6 +26,7 @@ from model.families.family import UnknownTensorError
 from model.families.registry import find_family, read_config, read_takes
 from model.families.text import read_json, read_tokenizer
 from model.models import Model, build_model
+from model.shortlist import Shortlist
 from model.tokenizer import TOKENIZER_FILE, Tokenizer
 from model.weights import Stored, Take, WeightsError
 
@@ -41,13 +42,17 @@ class CheckpointError(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded folder. `sha256` is the weights file's, or that of the shards' digests."""
+    """A loaded folder. `sha256` is the weights file's, or that of the shards' digests.
+
+    `shortlist` is what lies beside a translator's weights, if anything does.
+    """
 
     model: Model
     tokenizer: Tokenizer
     config: TransformerConfig
     name: str
     sha256: str
+    shortlist: Shortlist | None = None
 
 
 def save(folder: Path | str, model: Model, tokenizer: Tokenizer, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -164,6 +169,13 @@ class Folder:
             raise CheckpointError(str(error)) from None
         return _own_tokenizer(self.path / TOKENIZER, self.config)
 
+    def shortlist(self) -> Shortlist | None:
+        """What a translator's tokens may become, where that is known."""
+        try:
+            return Shortlist.load(self.path, self.config)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+
     def check(self) -> int:
         """Do the weights fit? Nothing is read of them. Returns the number of parameters."""
         model = weights.empty_model(lambda: build_model(self.config))
@@ -207,7 +219,8 @@ def load(
     found = Folder(Path(folder))
     config, tokenizer = found.config, found.tokenizer()
     model = found.model(device, dtype)
-    return Checkpoint(model, tokenizer, config, found.path.resolve().name, weights.files_sha256(found.files))
+    name, sha256 = found.path.resolve().name, weights.files_sha256(found.files)
+    return Checkpoint(model, tokenizer, config, name, sha256, found.shortlist())
 
 
 def load_config(folder: Path) -> TransformerConfig:

@@ -789,23 +789,34 @@ ONE_WAY float sum_part(const float *x, long n, float most)
     return sum;
 }
 
-/* The greatest logits of a row in the place of their log-probabilities, by the greatest and the sum of each of its
- * parts, which lie `stride` apart; of a row that holds what is no number, none is. */
-ONE_WAY void to_logprobs(float *values, long n_best, const float *greatests, const float *sums, long n_parts,
-                         long stride, int bad)
+/* The greatest logit of a row, and the sum of the exponentials under it; NaN for a row that holds what is no number. */
+struct total {
+    float most, sum;
+};
+
+/* Of a row's parts, whose greatest and sums lie `stride` apart. */
+ONE_WAY struct total sum_up(const float *greatests, const float *sums, long n_parts, long stride, int bad)
 {
-    float most = -INFINITY, sum = 0.0f;
+    struct total t = {-INFINITY, 0.0f};
     for (long part = 0; part < n_parts * stride; part += stride)
-        most = greatests[part] > most ? greatests[part] : most;
+        t.most = greatests[part] > t.most ? greatests[part] : t.most;
     for (long part = 0; part < n_parts * stride; part += stride)
         if (greatests[part] != -INFINITY)
-            sum += sums[part] * exponential(greatests[part] - most);
-    const float whole = logf(sum);
+            t.sum += sums[part] * exponential(greatests[part] - t.most);
+    if (bad)
+        t.sum = NAN;
+    return t;
+}
+
+/* The greatest logits of a row in the place of their log-probabilities; NaN for a row that holds what is no number. */
+ONE_WAY void to_logprobs(float *values, long n_best, struct total t)
+{
+    const float whole = logf(t.sum);
     for (long i = 0; i < n_best; i++)
-        if (bad)
+        if (isnan(t.sum))
             values[i] = NAN;
         else if (values[i] != -INFINITY)
-            values[i] = values[i] - most - whole;
+            values[i] = values[i] - t.most - whole;
 }
 
 /* A row's best so far, best first, and how many of them there are. */
@@ -861,7 +872,7 @@ int best_tokens(const float *logits, long n_rows, long vocab_size, long n_best, 
             for (long i = from; i < from + n; i++)
                 bad |= x[i] != x[i];
         }
-        to_logprobs(b.values, n_best, greatests, sums, n_parts, 1, bad);
+        to_logprobs(b.values, n_best, sum_up(greatests, sums, n_parts, 1, bad));
     }
     return failed;
 }
@@ -1082,7 +1093,7 @@ int draw_tokens(const float *logits, long n_rows, long vocab_size, const float *
                 parts[part] = greatest(x + from, n);
                 parts[n_parts + part] = sum_part(x + from, n, parts[part]);
             }
-            to_logprobs(logprobs + row, 1, parts, parts + n_parts, n_parts, 1, 0);
+            to_logprobs(logprobs + row, 1, sum_up(parts, parts + n_parts, n_parts, 1, 0));
         }
     }
     return failed;
@@ -1100,13 +1111,22 @@ struct finder {
     long n_found;
 };
 
-/* `best_tokens` of what `int8_linear` gives, without ever holding all of it: the logits of some hundred outputs at a
- * time stay in the second cache. `banned` (n_banned, 2) are rows, -1 for all of them, and outputs that are impossible.
- * The same to the last bit, with whatever rows and threads. 0, or 1 where there is no memory. */
-int best_outputs(const float *x, long n_rows, long n_in, long depth, const int8_t *weight, const int32_t *shift,
-                 const float *w_scale, const float *bias, long n_out, const int64_t *banned, long n_banned,
-                 long n_best, int64_t *ids, float *logprobs, int n_threads)
+/* The weights of some outputs, or of all, as `int8_linear` takes them. */
+struct outputs {
+    const int8_t *weight;
+    const int32_t *shift;
+    const float *w_scale, *bias;
+    int64_t n;
+};
+
+/* Rows x (M, K) -> the greatest logits of each in `values`, best first, and which outputs they are, each (M, n_best) with
+ * n_best <= N; log-probabilities where no `totals` (M,) are asked for. The logits of some hundred outputs at a time stay
+ * in the second cache. `banned` (n_banned, 2) are rows, -1 for all of them, and outputs that are impossible. The same
+ * to the last bit, with whatever rows and threads. 0, or 1 where there is no memory. */
+static int find_best(const float *x, long n_rows, long n_in, long depth, const struct outputs *o, const int64_t *banned,
+                     long n_banned, long n_best, int64_t *ids, float *values_out, struct total *totals, int n_threads)
 {
+    const long n_out = o->n;
 #if HAS_TILES
     const int tiled = n_rows >= FEWEST_TILED && depth % 64 == 0 && may_tile();
 #endif
@@ -1146,7 +1166,7 @@ int best_outputs(const float *x, long n_rows, long n_in, long depth, const int8_
                 const long end = (part + 1) * PART_PANELS < n_panels ? (part + 1) * PART_PANELS : n_panels;
                 for (long top = 0; top < n; top += LOOKED_AT) {
                     const long bottom = top + LOOKED_AT < n ? top + LOOKED_AT : n;
-                    const struct product p = {weight, shift, w_scale, bias, scale + top, eights + top * depth, depth,
+                    const struct product p = {o->weight, o->shift, o->w_scale, o->bias, scale + top, eights + top * depth, depth,
                                               n_out, f->logits, PART, from};
                     for (long panel = part * PART_PANELS; panel < end; panel++) {
 #if HAS_TILES
@@ -1177,7 +1197,7 @@ int best_outputs(const float *x, long n_rows, long n_in, long depth, const int8_
 #endif
         }
         for (long row = 0; row < n; row++) {
-            float *values = logprobs + (first + row) * n_best;
+            float *values = values_out + (first + row) * n_best;
             int64_t *own = ids + (first + row) * n_best;
             long found = 0;
             for (const struct finder *f = finders; f < finders + n_finders; f++)
@@ -1187,10 +1207,162 @@ int best_outputs(const float *x, long n_rows, long n_in, long depth, const int8_
                     insert(values, own, found, n_best, f->values[i], f->ids[i]);
                     found += found < n_best;
                 }
-            to_logprobs(values, n_best, greatests + row, sums + row, n_parts, at_once, isnan(scale[row]));
+            const struct total t = sum_up(greatests + row, sums + row, n_parts, at_once, isnan(scale[row]));
+            if (totals != NULL)
+                totals[first + row] = t;
+            else
+                to_logprobs(values, n_best, t);
         }
     }
     return 0;
+}
+
+/* `best_tokens` of what `int8_linear` gives, without ever holding all of it. 0, or 1 where there is no memory. */
+int best_outputs(const float *x, long n_rows, long n_in, long depth, const int8_t *weight, const int32_t *shift,
+                 const float *w_scale, const float *bias, long n_out, const int64_t *banned, long n_banned,
+                 long n_best, int64_t *ids, float *logprobs, int n_threads)
+{
+    const struct outputs all = {weight, shift, w_scale, bias, n_out};
+    return find_best(x, n_rows, n_in, depth, &all, banned, n_banned, n_best, ids, logprobs, NULL, n_threads);
+}
+
+/* Weights (N, K / 4) of four numbers each, output by output -> those of some outputs in panels, padded with zeros. */
+void select_outputs(const int32_t *weight, long depth, const int64_t *ids, long n_ids, int32_t *out)
+{
+    const long fours = depth / 4;
+    for (long first = 0; first < n_ids; first += PANEL, out += fours * PANEL)
+        for (long from = 0; from < fours; from += 16) { /* a cache line of each */
+            const long end = from + 16 < fours ? from + 16 : fours;
+            for (long n = 0; n < PANEL; n++) {
+                const int32_t *own = first + n < n_ids ? weight + ids[first + n] * fours : NULL;
+                for (long k = from; k < end; k++)
+                    out[k * PANEL + n] = own ? own[k] : 0;
+            }
+        }
+}
+
+/* Outputs alone, and their ids in rising order. */
+struct shortlist {
+    struct outputs outputs;
+    const int64_t *ids;
+};
+
+/* `banned` of rows first .. first + n_rows, -1 for all, as `find_best` takes it over a list; returns how many of it. */
+static long ban_listed(const struct shortlist *list, const int64_t *banned, long n_banned, long first, long n_rows,
+                       int64_t *own)
+{
+    long n_own = 0;
+    for (const int64_t *b = banned; b < banned + 2 * n_banned; b += 2) {
+        if (b[0] >= 0 && (b[0] < first || b[0] >= first + n_rows))
+            continue;
+        long low = 0, high = list->outputs.n;
+        while (low < high) {
+            const long middle = (low + high) / 2;
+            if (list->ids[middle] < b[1])
+                low = middle + 1;
+            else
+                high = middle;
+        }
+        if (low < list->outputs.n && list->ids[low] == b[1]) {
+            own[2 * n_own] = b[0] < 0 ? -1 : b[0] - first;
+            own[2 * n_own++ + 1] = low;
+        }
+    }
+    return n_own;
+}
+
+/* The greatest logits of some rows among a list, `n` a row, and what all of the list sum to. */
+struct choice {
+    int64_t *ids;
+    float *values;
+    struct total *totals;
+    long n;
+};
+
+/* The next of `n` rows of memory of a choice; `at` moves behind it. */
+static struct choice place_choice(char **at, long n_rows, long n)
+{
+    struct choice c = {(int64_t *)*at, NULL, NULL, n};
+    c.totals = (struct total *)(c.ids + n_rows * n);
+    c.values = (float *)(c.totals + n_rows);
+    *at = (char *)(c.values + n_rows * (n + n % 2)); /* whole numbers of 8 bytes */
+    return c;
+}
+
+static size_t choice_bytes(long n_rows, long n)
+{
+    char *end = NULL;
+    place_choice(&end, n_rows, n);
+    return (size_t)end;
+}
+
+/* Row `row` of both in one, best first, of equals those of `a`; -inf where there are no more. */
+static void merge(const struct choice *a, const struct choice *b, long row, long n_best, int64_t *ids, float *values)
+{
+    const struct total t = a->totals[row], u = b->totals[row];
+    long i = row * a->n, j = row * b->n;
+    for (long k = 0; k < n_best; k++) {
+        const int left = i < (row + 1) * a->n, right = j < (row + 1) * b->n;
+        const struct choice *from = !left || (right && b->values[j] > a->values[i]) ? b : a;
+        ids[k] = left || right ? from->ids[from == a ? i : j] : a->ids[row * a->n];
+        values[k] = left || right ? from->values[from == a ? i++ : j++] : -INFINITY;
+    }
+    const float most = t.most > u.most ? t.most : u.most;
+    struct total both = {most, t.sum + u.sum}; /* what is no number stays so */
+    if (both.sum == both.sum && most != -INFINITY)
+        both.sum = t.sum * exponential(t.most - most) + u.sum * exponential(u.most - most);
+    to_logprobs(values, n_best, both);
+}
+
+/* `best_outputs` of rows that choose among what is common to them and among a list of their own, which holds nothing of
+ * that; neighbours with one list share its product. Where there are fewer than `n_best`, -inf follows. 0, or 1 where
+ * there is no memory. */
+int best_listed(const float *x, long n_rows, long n_in, long depth, const struct shortlist *common,
+                const struct shortlist *lists, const int64_t *banned, long n_banned, long n_best, int64_t *ids,
+                float *logprobs, int n_threads)
+{
+    const long n_common = n_best < common->outputs.n ? n_best : common->outputs.n;
+    const size_t bans = (size_t)n_banned * 2 * sizeof(int64_t);
+    char *memory = malloc(choice_bytes(n_rows, n_common) + choice_bytes(n_rows, n_best) + bans + 1), *at = memory;
+    if (memory == NULL)
+        return 1;
+    const struct choice shared = place_choice(&at, n_rows, n_common), own = place_choice(&at, n_rows, n_best);
+    int64_t *barred = (int64_t *)at;
+    const long n_barred = ban_listed(common, banned, n_banned, 0, n_rows, barred);
+    int failed = find_best(x, n_rows, n_in, depth, &common->outputs, barred, n_barred, n_common, shared.ids,
+                           shared.values, shared.totals, n_threads);
+    for (long i = 0; !failed && i < n_rows * n_common; i++)
+        shared.ids[i] = common->ids[shared.ids[i]];
+#pragma omp parallel for schedule(dynamic) num_threads(n_threads) if (n_threads > 1 && n_rows >= 8)
+    for (long first = 0; first < n_rows; first++) {
+        const struct shortlist *list = lists + first;
+        if (failed || (first > 0 && list->ids == list[-1].ids))
+            continue;
+        long end = first + 1;
+        while (end < n_rows && lists[end].ids == list->ids)
+            end++;
+        const long n = end - first, n_own = n_best < list->outputs.n ? n_best : list->outputs.n;
+        struct choice mine = {own.ids + first * n_best, own.values + first * n_best, own.totals + first, n_own};
+        struct choice theirs = {shared.ids + first * n_common, shared.values + first * n_common, shared.totals + first,
+                                n_common};
+        int64_t *bans_here = malloc(bans + 1);
+        for (long row = 0; row < n; row++)
+            mine.totals[row] = (struct total){-INFINITY, 0.0f};
+        if (bans_here == NULL)
+            failed = 1;
+        else if (list->outputs.n > 0 &&
+            find_best(x + first * n_in, n, n_in, depth, &list->outputs, bans_here,
+                      ban_listed(list, banned, n_banned, first, n, bans_here), n_own, mine.ids, mine.values,
+                      mine.totals, 1))
+            failed = 1;
+        for (long i = 0; !failed && i < n * n_own; i++)
+            mine.ids[i] = list->ids[mine.ids[i]];
+        for (long row = 0; !failed && row < n; row++)
+            merge(&theirs, &mine, row, n_best, ids + (first + row) * n_best, logprobs + (first + row) * n_best);
+        free(bans_here);
+    }
+    free(memory);
+    return failed;
 }
 
 #endif

@@ -36,6 +36,19 @@ _pointer, _long, _int = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 _STORED: list[Any] = [_pointer, _pointer, *[_long] * 5]
 
 
+class ShortlistWeights(ctypes.Structure):
+    """Some outputs alone, packed as all of them are, and which they are: `struct shortlist`."""
+
+    _fields_ = (
+        ("weight", _pointer),
+        ("shift", _pointer),
+        ("w_scale", _pointer),
+        ("bias", _pointer),
+        ("n", ctypes.c_int64),
+        ("ids", _pointer),
+    )
+
+
 class Kernels:
     """The compiled functions, on tensors of float32 on the CPU.
 
@@ -63,6 +76,11 @@ class Kernels:
             self._best_outputs = library.best_outputs
             self._best_outputs.argtypes = [_pointer, *[_long] * 3, *[_pointer] * 4, _long]
             self._best_outputs.argtypes += [_pointer, _long, _long, _pointer, _pointer, _int]
+            self._select_outputs = library.select_outputs
+            self._select_outputs.argtypes = [_pointer, _long, _pointer, _long, _pointer]
+            self._best_listed = library.best_listed
+            self._best_listed.argtypes = [_pointer, *[_long] * 3, *[_pointer] * 3, *[_long] * 2]
+            self._best_listed.argtypes += [_pointer, _pointer, _int]
             self._run_blocks = library.run_blocks
             self._run_blocks.argtypes = [_pointer, _pointer, _long, *[_pointer] * 3, _long]
 
@@ -99,6 +117,41 @@ class Kernels:
         _check(
             self._best_outputs(
                 *_product(x, weight, shift, w_scale, bias),
+                banned.data_ptr(),
+                len(banned),
+                n_best,
+                ids.data_ptr(),
+                logprobs.data_ptr(),
+                torch.get_num_threads(),
+            )
+        )
+        return ids, logprobs
+
+    def select_outputs(self, weight: Tensor, ids: Tensor) -> Tensor:
+        """weight (N, K), int8, K a multiple of 4; ids (n,) -> theirs in panels (n / P, K / 4, P, 4)."""
+        n_fours = weight.size(1) // 4
+        out = torch.empty(-(-len(ids) // self.panel), n_fours, self.panel, 4, dtype=torch.int8)
+        self._select_outputs(weight.data_ptr(), weight.size(1), ids.data_ptr(), len(ids), out.data_ptr())
+        return out
+
+    def best_listed(
+        self,
+        x: Tensor,
+        depth: int,
+        common: ShortlistWeights,
+        lists: ctypes.Array[ShortlistWeights],
+        n_best: int,
+        banned: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """`best_outputs` of rows x (M, K) that choose among some outputs, and among those of a list each."""
+        ids, logprobs = torch.empty(len(x), n_best, dtype=torch.long), torch.empty(len(x), n_best)
+        _check(
+            self._best_listed(
+                x.data_ptr(),
+                *x.shape,
+                depth,
+                ctypes.byref(common),
+                lists,
                 banned.data_ptr(),
                 len(banned),
                 n_best,

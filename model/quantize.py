@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from model.kernels import Kernels
+from model.kernels import Kernels, ShortlistWeights
 
 
 def is_supported() -> bool:
@@ -109,6 +111,42 @@ class KernelInt8Linear(Int8Linear):
         """
         own = self.weight, self.shift, self.w_scale, self.bias
         return self._kernels.best_outputs(x.contiguous(), *own, n_best, banned)
+
+    def select(self, ids: Tensor) -> Selected:
+        """Some outputs (N,), in rising order, packed for `best_listed`."""
+        panels = self._kernels.select_outputs(self._rows, ids)
+        shift = torch.zeros(panels.size(0) * panels.size(2), dtype=torch.int32)  # as long as the panels are
+        shift[: len(ids)] = self.shift[ids]
+        return Selected(panels, shift, self.w_scale[ids], self.bias[ids], ids)
+
+    def best_listed(
+        self, x: Tensor, common: Selected, lists: Sequence[Selected], n_best: int, banned: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`best` of rows that choose among some outputs and those of a list each, which holds none of these.
+
+        Where there are fewer than n, -inf comes last.
+        """
+        described = (ShortlistWeights * len(lists))(*(own.described for own in lists))
+        depth = self.weight.size(1) * 4
+        return self._kernels.best_listed(x.contiguous(), depth, common.described, described, n_best, banned)
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        """The packed weights output by output, (N, K) int8, for whoever wants some."""
+        fours = self.weight.view(torch.int32).squeeze(-1)  # (N / P, K / 4, P)
+        rows = fours.transpose(1, 2).reshape(-1, fours.size(1))[: self.out_features]
+        return rows.contiguous().view(torch.int8)
+
+
+class Selected:
+    """Some outputs of a product in 8 bits, and what a kernel is told of them."""
+
+    def __init__(self, weight: Tensor, shift: Tensor, w_scale: Tensor, bias: Tensor, ids: Tensor) -> None:
+        """weight in panels, shift for all of their outputs; the others (n,), of which ids rise."""
+        self.ids = ids
+        self._held = weight, shift, w_scale, bias
+        pointers = (tensor.data_ptr() for tensor in self._held)
+        self.described = ShortlistWeights(*pointers, len(ids), ids.data_ptr())
 
 
 def share_int8(model: nn.Module, other: nn.Module) -> None:

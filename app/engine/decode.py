@@ -676,7 +676,7 @@ class TranslateLane(DecodeLane[Ranked]):
 
     def __init__(self, name: str, runner: TranslateRunner, limits: DecodeLimits, prefill_tokens: int) -> None:
         super().__init__(name, runner, limits, prefill_tokens)
-        self._languages = frozenset(runner.config.languages.values())
+        self._languages = {token: name for name, token in runner.config.languages.items()}
         self._groups: dict[Sequence, BeamGroup] = {}
 
     def _check_length(self, sequence: Sequence) -> None:
@@ -703,7 +703,19 @@ class TranslateLane(DecodeLane[Ranked]):
         self._end(failed, _step_failed)
 
     def _encode(self, group: Items[Sequence]) -> None:
-        self.runner.encode([s.rows for s in group], [s.prompt_ids for s in group])
+        languages = [self._listed_language(sequence) for sequence in group]
+        self.runner.encode([s.rows for s in group], [s.prompt_ids for s in group], languages)
+
+    def _listed_language(self, sequence: Sequence) -> str | None:
+        """The language of a translation that a shortlist may be chosen for.
+
+        None for what needs all logits: phrases and beginnings that are asked for may hold any token, and a
+        penalty changes which tokens are likely.
+        """
+        params = self._groups[sequence].params
+        if params.required or params.repetition_penalty != 1.0 or len(sequence.target_ids) > 1:
+            return None
+        return self._languages.get(self.start_token(sequence))
 
     def _row_length(self, sequence: Sequence) -> int:
         return self._groups[sequence].n_steps + 1
@@ -723,11 +735,8 @@ class TranslateLane(DecodeLane[Ranked]):
         step = rows[0], list(token_ids), list(positions)
         guards, owed = self._guards(running, rows), self._wanted(running, rows)
         width = 2 * max(sequence.n_rows for sequence in running)
-        best = None if owed else self.runner.step_and_rank(*step, width, guards)
-        wanted: dict[int, list[Candidate]] = {}
-        if best is None:
-            logits = self.runner.guard(self.runner.step(*step, part=self._is_part(rows)), guards)
-            best, wanted = self.runner.rank(logits, width), self.runner.score(logits, owed)
+        part = self._is_part(rows)
+        best, wanted = self.runner.continuations(*step, width, guards, owed, part=part)
         return {row: Ranked(best[i], wanted.get(i, [])) for i, row in enumerate(rows)}
 
     def _inputs(self, running: list[Sequence]) -> dict[int, tuple[int, int]]:

@@ -23,10 +23,12 @@ from model.config import TransformerConfig
 from model.inference import kernels_of
 from model.masks import Mask, MaskParts, RowSpans, length_mask, position_mask, split_by_length
 from model.models import CausalLM, Classifier, MaskedLM, Translator, make_cache
-from model.quantize import KernelInt8Linear
+from model.quantize import KernelInt8Linear, Selected
 from model.sampling import SamplingRows, penalise, sample, top_tokens
 from model.tokenizer import Tokenizer
 from model.transfer import to_device
+
+Candidates = list[tuple[int, float]]  # tokens with their log-probabilities
 
 _MASKS = 32  # whose logits are held at a time
 BLOCK_TOKENS = 32  # what is kept of prompts comes in blocks of so many tokens
@@ -50,6 +52,24 @@ class Guards:
     def only_ban(self) -> bool:
         """Is nothing changed but what is impossible?"""
         return not (self.histories or self.bias or self.forced)
+
+    def of(self, rows: Sequence[int]) -> Guards:
+        """Those of some rows alone, numbered as they stand here."""
+        place = {row: n for n, row in enumerate(rows)}
+        histories = {place[row]: history for row, history in self.histories.items() if row in place}
+        repetition, frequency, presence = (
+            {place[row]: amount for row, amount in amounts.items() if row in place}
+            for amounts in (self.repetition, self.frequency, self.presence)
+        )
+        return Guards(
+            [(place[row], token) for row, token in self.banned if row in place],
+            histories,
+            repetition,
+            frequency,
+            presence,
+            [(place[row], token, amount) for row, token, amount in self.bias if row in place],
+            {place[row]: token for row, token in self.forced.items() if row in place},
+        )
 
     def penalty(
         self, row: int, history: list[int], repetition: float, frequency: float = 0.0, presence: float = 0.0
@@ -75,6 +95,7 @@ class DecodeRunner:
         self.cache = make_cache(checkpoint.config, n_slots, max_len, self.device, self.dtype)
         suppressed = sorted(_suppressed(checkpoint.tokenizer, checkpoint.config))
         self.suppressed = torch.tensor(suppressed, dtype=torch.long, device=self.device)
+        self._suppressed_ids = suppressed
         self._banned_everywhere = [(-1, token) for token in suppressed]
         self.static: StaticStep | None = None
         self.kernels = kernels_of(model)
@@ -321,10 +342,27 @@ class TranslateRunner(DecodeRunner):
         self.memory = make_cache(checkpoint.config, n_slots, max_len, self.device, self.dtype)
         self.memory_lengths = [0] * n_slots
         self._sentences = [-1] * n_slots  # the number of the one whose memory a row holds
+        self.shortlist = checkpoint.shortlist
+        # Of rows with a shortlist its language, and what their source may become beside what is common.
+        self._lists: list[tuple[str, Selected] | None] = [None] * n_slots
+        head: nn.Module = self.model.head
+        self._common: dict[str, Selected] = {}
+        if self.shortlist is not None and isinstance(head, KernelInt8Linear):
+            for language in self.shortlist.tables:
+                common = self.shortlist.common(language, self._suppressed_ids)
+                self._common[language] = head.select(common)
         self._numbers = itertools.count()
 
-    def encode(self, rows: Sequence[Sequence[int]], sources: Sequence[Sequence[int]]) -> None:
-        """Encode sources (B of them) and give source i's memory to its neighbouring rows, rows[i]."""
+    def encode(
+        self,
+        rows: Sequence[Sequence[int]],
+        sources: Sequence[Sequence[int]],
+        languages: Sequence[str | None] = (),
+    ) -> None:
+        """Encode sources (B of them) and give source i's memory to its neighbouring rows, rows[i].
+
+        languages[i] is that of its translation where it may be made of a shortlist's tokens, if there is one.
+        """
         src = _padded(sources, self.model.config.pad_id, self.device)
         memory, _ = self.model.encode(src)
         pairs = self.model.decoder.project_memory(memory)
@@ -332,8 +370,19 @@ class TranslateRunner(DecodeRunner):
             shape = (len(own), -1, -1, -1)
             self.memory.write(own[0], [(k[i].expand(shape), v[i].expand(shape)) for k, v in pairs])
             number = next(self._numbers)
+            selected = self._select(source, languages[i] if languages else None)
             for row in own:
                 self.memory_lengths[row], self._sentences[row] = len(source), number
+                self._lists[row] = selected
+
+    def _select(self, source: Sequence[int], language: str | None) -> tuple[str, Selected] | None:
+        """A sentence's own part of the shortlist; None where there is none."""
+        head: nn.Module = self.model.head
+        if self.shortlist is None or language not in self._common or self.static is not None:
+            return None
+        assert language is not None
+        assert isinstance(head, KernelInt8Linear)
+        return language, head.select(self.shortlist.ids(source, language, self._suppressed_ids))
 
     def _decode(self, first: int, ids: Tensor, positions: Tensor, length: int, mask: Mask | None) -> Tensor:
         n_rows = ids.size(0)
@@ -385,6 +434,7 @@ class TranslateRunner(DecodeRunner):
             for source, target in moves:
                 self.memory_lengths[target] = self.memory_lengths[source]
                 self._sentences[target] = self._sentences[source]
+                self._lists[target] = self._lists[source]
 
     def copy_beams(self, copies: Sequence[tuple[int, int]], length: int) -> None:
         """Let rows follow others of their group, where the memory is the same anyway."""
@@ -395,7 +445,7 @@ class TranslateRunner(DecodeRunner):
         super().wipe(rows)
         _zero(self.memory, rows)
 
-    def rank(self, logits: Tensor, n_best: int) -> list[list[tuple[int, float]]]:
+    def rank(self, logits: Tensor, n_best: int) -> list[Candidates]:
         """The n best continuations of each row of guarded logits (B, V), with log-probabilities.
 
         Those of a row where everything is banned have -inf, those of one that holds no numbers NaN.
@@ -409,30 +459,72 @@ class TranslateRunner(DecodeRunner):
         ids, bits = torch.stack((indices, logprobs.double().view(torch.long))).cpu()
         return _listed(ids, bits.view(torch.float64))
 
-    def step_and_rank(
-        self, first: int, token_ids: list[int], positions: list[int], n_best: int, guards: Guards
-    ) -> list[list[tuple[int, float]]] | None:
-        """`step`, `guard` and `rank` in one, without logits in between: on a CPU they are a third of a step.
+    def continuations(
+        self,
+        first: int,
+        token_ids: list[int],
+        positions: list[int],
+        n_best: int,
+        guards: Guards,
+        owed: Mapping[int, Sequence[int]],
+        *,
+        part: bool = False,
+    ) -> tuple[list[Candidates], dict[int, Candidates]]:
+        """A step as `step`: the n best continuations of each row, and of some rows what is owed them.
 
-        None where there is no such kernel, and where guards change more than what is impossible.
+        Each with its log-probability. Rows with a shortlist choose among its tokens; they must be free of
+        whatever changes more than what is impossible.
         """
         head: nn.Module = self.model.head
-        if not isinstance(head, KernelInt8Linear) or self.static is not None or not guards.only_ban:
-            return None
+        if self.static is not None or not isinstance(head, KernelInt8Linear):
+            logits = self.guard(self.step(first, token_ids, positions, part=part), guards)
+            return self.rank(logits, n_best), self.score(logits, owed)
         hidden = self._read(first, token_ids, positions)[:, -1]
-        banned = torch.tensor([*self._banned_everywhere, *guards.banned], dtype=torch.long).view(-1, 2)
-        return _listed(*head.best(hidden, n_best, banned))
+        best: dict[int, Candidates] = {}
+        found: dict[int, Candidates] = {}
+        lists = self._lists[first : first + len(token_ids)]
+        for language, common in self._common.items():
+            own = {row: each[1] for row, each in enumerate(lists) if each is not None and each[0] == language}
+            if own:
+                banned = torch.tensor(guards.of([*own]).banned, dtype=torch.long).view(-1, 2)
+                x = _rows(hidden, [*own])
+                ranked = head.best_listed(x, common, [*own.values()], n_best, banned)
+                best |= zip(own, _listed(*ranked), strict=True)
+        others = [row for row, each in enumerate(lists) if each is None]
+        if others:
+            wanted = {others.index(row): tokens for row, tokens in owed.items()}
+            free = _rows(hidden, others)
+            likeliest, scored = self._among_all(head, free, n_best, guards.of(others), wanted)
+            best |= zip(others, likeliest, strict=True)
+            found = {others[n]: each for n, each in scored.items()}
+        return [best[row] for row in range(len(token_ids))], found
 
-    def score(
-        self, logits: Tensor, tokens: Mapping[int, Sequence[int]]
-    ) -> dict[int, list[tuple[int, float]]]:
+    def _among_all(
+        self,
+        head: KernelInt8Linear,
+        hidden: Tensor,
+        n_best: int,
+        guards: Guards,
+        owed: Mapping[int, Sequence[int]],
+    ) -> tuple[list[Candidates], dict[int, Candidates]]:
+        """hidden (B, D) -> `rank` and `score`; without logits in between where nothing needs them.
+
+        On a CPU they are a third of a step.
+        """
+        if guards.only_ban and not owed:
+            banned = torch.tensor([*self._banned_everywhere, *guards.banned], dtype=torch.long).view(-1, 2)
+            return _listed(*head.best(hidden, n_best, banned)), {}
+        logits = self.guard(self._project(hidden[:, None]), guards)
+        return self.rank(logits, n_best), self.score(logits, owed)
+
+    def score(self, logits: Tensor, tokens: Mapping[int, Sequence[int]]) -> dict[int, Candidates]:
         """Some tokens of some rows of guarded logits (B, V), with log-probabilities, by row."""
         pairs = [(row, token) for row, each in tokens.items() for token in each]
         if not pairs:
             return {}
         rows, ids = (torch.tensor(each, device=self.device) for each in zip(*pairs, strict=True))
         logprobs = (logits[rows, ids] - logits.logsumexp(-1)[rows]).tolist()
-        found: dict[int, list[tuple[int, float]]] = {row: [] for row in tokens}
+        found: dict[int, Candidates] = {row: [] for row in tokens}
         for (row, token), logprob in zip(pairs, logprobs, strict=True):
             found[row].append((token, logprob))
         return found
@@ -542,7 +634,12 @@ class ClassifyRunner:
         return responds(self.device)
 
 
-def _listed(ids: Tensor, values: Tensor) -> list[list[tuple[int, float]]]:
+def _rows(hidden: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows of hidden (B, D), in rising order; all of them as they are."""
+    return hidden if len(rows) == len(hidden) else hidden[list(rows)]
+
+
+def _listed(ids: Tensor, values: Tensor) -> list[Candidates]:
     """Tensors (B, n) -> pairs, row by row."""
     pairs = zip(ids.tolist(), values.tolist(), strict=True)
     return [list(zip(own, each, strict=True)) for own, each in pairs]

@@ -76,6 +76,7 @@ class ModelWorkshop:
         max_context: int = 0,
         quantization: QuantizationChoice = "none",
         kernels: Kernels | None = None,
+        use_shortlist: bool = True,
         chunk_tokens: int | None = None,
         n_prefix_tokens: int = 0,
         launch_ahead: bool | None = None,
@@ -85,7 +86,7 @@ class ModelWorkshop:
         self._launch_ahead, self._sizing, self._fewest = launch_ahead, sizing, fewest or {}
         self._n_sized = 0
         self.device, self.dtype, self._quantization = device, dtype, quantization
-        self._kernels = kernels
+        self._kernels, self._use_shortlist = kernels, use_shortlist
         self._chunk_tokens, self._n_prefix_tokens = chunk_tokens, n_prefix_tokens
         self._n_slots, self._max_bytes, self._max_context = n_slots, max_bytes, max_context
         self._prefill_tokens, self._max_batch_tokens = prefill_tokens, max_batch_tokens
@@ -108,7 +109,9 @@ class ModelWorkshop:
             optimise(checkpoint.model, self._quantization_of(checkpoint), self._kernels)
             share_weights(checkpoint.model, [task.model for task in loaded if task.model is not None])
             n_slots = self._count_rows(endpoint, checkpoint.model, loaded, n_slots)
-            return self._task(endpoint, dataclasses.replace(checkpoint, name=name), folder, n_slots)
+            shortlist = checkpoint.shortlist if self._use_shortlist else None
+            checkpoint = dataclasses.replace(checkpoint, name=name, shortlist=shortlist)
+            return self._task(endpoint, checkpoint, folder, n_slots)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise

@@ -1,5 +1,5 @@
 """`python -m model.training COMMAND`: tokenizer, translate, masked, causal, rnn, classify, evaluate,
-average, back-translate, score-pairs.
+average, back-translate, score-pairs, shortlist.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from model.training.packs import find_pack
 from model.training.rnn_race import add_rnn_arguments, rnn_command
 from model.training.score_pairs import add_score_pairs_arguments, score_pairs_command
 from model.training.shards import Shard, write_shard
+from model.training.shortlist import add_shortlist_arguments, shortlist_command
 from model.training.transfer import start_from_encoder
 from model.training.translate import TranslateTask
 
@@ -43,9 +44,18 @@ COMMANDS = {
     "evaluate": evaluate_command,
     "score-pairs": score_pairs_command,
 }
-ARCHITECTURES = {"translate": "translator", "masked": "masked_lm", "causal": "causal_lm", "rnn": "translator"}
+ARCHITECTURES = {
+    "translate": "translator",
+    "masked": "masked_lm",
+    "causal": "causal_lm",
+    "rnn": "translator",
+    "shortlist": "translator",
+}
 
-HELP = {"rnn": "train a recurrent translator beside a Transformer, and compare"}
+HELP = {
+    "rnn": "train a recurrent translator beside a Transformer, and compare",
+    "shortlist": "write beside a translator what its tokens may become",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,6 +94,9 @@ def _parser() -> argparse.ArgumentParser:
         if command == "rnn":
             add_rnn_arguments(train)
             continue
+        if command == "shortlist":
+            add_shortlist_arguments(train)
+            continue
         train.add_argument("--continue-from", type=Path, help="begin with this model folder's weights")
         if command != "masked":
             train.add_argument("--start-from", type=Path, help="a masked model's folder: take its encoder")
@@ -112,6 +125,11 @@ def _train(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(arguments.threads)
     recipe = read_recipe(arguments.recipe, arguments.set)
     tokenizer = Tokenizer.load(arguments.tokenizer)
+    if arguments.command == "shortlist":
+        task = make_task(arguments, recipe["data"], tokenizer, 0, held=False)
+        assert isinstance(task, TranslateTask)
+        print(shortlist_command(arguments, task, tokenizer))
+        return 0
     options = _options(recipe["train"])
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit("[train] device: the recipe wants CUDA, which is not here (--set 'device=\"cpu\"')")

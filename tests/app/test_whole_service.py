@@ -1,18 +1,22 @@
 """The service with its real engine, on tiny random models; and what start-up refuses."""
 
 import json
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import torch
 
 from app.lifecycle import Lifecycle
 from app.main import create_app, load_services
-from model.checkpoint import CheckpointError, save
+from model.checkpoint import CheckpointError, load_config, save
 from model.config import TransformerConfig
 from model.models import build_model
+from model.shortlist import Shortlist, Table
 from tests.app.fakes import make_settings, word_tokenizer
 
 Client = httpx.AsyncClient
@@ -154,6 +158,21 @@ def test_a_folder_of_another_task_is_refused_by_name(weights: Path) -> None:
     folder = weights / "causal_lm"
     with pytest.raises(CheckpointError, match=f"{folder}: holds a causal_lm, translate takes a trans"):
         load_services(make_settings(translate_model=folder), Lifecycle())
+
+
+@pytest.mark.parametrize("use_shortlist", [True, False])
+def test_a_shortlist_may_be_left_aside(weights: Path, tmp_path: Path, *, use_shortlist: bool) -> None:
+    folder = tmp_path / "translator"
+    shutil.copytree(weights / "translator", folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"languages": {"ko": 7}}))
+    config = load_config(folder)
+    one = np.array([config.eos_id])
+    table = Table(one, one[:0], np.zeros(config.vocab_size + 1, dtype=np.int64))
+    Shortlist({"ko": table}, config).save(folder)
+    settings = make_settings(translate_model=folder, use_shortlist=use_shortlist)
+    lane: Any = load_services(settings, Lifecycle()).tasks["translate"].lane
+    assert (lane.runner.shortlist is not None) is use_shortlist
 
 
 def test_a_folder_that_was_asked_for_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

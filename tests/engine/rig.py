@@ -4,7 +4,7 @@ import asyncio
 import copy
 import random
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +19,14 @@ from app.engine.decode import DecodeLane, DecodeLimits, GenerateLane, TranslateL
 from app.engine.drawing import Drawing, Level, RowRules
 from app.engine.errors import EngineError
 from app.engine.graphs import Flight, Launcher, Work
-from app.engine.runner import GenerateRunner, Guards, TranslateRunner
+from app.engine.runner import Candidates, GenerateRunner, Guards, TranslateRunner
 from app.engine.sequence import Hypothesis, Sequence
 from model.checkpoint import Checkpoint, load
 from model.decoding import Decoded, beam_search, causal_scorer, translator_scorer
 from model.inference import optimise
 from model.kernels import compiled
 from model.models import CausalLM, Translator
+from model.quantize import KernelInt8Linear
 from model.sampling import BeamParams, SamplingParams, SamplingRows, penalise, sample
 
 # Sums in another order move a probability in its last bits; with large weights and a low temperature by more.
@@ -219,10 +220,18 @@ class FailingTranslateRunner(TranslateRunner):
     fault: Fault = staticmethod(lambda what, ids: None)
     nan_token = -1
     n_ranked_at_once = 0
+    n_listed = 0  # rows that chose among a shortlist's tokens, step by step
+    makes_logits = False  # also where ranking can do without
+    impossible: Tensor | None = None  # (V,) of those logits
 
-    def encode(self, rows: Items[Items[int]], sources: Items[Items[int]]) -> None:
+    def encode(
+        self,
+        rows: Items[Items[int]],
+        sources: Items[Items[int]],
+        languages: Items[str | None] = (),
+    ) -> None:
         self.fault("encode", [token for source in sources for token in source])
-        super().encode(rows, sources)
+        super().encode(rows, sources, languages)
 
     def step(self, first: int, token_ids: list[int], positions: list[int], *, part: bool = False) -> Tensor:
         self.fault("step", token_ids)
@@ -236,13 +245,37 @@ class FailingTranslateRunner(TranslateRunner):
         self.fault("rank", [])
         return super().rank(logits, n_best)
 
-    def step_and_rank(
-        self, first: int, token_ids: list[int], positions: list[int], n_best: int, guards: Guards
-    ) -> list[list[tuple[int, float]]] | None:
-        self.fault("step_and_rank", token_ids)
-        best = super().step_and_rank(first, token_ids, positions, n_best, guards)
-        self.n_ranked_at_once += best is not None
-        return best
+    def continuations(
+        self,
+        first: int,
+        token_ids: list[int],
+        positions: list[int],
+        n_best: int,
+        guards: Guards,
+        owed: Mapping[int, Items[int]],
+        *,
+        part: bool = False,
+    ) -> tuple[list[Candidates], dict[int, Candidates]]:
+        self.fault("continuations", token_ids)
+        self.n_listed += sum(own is not None for own in self._lists[first : first + len(token_ids)])
+        return super().continuations(first, token_ids, positions, n_best, guards, owed, part=part)
+
+    def _among_all(
+        self,
+        head: KernelInt8Linear,
+        hidden: Tensor,
+        n_best: int,
+        guards: Guards,
+        owed: Mapping[int, Items[int]],
+    ) -> tuple[list[Candidates], dict[int, Candidates]]:
+        if self.makes_logits:
+            logits = self._project(hidden[:, None])
+            if self.impossible is not None:
+                logits[:, self.impossible] = -torch.inf
+            logits = self.guard(logits, guards)
+            return self.rank(logits, n_best), self.score(logits, owed)
+        self.n_ranked_at_once += guards.only_ban and not owed
+        return super()._among_all(head, hidden, n_best, guards, owed)
 
     def _read(self, first: int, token_ids: list[int], positions: list[int]) -> Tensor:
         hidden = super()._read(first, token_ids, positions)

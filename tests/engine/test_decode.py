@@ -4,6 +4,7 @@ import random
 from dataclasses import replace
 from functools import reduce
 
+import numpy as np
 import pytest
 import torch
 from prometheus_client import REGISTRY
@@ -14,6 +15,7 @@ from app.engine.sequence import FinishReason, Sequence
 from model.checkpoint import Checkpoint
 from model.constraints import Phrase, Progress
 from model.sampling import BeamParams, SamplingParams
+from model.shortlist import Shortlist, Table
 from tests.engine.rig import (
     WAYS,
     FailingTranslateRunner,
@@ -100,8 +102,7 @@ async def test_ranking_without_logits_changes_nothing(translator: Checkpoint, se
         rng, lane = random.Random(seed), translate_lane(eight_bits, n_slots=16)
         runner = lane.runner
         assert isinstance(runner, FailingTranslateRunner)
-        if not at_once:
-            runner.step_and_rank = lambda *_: None  # type: ignore[method-assign]
+        runner.makes_logits = not at_once
         sequences = [random_translation(translator, rng) for _ in range(12)]
         # No guards at all, so that some steps have none.
         sequences += [random_translation(translator, rng, repetition_penalty=1.0) for _ in range(12)]
@@ -115,7 +116,7 @@ async def test_ranking_without_logits_changes_nothing(translator: Checkpoint, se
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("place", ["step_and_rank", "nan"])
+@pytest.mark.parametrize("place", ["continuations", "nan"])
 async def test_in_eight_bits_only_the_culprit_fails(translator: Checkpoint, place: str) -> None:
     lane = translate_lane(with_kernels(translator, "int8"), n_slots=12)
     runner, params = lane.runner, BeamParams(num_beams=3, max_new_tokens=8, min_new_tokens=8)
@@ -135,6 +136,94 @@ async def test_in_eight_bits_only_the_culprit_fails(translator: Checkpoint, plac
     for sequence in innocent:
         assert len((await sequence.result())[0].token_ids) == 8
     assert runner.n_ranked_at_once >= 8
+
+
+def with_shortlist(checkpoint: Checkpoint) -> Checkpoint:
+    """In eight bits, with lists of about a third of the vocabulary."""
+    rng, size = np.random.default_rng(0), checkpoint.config.vocab_size
+    common = np.append(rng.choice(size, size // 6, replace=False), checkpoint.config.eos_id)
+    tables = {
+        name: Table(np.unique(common), rng.integers(size, size=8 * size), np.arange(0, 8 * size + 1, 8))
+        for name in checkpoint.config.languages
+    }
+    shortlist = Shortlist(tables, checkpoint.config)
+    return replace(with_kernels(checkpoint, "int8"), shortlist=shortlist)
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_translations_of_a_shortlist_are_the_best_that_it_holds(
+    translator: Checkpoint, seed: int
+) -> None:
+    """By all logits, where those of other tokens are impossible; in a crowd of which some have no list."""
+    listed = with_shortlist(translator)
+    rng = random.Random(seed)
+    sequences = [random_translation(translator, rng) for _ in range(12)]
+    sequences += [random_translation(translator, rng, repetition_penalty=1.0) for _ in range(12)]
+    lane = translate_lane(listed, n_slots=16)
+    for sequence in sequences:
+        lane.submit([sequence])
+        turn(lane)
+    drive(lane)
+    runner = lane.runner
+    assert isinstance(runner, FailingTranslateRunner)
+    assert runner.n_listed > 50
+    assert listed.shortlist is not None
+    names = {token: name for name, token in listed.config.languages.items()}
+    for sequence in sequences:
+        found = await sequence.result()
+        twin = Sequence(sequence.prompt_ids, sequence.params)
+        alone = translate_lane(listed, n_slots=5)
+        alone.submit([twin])
+        drive(alone)
+        assert [(h.token_ids, h.logprobs) for h in await twin.result()] == [
+            (h.token_ids, h.logprobs) for h in found
+        ]
+        assert isinstance(sequence.params, BeamParams)
+        whole = translate_lane(replace(listed, shortlist=None), n_slots=5)
+        if sequence.params.repetition_penalty == 1.0:
+            language = names[sequence.prompt_ids[1]]
+            ids = listed.shortlist.ids(sequence.prompt_ids, language).tolist()
+            ids += listed.shortlist.common(language).tolist()
+            assert {token for h in found for token in h.token_ids} <= set(ids)
+            others = torch.ones(listed.config.vocab_size, dtype=torch.bool)
+            others[ids] = False
+            assert isinstance(whole.runner, FailingTranslateRunner)
+            whole.runner.makes_logits, whole.runner.impossible = True, others
+        oracle = Sequence(sequence.prompt_ids, sequence.params)
+        whole.submit([oracle])
+        drive(whole)
+        expected = await oracle.result()
+        assert [h.token_ids for h in found] == [h.token_ids for h in expected]
+        assert [h.score for h in found] == pytest.approx([h.score for h in expected], abs=1e-5)
+
+
+async def test_what_needs_all_tokens_has_no_shortlist(translator: Checkpoint) -> None:
+    """Phrases, given beginnings, penalties; a language without a table."""
+    listed = with_shortlist(translator)
+    assert listed.shortlist is not None
+    source = translator.tokenizer.source_ids([300, 301], "ko")
+    phrase = (Phrase(((310, 311),)),)
+    start = translator.tokenizer.target_ids("ko")
+    for made, n in (
+        (Sequence(source, BeamParams(num_beams=1, max_new_tokens=2, min_new_tokens=2)), 2),
+        (Sequence(source, BeamParams(num_beams=1, max_new_tokens=2, required=phrase)), 0),
+        (Sequence(source, BeamParams(num_beams=1, max_new_tokens=2, repetition_penalty=1.2)), 0),
+        (Sequence(source, BeamParams(num_beams=1, max_new_tokens=2), target_ids=[*start, 310]), 0),
+    ):
+        lane = translate_lane(listed)
+        lane.submit([made])
+        drive(lane)
+        await made.result()
+        assert isinstance(lane.runner, FailingTranslateRunner)
+        assert lane.runner.n_listed == n
+    english = Shortlist({"en": listed.shortlist.tables["en"]}, listed.config)
+    lane = translate_lane(replace(listed, shortlist=english))
+    made = Sequence(source, BeamParams(max_new_tokens=2))
+    lane.submit([made])
+    drive(lane)
+    await made.result()
+    assert isinstance(lane.runner, FailingTranslateRunner)
+    assert lane.runner.n_listed == 0
 
 
 async def test_required_phrases_are_said_and_change_nothing_beside_them(

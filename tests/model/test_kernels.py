@@ -360,6 +360,57 @@ def test_the_best_of_a_product_of_nothing_and_of_what_is_no_number(eight_bits: K
     assert [own.size(1) for own in linear.best(x, 200, banned)] == [80, 80]
 
 
+@pytest.mark.parametrize("n_in", [64, 96, 30])
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("n_common", [5, 300])
+def test_rows_that_choose_among_a_list_each(
+    eight_bits: Kernels, n_in: int, n_threads: int, n_common: int
+) -> None:
+    """And what is common: as of all logits where others are impossible, whoever stands beside a row."""
+    torch.manual_seed(n_in)
+    linear = KernelInt8Linear(torch.randn(700, n_in), torch.randn(700), eight_bits)
+    first, *rest = torch.split(torch.randperm(700)[: n_common + 395], [n_common, 200, 3, 129, 0, 63])
+    sizes = [200, 200, 3, 129, 129, 129, 0, 63, 63, 63]  # neighbours of one size have one list
+    ids = {len(own): own.sort().values for own in rest}
+    common, lists = (
+        linear.select(first.sort().values),
+        {size: linear.select(own) for size, own in ids.items()},
+    )
+    x = torch.randn(len(sizes), n_in)
+    x[4, 2] = torch.nan
+    bans = [
+        (1, int(ids[200][0])),
+        (5, int(ids[129][-1])),
+        (-1, int(ids[63][7])),
+        (9, int(first[0])),
+        (-1, int(first[3])),
+    ]
+    banned = torch.tensor(bans)
+    logits = linear(x)
+    others = torch.ones_like(logits, dtype=torch.bool)
+    for row, size in enumerate(sizes):
+        others[row, first] = others[row, ids[size]] = False
+    logits[others & ~logits.isnan()] = -torch.inf
+    for row, token in bans:
+        logits[row if row >= 0 else slice(None), token] = -torch.inf
+    wanted, values = eight_bits.best_tokens(logits, 8)
+    torch.set_num_threads(n_threads)
+    try:
+        found, logprobs = linear.best_listed(x, common, [lists[size] for size in sizes], 8, banned)
+    finally:
+        torch.set_num_threads(1)
+    assert logprobs[4].isnan().all()
+    for row in [0, 1, 2, 3, *range(5, 10)]:
+        possible = values[row] > -torch.inf
+        assert torch.equal(found[row, possible], wanted[row, possible])
+        assert logprobs[row, ~possible].tolist() == [-torch.inf] * int((~possible).sum())
+        torch.testing.assert_close(logprobs[row, possible], values[row, possible], rtol=0, atol=1e-5)
+        mine = [(min(to, 0), token) for to, token in bans if to in (-1, row)]
+        alone = linear.best_listed(x[row : row + 1], common, [lists[sizes[row]]], 8, torch.tensor(mine))
+        assert torch.equal(alone[0][0], found[row])
+        assert torch.equal(alone[1][0], logprobs[row])
+
+
 def test_all_of_a_row_with_what_is_no_number_has_none(native: Kernels) -> None:
     """What is impossible in it, too: it stands first in a row, and a caller looks there."""
     logits = torch.full((1, 100), torch.nan)

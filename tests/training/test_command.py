@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from app.inspection import inspect_folder
+from app.settings import Settings
 from model import checkpoint
 from model.models import build_model
+from model.shortlist import SHORTLIST_FILE
 from model.tokenizer import Tokenizer
 from model.training.__main__ import main, model_config
 from model.training.evaluate import STORIES
@@ -73,6 +76,27 @@ def test_a_translator_may_start_from_a_masked_model(
     start = ["--start-from", str(tmp_path / "masked/model")]
     assert train(work, "translate", tmp_path / "translate", *start) == 0
     assert "tensors taken from" in capsys.readouterr().out
+
+
+def test_a_shortlist_is_written_beside_a_translator(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It holds what the training pairs say."""
+    assert train(work, "translate", tmp_path) == 0
+    folder = tmp_path / "model"
+    recipe = ["--recipe", str(work / "translate.toml"), "--tokenizer", str(folder)]
+    assert main(["shortlist", *recipe, "--data", str(work), "--run", str(tmp_path), "--common", "9"]) == 0
+    assert "231 pairs" in capsys.readouterr().out
+    assert (folder / SHORTLIST_FILE).stat().st_mode & 0o777 == 0o644
+    loaded = checkpoint.load(folder)
+    assert loaded.shortlist is not None
+    for english, korean in PAIRS:
+        for source, target, language in ((english, korean, "ko"), (korean, english, "en")):
+            ids = loaded.shortlist.ids(loaded.tokenizer.encode(source), language).tolist()
+            known = {*ids, *loaded.shortlist.common(language).tolist()}
+            assert set(loaded.tokenizer.encode(target)) <= known
+            assert len(known) < 400
+    assert "shortlist, for int8 on the CPU: into en, ko" in inspect_folder(folder, Settings())[0]
 
 
 def test_training_may_go_on_from_a_trained_model(work: Path, tmp_path: Path) -> None:
