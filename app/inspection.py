@@ -50,8 +50,10 @@ def _describe(folder: Folder, settings: Settings) -> Iterator[str]:
     yield f"weights in int8, on the CPU: {_size(int8_bytes(config))}"
     tokenizer = folder.tokenizer()
     yield f"tokenizer: {tokenizer.vocab_size:,} ids{_languages(tokenizer.sources, tokenizer.targets)}"
-    if shortlist := folder.shortlist():
-        yield f"shortlist, for int8 on the CPU: into {', '.join(map(iso_code, shortlist.tables))}"
+    shortlist = folder.shortlist()
+    if shortlist is not None:
+        into = ", ".join(map(iso_code, shortlist.tables))
+        yield f"shortlist, for int8 on the CPU with kernels: into {into}"
 
 
 def _heads(config: TransformerConfig) -> str:

@@ -144,8 +144,8 @@ class Settings(BaseSettings):
     )
     use_shortlist: bool = Field(
         True,
-        description="in 8 bits on the CPU, choose a translation's tokens among those that the model's "
-        "shortlist names for its source, where it has one; else among all",
+        description="in 8 bits on the CPU, with kernels, choose a translation's tokens among those that the "
+        "model's shortlist names for its source, where it has one; else among all",
     )
     n_threads: int = Field(
         0, ge=0, le=1024, description="threads of one model step on the CPU; 0: all cores but one"

@@ -81,11 +81,18 @@ class Engine(Contestant):
 
     async def _run(self, case: Case) -> tuple[Outputs, float]:
         sequences = [make_sequence(case, prompt) for prompt in case.prompts]
-        lane: Any = self._service.services.tasks[case.task].lane
         started = time.perf_counter()
-        lane.submit(sequences)
-        results = [await sequence.result() for sequence in sequences]
+        results = await self._results(case.task, sequences)
         return [best[0].token_ids for best in results], time.perf_counter() - started
+
+    def results(self, task: str, sequences: list[Any]) -> list[Any]:
+        """What comes out of sequences that are submitted together, the hypotheses of each."""
+        return self._service.loop.run_until_complete(self._results(task, sequences))
+
+    async def _results(self, task: str, sequences: list[Any]) -> list[Any]:
+        lane: Any = self._service.services.tasks[task].lane
+        lane.submit(sequences)
+        return [await sequence.result() for sequence in sequences]
 
     def close(self) -> None:
         self._service.close()

@@ -1,5 +1,7 @@
 """What 8 bits cost in quality: chrF of translations, and the first choice of fill-mask, beside float32.
 
+What a shortlist costs beside that: chrF of translations by the whole engine in 8 bits, with it and without.
+
     python -m benchmarks.quantization --data folder/with/dev --limit 200
 
 The folder holds line by line `NAME.eng` beside `NAME.kor`. int8 stays the default of a CPU as long as chrF
@@ -16,19 +18,23 @@ from pathlib import Path
 import torch
 
 from app.engine.runner import MaskedRunner, Wish
+from app.engine.sequence import Sequence
+from benchmarks.contestants import Engine
 from benchmarks.machine import head
 from benchmarks.table import Table
 from benchmarks.workload import SHIPPED
-from model.checkpoint import Checkpoint, load
+from model.checkpoint import Checkpoint, load, load_config
 from model.inference import Quantization, optimise
 from model.kernels import compiled
 from model.models import Translator
 from model.sampling import BeamParams
+from model.tokenizer import Tokenizer
 from model.training.evaluate import read_parallel, sample
-from model.training.scores import Corpus, score_corpus, translate_all
+from model.training.scores import Corpus, Translation, score_corpus, translate_all
 
 _KINDS: tuple[Quantization, ...] = ("none", "int8")
 _FILL_MASK = Path("weights/fill-mask")
+_QUEUE = {"n_threads": 1, "max_queue_items": 10_000, "max_queue_tokens": 10_000_000}  # all at once
 
 
 def loaded(folder: Path, kind: Quantization) -> Checkpoint:
@@ -91,6 +97,32 @@ def compare_fillings(data: Path, limit: int) -> None:
         table.row(corpus.name, corpus.direction[:2], n, f"{100 * same / max(n, 1):.1f}%")
 
 
+def compare_shortlist(data: Path, limit: int, beams: int) -> None:
+    """chrF and BLEU of the engine in 8 bits, choosing among all tokens and among a shortlist's."""
+    folder = SHIPPED["translate"]
+    config, tokenizer = load_config(folder), Tokenizer.load(folder)
+    chosen = BeamParams(beams, max_new_tokens=96, length_penalty=config.length_penalty)
+    room = config.max_len - len(tokenizer.source_ids([], "ko"))
+    engines = [
+        Engine(folder, "translate", {"quantization": "int8", "use_shortlist": use, **_QUEUE})
+        for use in (False, True)
+    ]
+    table = Table("text", "direction", "n", "chrF all", "chrF listed", "BLEU all", "BLEU listed", "same")
+    for corpus in corpora(data, limit):
+        language, said = corpus.direction[-2:], []
+        for engine in engines:
+            sources = [tokenizer.source_ids(tokenizer.encode(t)[:room], language) for t in corpus.sources]
+            results = engine.results("translate", [Sequence(source, chosen) for source in sources])
+            said.append([Translation(tokenizer.decode(r[0].token_ids).strip(), True, False) for r in results])
+        whole, listed = (score_corpus(corpus, each) for each in said)
+        same = sum(a.text == b.text for a, b in zip(*said, strict=True))
+        scores = whole["chrF"], listed["chrF"], whole["BLEU"], listed["BLEU"]
+        n = len(corpus.sources)
+        table.row(corpus.name, corpus.direction, n, *scores, f"{100 * same / n:.0f}%")
+    for engine in engines:
+        engine.close()
+
+
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -106,6 +138,8 @@ def main(words: list[str] | None = None) -> None:
     compare_fillings(arguments.data, arguments.limit)
     print()
     compare_translations(arguments.data, arguments.limit, arguments.beams)
+    print()
+    compare_shortlist(arguments.data, arguments.limit, arguments.beams)
 
 
 if __name__ == "__main__":

@@ -171,6 +171,8 @@ class Folder:
 
     def shortlist(self) -> Shortlist | None:
         """What a translator's tokens may become, where that is known."""
+        if not (self.is_own and self.config.languages):
+            return None
         try:
             return Shortlist.load(self.path, self.config)
         except ValueError as error:

@@ -808,7 +808,7 @@ ONE_WAY struct total sum_up(const float *greatests, const float *sums, long n_pa
     return t;
 }
 
-/* The greatest logits of a row in the place of their log-probabilities; NaN for a row that holds what is no number. */
+/* A row's greatest logits become their log-probabilities; NaN in a row that holds what is no number. */
 ONE_WAY void to_logprobs(float *values, long n_best, struct total t)
 {
     const float whole = logf(t.sum);
@@ -1119,9 +1119,9 @@ struct outputs {
     int64_t n;
 };
 
-/* Rows x (M, K) -> the greatest logits of each in `values`, best first, and which outputs they are, each (M, n_best) with
- * n_best <= N; log-probabilities where no `totals` (M,) are asked for. The logits of some hundred outputs at a time stay
- * in the second cache. `banned` (n_banned, 2) are rows, -1 for all of them, and outputs that are impossible. The same
+/* Rows x (M, K) -> the greatest logits of each in `values`, best first, and which outputs they are, each (M, n_best)
+ * with n_best <= N; log-probabilities where no `totals` (M,) are asked for. The logits of some hundred outputs at a
+ * time stay in the second cache. `banned` (n_banned, 2) are rows, -1 for all of them, and outputs that are impossible. The same
  * to the last bit, with whatever rows and threads. 0, or 1 where there is no memory. */
 static int find_best(const float *x, long n_rows, long n_in, long depth, const struct outputs *o, const int64_t *banned,
                      long n_banned, long n_best, int64_t *ids, float *values_out, struct total *totals, int n_threads)
@@ -1166,8 +1166,9 @@ static int find_best(const float *x, long n_rows, long n_in, long depth, const s
                 const long end = (part + 1) * PART_PANELS < n_panels ? (part + 1) * PART_PANELS : n_panels;
                 for (long top = 0; top < n; top += LOOKED_AT) {
                     const long bottom = top + LOOKED_AT < n ? top + LOOKED_AT : n;
-                    const struct product p = {o->weight, o->shift, o->w_scale, o->bias, scale + top, eights + top * depth, depth,
-                                              n_out, f->logits, PART, from};
+                    const struct product p = {o->weight,   o->shift,  o->w_scale, o->bias,
+                                              scale + top, eights + top * depth, depth, n_out,
+                                              f->logits,   PART,      from};
                     for (long panel = part * PART_PANELS; panel < end; panel++) {
 #if HAS_TILES
                         if (tiled) {
@@ -1241,7 +1242,7 @@ void select_outputs(const int32_t *weight, long depth, const int64_t *ids, long 
         }
 }
 
-/* Outputs alone, and their ids in rising order. */
+/* Outputs alone, and their ids in rising order; model/kernels.py describes it field by field (ShortlistWeights). */
 struct shortlist {
     struct outputs outputs;
     const int64_t *ids;
@@ -1291,12 +1292,10 @@ static struct choice place_choice(char **at, long n_rows, long n)
 
 static size_t choice_bytes(long n_rows, long n)
 {
-    char *end = NULL;
-    place_choice(&end, n_rows, n);
-    return (size_t)end;
+    return (size_t)n_rows * ((size_t)n * sizeof(int64_t) + sizeof(struct total) + (size_t)(n + n % 2) * sizeof(float));
 }
 
-/* Row `row` of both in one, best first, of equals those of `a`; -inf where there are no more. */
+/* Row `row` of both in one, best first, of equals those of `a`, which has some; -inf where there are no more. */
 static void merge(const struct choice *a, const struct choice *b, long row, long n_best, int64_t *ids, float *values)
 {
     const struct total t = a->totals[row], u = b->totals[row];
@@ -1329,37 +1328,44 @@ int best_listed(const float *x, long n_rows, long n_in, long depth, const struct
     const struct choice shared = place_choice(&at, n_rows, n_common), own = place_choice(&at, n_rows, n_best);
     int64_t *barred = (int64_t *)at;
     const long n_barred = ban_listed(common, banned, n_banned, 0, n_rows, barred);
-    int failed = find_best(x, n_rows, n_in, depth, &common->outputs, barred, n_barred, n_common, shared.ids,
-                           shared.values, shared.totals, n_threads);
-    for (long i = 0; !failed && i < n_rows * n_common; i++)
+    if (find_best(x, n_rows, n_in, depth, &common->outputs, barred, n_barred, n_common, shared.ids, shared.values,
+                  shared.totals, n_threads)) {
+        free(memory);
+        return 1;
+    }
+    for (long i = 0; i < n_rows * n_common; i++)
         shared.ids[i] = common->ids[shared.ids[i]];
-#pragma omp parallel for schedule(dynamic) num_threads(n_threads) if (n_threads > 1 && n_rows >= 8)
+    int failed = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(n_threads) reduction(| : failed) if (n_threads > 1 && n_rows >= 8)
     for (long first = 0; first < n_rows; first++) {
         const struct shortlist *list = lists + first;
-        if (failed || (first > 0 && list->ids == list[-1].ids))
+        if (first > 0 && list->ids == list[-1].ids)
             continue;
         long end = first + 1;
         while (end < n_rows && lists[end].ids == list->ids)
             end++;
         const long n = end - first, n_own = n_best < list->outputs.n ? n_best : list->outputs.n;
-        struct choice mine = {own.ids + first * n_best, own.values + first * n_best, own.totals + first, n_own};
-        struct choice theirs = {shared.ids + first * n_common, shared.values + first * n_common, shared.totals + first,
-                                n_common};
-        int64_t *bans_here = malloc(bans + 1);
+        const struct choice mine = {own.ids + first * n_best, own.values + first * n_best, own.totals + first, n_own};
+        const struct choice theirs = {shared.ids + first * n_common, shared.values + first * n_common,
+                                      shared.totals + first, n_common};
         for (long row = 0; row < n; row++)
             mine.totals[row] = (struct total){-INFINITY, 0.0f};
-        if (bans_here == NULL)
-            failed = 1;
-        else if (list->outputs.n > 0 &&
-            find_best(x + first * n_in, n, n_in, depth, &list->outputs, bans_here,
-                      ban_listed(list, banned, n_banned, first, n, bans_here), n_own, mine.ids, mine.values,
-                      mine.totals, 1))
-            failed = 1;
-        for (long i = 0; !failed && i < n * n_own; i++)
+        if (n_own > 0) {
+            int64_t *bans_here = malloc(bans + 1);
+            const int lacks = bans_here == NULL ||
+                              find_best(x + first * n_in, n, n_in, depth, &list->outputs, bans_here,
+                                        ban_listed(list, banned, n_banned, first, n, bans_here), n_own, mine.ids,
+                                        mine.values, mine.totals, 1);
+            free(bans_here);
+            if (lacks) {
+                failed = 1;
+                continue;
+            }
+        }
+        for (long i = 0; i < n * n_own; i++)
             mine.ids[i] = list->ids[mine.ids[i]];
-        for (long row = 0; !failed && row < n; row++)
+        for (long row = 0; row < n; row++)
             merge(&theirs, &mine, row, n_best, ids + (first + row) * n_best, logprobs + (first + row) * n_best);
-        free(bans_here);
     }
     free(memory);
     return failed;

@@ -112,6 +112,11 @@ class KernelInt8Linear(Int8Linear):
         own = self.weight, self.shift, self.w_scale, self.bias
         return self._kernels.best_outputs(x.contiguous(), *own, n_best, banned)
 
+    @property
+    def n_bytes(self) -> int:
+        """What the packed weights take, and those by output, once somebody has asked for some."""
+        return super().n_bytes * (1 + ("_rows" in self.__dict__))
+
     def select(self, ids: Tensor) -> Selected:
         """Some outputs (N,), in rising order, packed for `best_listed`."""
         panels = self._kernels.select_outputs(self._rows, ids)

@@ -7,6 +7,7 @@ widest product of a decoder's step shrinks to it. `model.training.shortlist` mak
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,13 +15,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import TransformerConfig
+from model.tokenizer import TOKENIZER_FILE
 
 SHORTLIST_FILE = "shortlist.safetensors"
+_DIGEST = "tokenizer_sha256"
 Ids = NDArray[np.int64]
 
 
@@ -40,18 +43,18 @@ class Shortlist:
 
     def __init__(self, tables: Mapping[str, Table], config: TransformerConfig) -> None:
         """Raises ValueError where a table does not fit the model, or would let no translation end."""
-        vocab_size, eos_id = config.vocab_size, config.eos_id
+        vocab_size = config.vocab_size
         for language, table in tables.items():
             if language not in config.languages:
                 raise ValueError(f"the model has no language {language}")
             if any(part.ndim != 1 for part in table) or len(table.starts) != vocab_size + 1:
                 raise ValueError(f"the table for {language} does not fit a vocabulary of {vocab_size}")
-            steps = np.diff(table.starts)
-            if table.starts[0] != 0 or table.starts[-1] != len(table.likely) or (steps < 0).any():
+            begins, ends = table.starts[:-1], table.starts[1:]
+            if begins[0] != 0 or ends[-1] != len(table.likely) or (begins > ends).any():
                 raise ValueError(f"{language}.starts are no beginnings of parts of {language}.likely")
             ids = np.concatenate((table.common, table.likely))
-            if eos_id not in table.common:
-                raise ValueError(f"{language}.common lacks the end token, {eos_id}")
+            if config.eos_id not in table.common:
+                raise ValueError(f"{language}.common lacks the end token, {config.eos_id}")
             if ids.min() < 0 or ids.max() >= vocab_size:
                 raise ValueError(f"the table for {language} has ids that are not in 0..{vocab_size - 1}")
         self.tables = dict(tables)
@@ -75,7 +78,7 @@ class Shortlist:
         return torch.from_numpy(np.setdiff1d(self.tables[language].common, suppressed))
 
     def save(self, folder: Path) -> None:
-        """Write it beside a model's weights. Raises ValueError for ids that 16 bits do not hold."""
+        """Write it beside a model's tokenizer. Raises ValueError for ids that 16 bits do not hold."""
         tensors: dict[str, Tensor] = {}
         for language, table in self.tables.items():
             if len(table.starts) > 2**16 + 1:
@@ -85,22 +88,48 @@ class Shortlist:
             tensors[f"{language}.starts"] = torch.from_numpy(table.starts.astype(np.int32))
         path = folder / SHORTLIST_FILE
         part = path.with_name(f"{path.name}.part")
-        save_file(tensors, part)
+        save_file(tensors, part, metadata={_DIGEST: _tokenizer_sha256(folder)})
         part.chmod(0o644)  # safetensors makes it private; a service may run as another user
         part.replace(path)
 
     @classmethod
     def load(cls, folder: Path, config: TransformerConfig) -> Shortlist | None:
-        """What lies beside a model's weights, if anything does. Raises ValueError, naming the file."""
+        """What lies beside a model's weights, if anything does. Raises ValueError, naming the file.
+
+        Ids mean something to one tokenizer alone: it must be the one that was there when they were written.
+        """
         path = folder / SHORTLIST_FILE
         if not path.is_file():
             return None
         try:
-            stored = {name: tensor.numpy().astype(np.int64) for name, tensor in load_file(path).items()}
-            found = sorted({name.partition(".")[0] for name in stored})
-            tables = {name: Table(*(stored[f"{name}.{part}"] for part in Table._fields)) for name in found}
+            with safe_open(path, framework="pt") as file:
+                made_for = (file.metadata() or {}).get(_DIGEST)
+                names = sorted(file.keys())
+                stored = {name: _whole_numbers(name, file.get_tensor(name)) for name in names}
+            _check_tokenizer(folder, made_for)
+            languages = sorted({name.partition(".")[0] for name in names})
+            tables = {
+                name: Table(*(stored[f"{name}.{part}"] for part in Table._fields)) for name in languages
+            }
             return cls(tables, config)
         except KeyError as error:
             raise ValueError(f"{path}: no tensor {error}") from None
         except (OSError, SafetensorError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
+
+
+def _whole_numbers(name: str, tensor: Tensor) -> Ids:
+    if tensor.is_floating_point() or tensor.is_complex():
+        raise ValueError(f"{name} holds no whole numbers")
+    numbers: Ids = tensor.numpy().astype(np.int64)
+    return numbers
+
+
+def _check_tokenizer(folder: Path, sha256: str | None) -> None:
+    if sha256 != (found := _tokenizer_sha256(folder)):
+        made_for = f"one of sha256 {sha256[:12]}" if sha256 else "an unknown one"
+        raise ValueError(f"made for another tokenizer, {made_for}; {TOKENIZER_FILE} has {found[:12]}")
+
+
+def _tokenizer_sha256(folder: Path) -> str:
+    return hashlib.sha256((folder / TOKENIZER_FILE).read_bytes()).hexdigest()

@@ -94,7 +94,9 @@ class TranslateParameters(BeamParameters):
     generate_parameters: BeamParameters | None = None
     return_alignment: bool | None = Field(None, description="cross-attention weights, sentence by sentence")
     return_scores: bool | None = Field(
-        None, description="mean log-probability of a token, over the sentences"
+        None,
+        description="mean log-probability of a token, over the sentences; with a shortlist among the tokens "
+        "of that, so that it lies a little higher",
     )
     # Clients of the Hugging Face form may send these; the only behaviour there is has these values.
     clean_up_tokenization_spaces: Literal[False] | None = None

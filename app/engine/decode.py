@@ -194,6 +194,7 @@ class DecodeLane(ABC, Generic[Choice]):
             self._conclude(sequence, outcome)
         moves = self.scheduler.release(ending)
         lost = self._copy(moves, lambda part: self.runner.move(part, length))
+        self.runner.let_go(self.scheduler.n_active)
         self._end(lost, _step_failed)
 
     def _copy(self, moves: Moves, run: Callable[[Items[tuple[int, int]]], None]) -> list[Sequence]:

@@ -23,7 +23,7 @@ from model.config import TransformerConfig
 from model.inference import kernels_of
 from model.masks import Mask, MaskParts, RowSpans, length_mask, position_mask, split_by_length
 from model.models import CausalLM, Classifier, MaskedLM, Translator, make_cache
-from model.quantize import KernelInt8Linear, Selected
+from model.quantize import Int8Linear, KernelInt8Linear, Selected
 from model.sampling import SamplingRows, penalise, sample, top_tokens
 from model.tokenizer import Tokenizer
 from model.transfer import to_device
@@ -31,6 +31,8 @@ from model.transfer import to_device
 Candidates = list[tuple[int, float]]  # tokens with their log-probabilities
 
 _MASKS = 32  # whose logits are held at a time
+_EXACT = 64  # fillings of a mask that are ranked by float32
+_MOST_LISTED = 2048  # tokens of a sentence's own list: 1 MB of packed weights in 512 dimensions
 BLOCK_TOKENS = 32  # what is kept of prompts comes in blocks of so many tokens
 # Another call of the attention kernel takes about as long as reading so many more positions.
 _PART_COST = 256
@@ -191,6 +193,9 @@ class DecodeRunner:
     def move(self, moves: Sequence[tuple[int, int]], length: int) -> None:
         """Copy rows (source, target) up to `length` positions."""
         self.cache.copy_rows([source for source, _ in moves], [target for _, target in moves], length)
+
+    def let_go(self, first: int) -> None:
+        """Rows from `first` on are free: drop what they have beside the cache."""
 
     def wipe(self, rows: Sequence[int]) -> None:
         """Forget what rows hold. NaN in them would reach their next owner: 0 x NaN is NaN, masked or not."""
@@ -382,7 +387,8 @@ class TranslateRunner(DecodeRunner):
             return None
         assert language is not None
         assert isinstance(head, KernelInt8Linear)
-        return language, head.select(self.shortlist.ids(source, language, self._suppressed_ids))
+        ids = self.shortlist.ids(source, language, self._suppressed_ids)
+        return None if len(ids) > _MOST_LISTED else (language, head.select(ids))
 
     def _decode(self, first: int, ids: Tensor, positions: Tensor, length: int, mask: Mask | None) -> Tensor:
         n_rows = ids.size(0)
@@ -436,6 +442,10 @@ class TranslateRunner(DecodeRunner):
                 self._sentences[target] = self._sentences[source]
                 self._lists[target] = self._lists[source]
 
+    def let_go(self, first: int) -> None:
+        """Rows from `first` on are free: drop their shortlists."""
+        self._lists[first:] = [None] * (self.n_slots - first)
+
     def copy_beams(self, copies: Sequence[tuple[int, int]], length: int) -> None:
         """Let rows follow others of their group, where the memory is the same anyway."""
         self.cache.follow([source for source, _ in copies], [target for _, target in copies], length)
@@ -486,13 +496,16 @@ class TranslateRunner(DecodeRunner):
         for language, common in self._common.items():
             own = {row: each[1] for row, each in enumerate(lists) if each is not None and each[0] == language}
             if own:
-                banned = torch.tensor(guards.of([*own]).banned, dtype=torch.long).view(-1, 2)
+                mine = guards.of([*own])
+                assert mine.only_ban, "a row with a shortlist is guarded by more than bans"
+                banned = torch.tensor(mine.banned, dtype=torch.long).view(-1, 2)
                 x = _rows(hidden, [*own])
                 ranked = head.best_listed(x, common, [*own.values()], n_best, banned)
                 best |= zip(own, _listed(*ranked), strict=True)
         others = [row for row, each in enumerate(lists) if each is None]
         if others:
-            wanted = {others.index(row): tokens for row, tokens in owed.items()}
+            place = {row: n for n, row in enumerate(others)}
+            wanted = {place[row]: tokens for row, tokens in owed.items()}
             free = _rows(hidden, others)
             likeliest, scored = self._among_all(head, free, n_best, guards.of(others), wanted)
             best |= zip(others, likeliest, strict=True)
@@ -585,14 +598,27 @@ class MaskedRunner:
         # One after the other up to the projection, which in 8 bits feels no neighbours: sums of a product in
         # float32 hang on the number of its rows. They are small; the weights of the projection are not.
         features = torch.stack([head.features(own) for own in hidden])
-        logits = head.project(features) + head.bias
-        probs = logits.float().masked_fill_(~allowed, -torch.inf).softmax(-1)
+        project: nn.Module = head.project
+        logits = (project(features) + head.bias).float().masked_fill_(~allowed, -torch.inf)
+        if isinstance(project, Int8Linear) and self.model.config.tied:
+            self._make_exact(logits, features)
+        probs = logits.softmax(-1)
         return [
             self._best(probs[row : row + 1], wish)
             if wish.targets is None
             else self._among(probs[row], wish.targets)[: wish.top_k]
             for row, wish in enumerate(wishes)
         ]
+
+    def _make_exact(self, logits: Tensor, features: Tensor) -> None:
+        """Compute the greatest of 8-bit logits (M, V) again in float32, in place.
+
+        Half of what 8 bits change among first fillings comes of this one product.
+        """
+        values, ids = top_tokens(logits, min(_EXACT, logits.size(1)))
+        weight = self.model.embeddings.tokens.weight  # which the vocabulary's projection has, too
+        exact = (weight[ids] * features[:, None]).sum(-1) + self.model.mlm_head.bias[ids]
+        logits.scatter_(1, ids, exact.masked_fill(values == -torch.inf, -torch.inf))
 
     def _best(self, probs: Tensor, wish: Wish) -> list[tuple[int, float]]:
         values, ids = top_tokens(probs, min(wish.top_k, self.n_allowed[wish.allowed]))

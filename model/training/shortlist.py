@@ -7,7 +7,7 @@ token, fitted by expectation maximisation. A token counts once in a sentence; th
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,12 +88,27 @@ def shortlist_command(arguments: argparse.Namespace, task: TranslateTask, tokeni
     """Write the table into the translator's folder, which has the tokenizer; returns what to say."""
     rng = np.random.default_rng(task.seed)
     chosen = np.flatnonzero(rng.random(len(task.weights)) < task.weights)  # a pair counts once at most
-    sides = [[task.shard.unit(task.first[i] + side) for i in chosen] for side in (0, 1)]
-    tables = {}
-    for language, (source, target) in {"ko": (0, 1), "en": (1, 0)}.items():
-        common = most_common(sides[target], tokenizer, arguments.common)
-        lexicon = fit_lexicon(zip(sides[source], sides[target], strict=True), tokenizer.vocab_size)
-        tables[language] = make_table(lexicon, common, tokenizer.vocab_size, arguments.likely, arguments.seen)
+    tables, said = {}, []
+    for direction, language in enumerate(("ko", "en")):
+        pairs = list(_sides(task, chosen, direction, rng))
+        common = most_common((target for _, target in pairs), tokenizer, arguments.common)
+        lexicon = fit_lexicon(pairs, tokenizer.vocab_size)
+        table = make_table(lexicon, common, tokenizer.vocab_size, arguments.likely, arguments.seen)
+        tables[language] = table
+        said.append(f"{language}: {len(pairs)} pairs, {len(table.likely)} links")
     Shortlist(tables, load_config(arguments.tokenizer)).save(arguments.tokenizer)
-    n_links = sum(len(table.likely) for table in tables.values())
-    return f"{len(chosen)} pairs, {n_links} links -> {arguments.tokenizer / SHORTLIST_FILE}"
+    return f"{'; '.join(said)} -> {arguments.tokenizer / SHORTLIST_FILE}"
+
+
+def _sides(task: TranslateTask, chosen: Ids, direction: int, rng: np.random.Generator) -> Iterator[Pair]:
+    """What the translator learns in a direction (0 to Korean, 1 to English): source and target.
+
+    Sources as people type them (in small letters, without spaces) beside those as they are written, as often
+    as it meets them.
+    """
+    for document in chosen[task.learned[chosen, direction]]:
+        first = task.first[document]
+        target = task.shard.unit(first + 1 - direction)
+        yield task.shard.unit(first + direction), target
+        if task.twins[document] and rng.random() < task.noise:
+            yield task.shard.unit(first + direction + 2), target

@@ -141,11 +141,11 @@ async def test_in_eight_bits_only_the_culprit_fails(translator: Checkpoint, plac
 def with_shortlist(checkpoint: Checkpoint) -> Checkpoint:
     """In eight bits, with lists of about a third of the vocabulary."""
     rng, size = np.random.default_rng(0), checkpoint.config.vocab_size
-    common = np.append(rng.choice(size, size // 6, replace=False), checkpoint.config.eos_id)
-    tables = {
-        name: Table(np.unique(common), rng.integers(size, size=8 * size), np.arange(0, 8 * size + 1, 8))
-        for name in checkpoint.config.languages
-    }
+    tables = {}
+    for name in checkpoint.config.languages:
+        common = np.append(rng.choice(size, size // 6, replace=False), checkpoint.config.eos_id)
+        likely, starts = rng.integers(size, size=8 * size), np.arange(0, 8 * size + 1, 8)
+        tables[name] = Table(np.unique(common), likely, starts)
     shortlist = Shortlist(tables, checkpoint.config)
     return replace(with_kernels(checkpoint, "int8"), shortlist=shortlist)
 
@@ -167,6 +167,7 @@ async def test_translations_of_a_shortlist_are_the_best_that_it_holds(
     runner = lane.runner
     assert isinstance(runner, FailingTranslateRunner)
     assert runner.n_listed > 50
+    assert runner._lists == [None] * 16  # nothing is held for those that have gone
     assert listed.shortlist is not None
     names = {token: name for name, token in listed.config.languages.items()}
     for sequence in sequences:
@@ -197,8 +198,10 @@ async def test_translations_of_a_shortlist_are_the_best_that_it_holds(
         assert [h.score for h in found] == pytest.approx([h.score for h in expected], abs=1e-5)
 
 
-async def test_what_needs_all_tokens_has_no_shortlist(translator: Checkpoint) -> None:
-    """Phrases, given beginnings, penalties; a language without a table."""
+async def test_what_needs_all_tokens_has_no_shortlist(
+    translator: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Phrases, given beginnings, penalties; a language without a table, and a source with too long a list."""
     listed = with_shortlist(translator)
     assert listed.shortlist is not None
     source = translator.tokenizer.source_ids([300, 301], "ko")
@@ -206,6 +209,7 @@ async def test_what_needs_all_tokens_has_no_shortlist(translator: Checkpoint) ->
     start = translator.tokenizer.target_ids("ko")
     for made, n in (
         (Sequence(source, BeamParams(num_beams=1, max_new_tokens=2, min_new_tokens=2)), 2),
+        (Sequence(source, BeamParams(num_beams=1, max_new_tokens=1), target_ids=start), 1),
         (Sequence(source, BeamParams(num_beams=1, max_new_tokens=2, required=phrase)), 0),
         (Sequence(source, BeamParams(num_beams=1, max_new_tokens=2, repetition_penalty=1.2)), 0),
         (Sequence(source, BeamParams(num_beams=1, max_new_tokens=2), target_ids=[*start, 310]), 0),
@@ -216,14 +220,16 @@ async def test_what_needs_all_tokens_has_no_shortlist(translator: Checkpoint) ->
         await made.result()
         assert isinstance(lane.runner, FailingTranslateRunner)
         assert lane.runner.n_listed == n
-    english = Shortlist({"en": listed.shortlist.tables["en"]}, listed.config)
-    lane = translate_lane(replace(listed, shortlist=english))
-    made = Sequence(source, BeamParams(max_new_tokens=2))
-    lane.submit([made])
-    drive(lane)
-    await made.result()
-    assert isinstance(lane.runner, FailingTranslateRunner)
-    assert lane.runner.n_listed == 0
+    english = replace(listed, shortlist=Shortlist({"en": listed.shortlist.tables["en"]}, listed.config))
+    for checkpoint, most in ((english, 2048), (listed, 10)):
+        monkeypatch.setattr("app.engine.runner._MOST_LISTED", most)
+        lane = translate_lane(checkpoint)
+        made = Sequence(source, BeamParams(max_new_tokens=2))
+        lane.submit([made])
+        drive(lane)
+        await made.result()
+        assert isinstance(lane.runner, FailingTranslateRunner)
+        assert lane.runner.n_listed == 0
 
 
 async def test_required_phrases_are_said_and_change_nothing_beside_them(

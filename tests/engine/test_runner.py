@@ -4,8 +4,9 @@ import math
 
 import torch
 
-from app.engine.runner import GenerateRunner, MaskedRunner, TranslateRunner, Wish, responds
+from app.engine.runner import GenerateRunner, Guards, MaskedRunner, TranslateRunner, Wish, responds
 from model.checkpoint import Checkpoint
+from model.models import MaskedLM
 from model.sampling import SamplingParams, SamplingRows, sample
 from tests.engine.rig import with_kernels
 
@@ -93,6 +94,42 @@ def test_a_mask_does_not_feel_its_neighbours(masked: Checkpoint) -> None:
     assert together == [runner.fill(hidden[i : i + 1], [wish])[0] for i, wish in enumerate(wishes)]
     assert [len(found) for found in together[:6]] == [1, 2, 3, 4, 5, 6]
     assert runner.fill(hidden[:0], []) == []
+
+
+@torch.inference_mode()
+def test_first_fillings_are_ranked_by_float32(masked: Checkpoint) -> None:
+    """Where eight bits alone would take a rival for the first now and then."""
+    torch.manual_seed(5)
+    eight = with_kernels(masked, "int8")
+    assert isinstance(eight.model, MaskedLM)
+    assert isinstance(masked.model, MaskedLM)
+    runner, exact, hidden = MaskedRunner(eight), MaskedRunner(masked), torch.randn(200, masked.config.d_model)
+    head = eight.model.mlm_head
+    features = torch.stack(
+        [head.features(own) for own in hidden]
+    )  # the map before the projection stays float32
+    rough = (head.project(features) + head.bias).masked_fill(~runner.allowed[None], -torch.inf).argmax(-1)
+    wishes = [Wish(None, 5)] * len(hidden)
+    firsts = [[token for token, _ in found] for found in exact.fill(hidden, wishes)]
+    assert [[token for token, _ in found] for found in runner.fill(hidden, wishes)] == firsts
+    assert sum(own[0] != int(first) for own, first in zip(firsts, rough, strict=True)) > 0
+
+
+def test_guards_of_some_rows_are_theirs() -> None:
+    guards = Guards(banned=[(0, 5), (2, 6), (3, 7)], bias=[(1, 8, 0.5), (3, 9, -1.0)], forced={2: 4, 0: 3})
+    guards.penalty(1, [1, 2], 1.5, 0.25, 0.75)
+    guards.penalty(3, [3], 1.25)
+    own = guards.of([1, 3])
+    assert own.banned == [(1, 7)]
+    assert own.bias == [(0, 8, 0.5), (1, 9, -1.0)]
+    assert own.histories == {0: [1, 2], 1: [3]}
+    assert (own.repetition, own.frequency, own.presence) == (
+        {0: 1.5, 1: 1.25},
+        {0: 0.25, 1: 0.0},
+        {0: 0.75, 1: 0.0},
+    )
+    assert not own.forced
+    assert guards.of([2]) == Guards(banned=[(0, 6)], forced={0: 4})
 
 
 def test_wiping_rows_spares_the_others(translator: Checkpoint) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from model.checkpoint import CheckpointError, load
 from model.shortlist import SHORTLIST_FILE, Shortlist, Table
-from model.tokenizer import Tokenizer
+from model.tokenizer import TOKENIZER_FILE, Tokenizer
 from model.training.shortlist import fit_lexicon, make_table, most_common
 from tests.tiny import TinyFolders, tiny_config
 
@@ -34,6 +35,7 @@ def test_what_a_source_may_become() -> None:
 
 
 def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
+    (tmp_path / TOKENIZER_FILE).write_text("one")
     assert Shortlist.load(tmp_path, CONFIG) is None
     Shortlist({"ko": table()}, CONFIG).save(tmp_path)
     found = Shortlist.load(tmp_path, CONFIG)
@@ -56,17 +58,39 @@ def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"ko.likely": None}, "no tensor 'ko.likely'"),
         ({"fr.common": [2], "fr.likely": [3], "fr.starts": [0] * 10 + [1]}, "no language fr"),
         ({"ko.common": [[2]]}, "does not fit"),
+        ({"ko.starts": [0, 0, 0, 2**63 - 1, -(2**63), -1, 2, 2, 2, 2, 2]}, "no beginnings"),
+        ({"ko.common": [2.5]}, "no whole numbers"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(
-    changes: dict[str, list[int] | None], message: str, tmp_path: Path
+    changes: dict[str, list[float] | None], message: str, tmp_path: Path
 ) -> None:
+    (tmp_path / TOKENIZER_FILE).write_text("one")
+    Shortlist({}, CONFIG).save(tmp_path)
+    with safe_open(tmp_path / SHORTLIST_FILE, framework="pt") as file:
+        made_for = file.metadata()
     parts = {f"ko.{name}": part.tolist() for name, part in table()._asdict().items()} | changes
     tensors = {name: torch.tensor(part) for name, part in parts.items() if part is not None}
-    save_file(tensors, tmp_path / SHORTLIST_FILE)
+    save_file(tensors, tmp_path / SHORTLIST_FILE, metadata=made_for)
     with pytest.raises(ValueError, match=message) as caught:
         Shortlist.load(tmp_path, CONFIG)
     assert str(tmp_path / SHORTLIST_FILE) in str(caught.value)
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"tokenizer_sha256": "0" * 64}])
+def test_it_must_have_been_made_for_the_tokenizer_beside_it(
+    metadata: dict[str, str] | None, tmp_path: Path
+) -> None:
+    """Ids of another vocabulary of the same size would spoil every translation without a word."""
+    (tmp_path / TOKENIZER_FILE).write_text("one")
+    Shortlist({"ko": table()}, CONFIG).save(tmp_path)
+    assert Shortlist.load(tmp_path, CONFIG) is not None
+    if metadata is None:
+        (tmp_path / TOKENIZER_FILE).write_text("another")
+    else:
+        save_file({"ko.common": torch.tensor([EOS])}, tmp_path / SHORTLIST_FILE, metadata=metadata)
+    with pytest.raises(ValueError, match="made for another tokenizer"):
+        Shortlist.load(tmp_path, CONFIG)
 
 
 def test_half_a_file_is_refused_with_the_folder(tiny_folders: TinyFolders, tmp_path: Path) -> None:
@@ -78,6 +102,11 @@ def test_half_a_file_is_refused_with_the_folder(tiny_folders: TinyFolders, tmp_p
     (folder / SHORTLIST_FILE).write_bytes(b"\x20\0\0\0\0\0\0\0{")
     with pytest.raises(CheckpointError, match=SHORTLIST_FILE):
         load(folder)
+    (folder / SHORTLIST_FILE).replace(tiny_folders.generate / SHORTLIST_FILE)
+    try:
+        assert load(tiny_folders.generate).shortlist is None  # it is nobody's there
+    finally:
+        (tiny_folders.generate / SHORTLIST_FILE).unlink()
 
 
 def test_ids_that_16_bits_do_not_hold_are_not_written(tmp_path: Path) -> None:

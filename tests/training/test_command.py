@@ -86,7 +86,7 @@ def test_a_shortlist_is_written_beside_a_translator(
     folder = tmp_path / "model"
     recipe = ["--recipe", str(work / "translate.toml"), "--tokenizer", str(folder)]
     assert main(["shortlist", *recipe, "--data", str(work), "--run", str(tmp_path), "--common", "9"]) == 0
-    assert "231 pairs" in capsys.readouterr().out
+    assert "ko: 257 pairs, " in capsys.readouterr().out
     assert (folder / SHORTLIST_FILE).stat().st_mode & 0o777 == 0o644
     loaded = checkpoint.load(folder)
     assert loaded.shortlist is not None
@@ -96,7 +96,7 @@ def test_a_shortlist_is_written_beside_a_translator(
             known = {*ids, *loaded.shortlist.common(language).tolist()}
             assert set(loaded.tokenizer.encode(target)) <= known
             assert len(known) < 400
-    assert "shortlist, for int8 on the CPU: into en, ko" in inspect_folder(folder, Settings())[0]
+    assert "shortlist, for int8 on the CPU with kernels: into en, ko" in inspect_folder(folder, Settings())[0]
 
 
 def test_training_may_go_on_from_a_trained_model(work: Path, tmp_path: Path) -> None:
