@@ -1,4 +1,4 @@
-"""English in capitals, as one writes it."""
+"""English in capitals, or with a capital for every word, as one writes it."""
 
 import re
 
@@ -19,6 +19,39 @@ _ABBREVIATIONS = frozenset((
 _TITLES = {"MR": "Mr", "MRS": "Mrs", "MS": "Ms", "DR": "Dr", "ST": "St"}
 
 
+# fmt: off
+_SMALL = frozenset((  # what headlines write in small letters
+    "a", "an", "the", "of", "to", "in", "on", "at", "and", "or", "but", "is", "are", "was", "were",
+    "be", "been", "am", "not", "with", "for", "from", "by", "as", "that", "this", "these", "those",
+    "it", "he", "she", "we", "they", "you", "me", "him", "us", "them", "my", "your", "his", "her",
+    "its", "our", "their", "do", "does", "did", "have", "has", "had", "will", "would", "can", "could",
+    "should", "may", "must", "there", "here", "what", "when", "where", "who", "why", "how", "if", "so",
+    "very",
+))
+# fmt: on
+_FEWEST_TITLED = 4  # words: three may be a name
+_FEWEST_HEADLINE = 4  # words behind the first that a headline alone begins so, of five in all; three of six
+
+
+def reads_badly(text: str) -> bool:
+    """Has an English sentence capitals that say nothing? The model knows its words by other pieces."""
+    return is_shouted(text) or is_titled(text)
+
+
+def is_titled(text: str) -> bool:
+    """Does every word begin with a capital, or every one but the small words, as in a headline?
+
+    Names are lost among them, and read in small letters; else most of the other words are.
+    """
+    words = _WORD.findall(text)
+    if not all(word[0].isupper() or word in _SMALL for word in words):
+        return False
+    capital = [word.lower() for word in words[1:] if word.istitle()]
+    if any(word in _SMALL for word in capital):
+        return len(words) >= _FEWEST_TITLED
+    return len(words) > _FEWEST_HEADLINE and len(capital) >= _FEWEST_HEADLINE - (len(words) > 5)
+
+
 def is_shouted(text: str) -> bool:
     """Is an English sentence all in capitals, and more than a name or two?"""
     words = _WORD.findall(text)
@@ -32,13 +65,16 @@ def in_small_letters(text: str) -> str:
 
     In capitals a word falls into other and more pieces of the vocabulary than the model has learned it by.
     """
+    shouted = is_shouted(text)
 
     def lower(match: re.Match[str]) -> str:
         word, (stem, *rest) = match.group(), re.split("(?=['’])", match.group(), maxsplit=1)
         ending = "".join(rest).lower()
-        if stem in _TITLES:
-            return _TITLES[stem] + ending
+        if stem.upper() in _TITLES:
+            return _TITLES[stem.upper()] + ending
         if "." in word or stem in _ABBREVIATIONS or _KEPT.fullmatch(stem):
+            return stem + ending
+        if not shouted and not stem.istitle():  # NASA, McDonald, among words that only begin so
             return stem + ending
         begins = not text[: match.start()].strip(" \"'“‘(¿¡")
         return (stem[0] + stem[1:].lower() if begins else stem.lower()) + ending

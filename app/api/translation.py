@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from app.api.deps import Attendance, gather, note_times, prepare
-from app.casing import in_small_letters, is_shouted
+from app.casing import in_small_letters, reads_badly
 from app.engine.registry import GeneratingLane, Task
 from app.engine.sequence import Hypothesis, Sequence
 from app.errors import InvalidRequest
@@ -331,8 +331,8 @@ class _Drafting:
                 replace(span, output=span.source[:1] + span.output) if span.unit else span for span in spans
             ]
             return self._verbatim(part.text, mark, spans, elements)
-        shouted = iso_code(self.src) == "en" and is_shouted(part.text)
-        text = in_small_letters(part.text) if shouted else part.text
+        lowered = iso_code(self.src) == "en" and reads_badly(part.text)
+        text = in_small_letters(part.text) if lowered else part.text
         hidden, edited = shield(text, mark, spans, self.task.tokenizer)
         tokenizer = self.task.tokenizer
         prompt_ids = tokenizer.source_ids(
