@@ -38,7 +38,7 @@ from app.protection import (
     unused_mark,
 )
 from app.sentences import Part, split_text
-from app.spaces import plain_spaces
+from app.spelling import plain_spelling
 from model.constraints import Phrase
 from model.languages import UNDETERMINED, find_language, iso_code
 from model.sampling import BeamParams
@@ -331,12 +331,13 @@ class _Drafting:
                 replace(span, output=span.source[:1] + span.output) if span.unit else span for span in spans
             ]
             return self._verbatim(part.text, mark, spans, elements)
-        lowered = iso_code(self.src) == "en" and reads_badly(part.text)
+        language = iso_code(self.src)
+        lowered = language == "en" and reads_badly(part.text)
         text = in_small_letters(part.text) if lowered else part.text
         hidden, edited = shield(text, mark, spans, self.task.tokenizer)
         tokenizer = self.task.tokenizer
         prompt_ids = tokenizer.source_ids(
-            tokenizer.encode(plain_spaces(hidden.text)), self.tgt, src_lang=self.src
+            tokenizer.encode(plain_spelling(hidden.text, language)), self.tgt, src_lang=self.src
         )
         return _Draft(prompt_ids, tokenizer.target_ids(self.tgt), hidden, _moved(elements, edited))
 

@@ -8,6 +8,7 @@ import pytest
 from fastapi import FastAPI
 
 from app.casing import in_small_letters, reads_badly
+from app.spelling import plain_spelling
 from tests.app.fakes import FakeDecodeLane, byte_tokenizer
 
 Client = httpx.AsyncClient
@@ -143,6 +144,34 @@ async def test_other_spaces_are_spaces_to_the_model(
 def test_shouting_is_read_calmly(text: str, read: str) -> None:
     """And so is a sentence whose words all begin with a capital."""
     assert (in_small_letters(text) if reads_badly(text) else text) == read
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "read"),
+    [
+        ("I don’t know, it‘s Mina’s.", "en", "I don't know, it's Mina's."),
+        ("Dont worry, im fine and youre late.", "en", "Don't worry, I'm fine and you're late."),
+        ("The dogs’ house, ‘yes’.", "en", "The dogs’ house, ‘yes’."),
+        (
+            "IM and DONT.COM, dont.txt, @im, im-1, were ill",
+            "en",
+            "IM and DONT.COM, dont.txt, @im, im-1, were ill",
+        ),
+        ("Ｈｉ！ Ａｒｅ you ok？", "en", "Hi! Are you ok?"),
+        ("네，좋아요。 dont", "ko", "네, 좋아요. dont"),
+        ("a b	c", "ko", "a b c"),
+    ],
+)
+def test_what_is_typed_otherwise_is_read_in_its_usual_form(text: str, language: str, read: str) -> None:
+    assert plain_spelling(text, language) == read
+
+
+async def test_a_sentence_reaches_the_model_in_its_usual_form(
+    client: Client, translate_lane: FakeDecodeLane
+) -> None:
+    await translate(client, "Mina doesn’t know, but I dont.", src_lang="en")
+    text = byte_tokenizer().decode(translate_lane.submitted[0].prompt_ids)
+    assert text.strip() == "Mina doesn't know, but I don't."
 
 
 async def test_a_sentence_of_the_other_language_stays(client: Client, translate_lane: FakeDecodeLane) -> None:
