@@ -53,6 +53,10 @@ _LIST_SIGNS = re.compile(r"(?:(?:[-*+•·–—>]|#+)\s+)+(?=\S)")
 _LETTERS = {"ko": re.compile("[가-힣ㄱ-ㅎㅏ-ㅣ]"), "en": re.compile("[A-Za-z]")}
 # What a tokenizer of bytes may spell wrong, and what means the same in every language.
 _PICTURE = re.compile("[\u2600-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff]")
+# Pictures within a sentence, but for what is read as a word (I ❤ Seoul, A ➡ B): hearts, arrows, signs.
+_HEARTS = "\U0001f493-\U0001f49f\U0001f5a4\U0001f90d\U0001f90e\U0001f9e1\U0001fa75-\U0001fa77"
+_WITH_ONE = "[\ufe0f\u200d\u20e3\u2640\u2642\u2764\U000e0020-\U000e007f]"
+_WITHIN = re.compile(f"\\s*(?:(?![{_HEARTS}])[\u2600-\u26ff\u2705\u2728\U0001f000-\U0001faff]{_WITH_ONE}*)+")
 _BESIDE_PICTURE = re.compile("[\\s\ufe0f\u200d\u20e3\U000e0020-\U000e007f]")
 
 
@@ -364,7 +368,7 @@ def _moved(elements: list[Element], edited: Edited) -> list[Element]:
 
 
 def _cut(part: Part, mark: str, *, with_pictures: bool) -> list[Part]:
-    """A sentence without the signs of a list before it, and without pictures around it.
+    """A sentence without the signs of a list before it, and without pictures, which stand around it.
 
     In parts with as many marks as can be hidden.
     """
@@ -375,10 +379,11 @@ def _cut(part: Part, mark: str, *, with_pictures: bool) -> list[Part]:
         around.append(Part(signs.group(), False))
         text = text[signs.end() :]
     start, stop = _without_pictures(text) if with_pictures else (0, len(text))
+    bare, pictures = _pull_pictures(text[start:stop]) if with_pictures else (text[start:stop], "")
     runs = [
         Part(text[:start], False),
-        *_cut_at_marks(Part(text[start:stop], True), mark),
-        Part(text[stop:], False),
+        *_cut_at_marks(Part(bare, True), mark),
+        Part(pictures + text[stop:], False),
     ]
     return [*around, *(run for run in runs if run.text)]
 
@@ -398,6 +403,22 @@ def _without_pictures(text: str) -> tuple[int, int]:
     if not _PICTURE.search(text[:start]):
         start = 0
     return (start, stop) if start < stop else (0, len(text))
+
+
+def _pull_pictures(text: str) -> tuple[str, str]:
+    """A sentence without the pictures within it, and these as they stand behind it.
+
+    The model would spell them, and the sentence around them, badly.
+    """
+    found = [picture.strip() for picture in _WITHIN.findall(text)]
+    if not found:
+        return text, ""
+
+    def gap(match: re.Match[str]) -> str:
+        return " " if text[match.end() : match.end() + 1].isalnum() else ""
+
+    bare = _WITHIN.sub(gap, text)
+    return (bare, "".join(f" {picture}" for picture in found)) if is_translatable(bare) else (text, "")
 
 
 def _in_run(character: str) -> bool:

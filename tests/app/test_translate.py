@@ -159,6 +159,7 @@ def test_shouting_is_read_calmly(text: str, read: str) -> None:
         ),
         ("Ｈｉ！ Ａｒｅ you ok？", "en", "Hi! Are you ok?"),
         ("네，좋아요。 dont", "ko", "네, 좋아요. dont"),
+        ("１，０００원、좋아요。", "ko", "1,000원, 좋아요."),
         ("a b	c", "ko", "a b c"),
     ],
 )
@@ -193,9 +194,33 @@ async def test_pictures_around_a_sentence_stay(client: Client, translate_lane: F
     (sequence,) = translate_lane.submitted
     assert byte_tokenizer().decode(sequence.prompt_ids).strip() == "I go home."
     assert await translate(client, family, src_lang="en") == [{"translation_text": family}]
-    await translate(
-        client, "So funny " + family * 500 + " bye", src_lang="en"
-    )  # within a sentence they are read
+
+
+@pytest.mark.parametrize(
+    ("text", "read", "behind"),
+    [
+        (
+            "I love pizza \U0001f355 and beer\U0001f37a, you know.",
+            "I love pizza and beer, you know.",
+            "\U0001f355 \U0001f37a",
+        ),
+        (
+            "Meet \U0001f44d\U0001f3fd\U0001f468\u200d\u2764\ufe0f\u200d\U0001f468 me!",
+            "Meet me!",
+            "\U0001f44d\U0001f3fd\U0001f468\u200d\u2764\ufe0f\u200d\U0001f468",
+        ),
+        ("We\U0001f600go home \u2728 now \U0001f389", "We go home now", "\u2728 \U0001f389"),
+        ("I \u2764\ufe0f Seoul and \U0001f495 you.", "I \u2764\ufe0f Seoul and \U0001f495 you.", ""),
+        ("A \u27a1 B is done.", "A \u27a1 B is done.", ""),
+    ],
+)
+async def test_pictures_within_a_sentence_stand_behind_it(
+    client: Client, translate_lane: FakeDecodeLane, text: str, read: str, behind: str
+) -> None:
+    (answer,) = await translate(client, text, src_lang="en")
+    (sequence,) = translate_lane.submitted
+    assert byte_tokenizer().decode(sequence.prompt_ids).strip() == read
+    assert answer["translation_text"].endswith(f" {behind}" if behind else read[-3:].upper())
 
 
 async def test_prices_keep_their_signs_where_nothing_is_translated(client: Client) -> None:
