@@ -257,12 +257,16 @@ def _modes(device: str, compile_too: bool) -> Iterator[_Mode]:
 class CTranslate2(Contestant):
     """The compiled engine; all inputs of a case in one batch."""
 
-    def __init__(self, folder: Path, device: str, compute_type: str, n_threads: int) -> None:
+    def __init__(
+        self, folder: Path, device: str, compute_type: str, n_threads: int, use_map: bool = False
+    ) -> None:
+        """With `use_map` translations choose among the tokens of the folder's shortlist."""
         import ctranslate2
 
         from benchmarks.convert import ctranslate2_folder
         from model.checkpoint import load_config
 
+        self._use_map = use_map
         maker = {"causal_lm": ctranslate2.Generator, "translator": ctranslate2.Translator}
         with tempfile.TemporaryDirectory() as scratch:
             out = ctranslate2_folder(folder, Path(scratch) / "model")
@@ -284,6 +288,7 @@ class CTranslate2(Contestant):
                 beam_size=case.num_beams,
                 max_decoding_length=case.n_new,
                 min_decoding_length=case.n_new,
+                use_vmap=self._use_map,
             )
             outputs = [result.hypotheses[0] for result in found]
         taken = time.perf_counter() - started

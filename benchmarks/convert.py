@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import MISSING, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from model.checkpoint import WEIGHTS, load_config
 from model.config import TransformerConfig
 from model.export import BART_CROSS, BART_LAYER
+from model.shortlist import Shortlist
 from model.transformer import sinusoidal_table
 
 Tensors = dict[str, Tensor]
@@ -204,10 +206,24 @@ def ctranslate2_folder(folder: Path, out: Path) -> Path:
     spec.config.bos_token, spec.config.eos_token = str(config.bos_id), str(config.eos_id)
     spec.config.layer_norm_epsilon = config.norm_eps
     out.mkdir(parents=True)
+    shortlist = Shortlist.load(folder, config) if config.languages else None
+    if shortlist is not None:
+        spec.register_vocabulary_mapping(str(vocabulary_map(shortlist, out / "map.txt")))
     spec.validate()
     spec.optimize()
     spec.save(str(out))
     return out
+
+
+def vocabulary_map(shortlist: Shortlist, path: Path) -> Path:
+    """A shortlist into Korean as CTranslate2 reads it: what is common, then what each token may become."""
+    table = shortlist.tables["ko"]
+    with path.open("w", encoding="utf-8") as file:
+        print("", " ".join(map(str, table.common)), sep="\t", file=file)
+        for token, (start, stop) in enumerate(pairwise(table.starts)):
+            may_become = sorted({token, *table.likely[start:stop].tolist()})  # as ours: names are copied
+            print(token, " ".join(map(str, may_become)), sep="\t", file=file)
+    return path
 
 
 def _activation(config: TransformerConfig) -> Any:

@@ -30,6 +30,7 @@ from benchmarks.convert import CannotConvert
 from benchmarks.machine import head, read_bandwidth
 from benchmarks.table import Table, spread
 from benchmarks.workload import SHIPPED, TINY, Case, decoder_config, make_case, make_folder, translator_config
+from model.shortlist import SHORTLIST_FILE
 
 PROMPT = {"generate": 32, "translate": 24}
 NEW = {"generate": 128, "translate": 32}
@@ -67,7 +68,7 @@ def _common(a: list[int], b: list[int]) -> int:
     return min(len(a), len(b))
 
 
-def entries(task: str, arguments: argparse.Namespace) -> Iterator[Entry]:
+def entries(task: str, folder: Path, arguments: argparse.Namespace) -> Iterator[Entry]:
     """This engine in its settings, the first of them the one that the ratios are of; then the peers."""
     device, n_threads = arguments.device, arguments.threads
     rows = max(arguments.sequences)
@@ -84,6 +85,9 @@ def entries(task: str, arguments: argparse.Namespace) -> Iterator[Entry]:
         for kind in ("float32", "int8") if device == "cpu" else ("float16",):
             options = {"device": device, "compute_type": kind, "n_threads": n_threads}
             yield Entry(f"CTranslate2 {kind}", "ctranslate2", options)
+        if device == "cpu" and task == "translate" and (folder / SHORTLIST_FILE).is_file():
+            # Its list is that of a whole batch, not of a sentence.
+            yield Entry("CTranslate2 int8, same shortlist", "ctranslate2", options | {"use_map": True})
 
 
 @contextlib.contextmanager
@@ -148,7 +152,7 @@ def alike(score: Score, other: Score) -> str:
 
 def compare(task: str, weights: str, folder: Path, table: Table, arguments: argparse.Namespace) -> None:
     """All numbers of sequences for one folder."""
-    with started(folder, list(entries(task, arguments))) as contestants:
+    with started(folder, list(entries(task, folder, arguments))) as contestants:
         for n in arguments.sequences:
             new = arguments.new or NEW[task]
             case = make_case(task, folder, n, PROMPT[task], new, text=weights == "shipped")

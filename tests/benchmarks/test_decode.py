@@ -3,12 +3,13 @@
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import decode
 from benchmarks.contestants import ContestantFailed, Engine
-from benchmarks.convert import CannotConvert, ctranslate2_folder, start_id
+from benchmarks.convert import CannotConvert, ctranslate2_folder, start_id, vocabulary_map
 from benchmarks.table import percentile, spread
 from benchmarks.workload import decoder_config, filler_tokenizer, make_case, make_folder, translator_config
 from model import checkpoint
@@ -16,6 +17,8 @@ from model.config import TransformerConfig
 from model.decoding import beam_search, causal_scorer, greedy, translator_scorer
 from model.models import CausalLM, Translator
 from model.sampling import BeamParams
+from model.shortlist import Shortlist, Table
+from tests.tiny import tiny_config
 
 TINY = {"vocab_size": 400, "d_model": 32, "n_heads": 4, "d_ff": 64}
 
@@ -83,6 +86,13 @@ def test_a_translator_with_rotary_positions_as_the_one_that_ships(tmp_path: Path
     case = make_case("translate", folder, 3, 12, 6, text=False)
     found = CTranslate2(folder, "cpu", "float32", 1)
     assert found.run(case)[0] == [expected("translate", folder, prompt, 6) for prompt in case.prompts]
+
+
+def test_a_peer_is_told_of_a_shortlist(tmp_path: Path) -> None:
+    config = tiny_config("translator", vocab_size=6, languages={"ko": 4})
+    table = Table(np.array([2, 3]), np.array([5, 0, 1]), np.array([0, 0, 2, 2, 2, 3, 3]))
+    written = vocabulary_map(Shortlist({"ko": table}, config), tmp_path / "map.txt").read_text()
+    assert written.splitlines() == ["\t2 3", "0\t0", "1\t0 1 5", "2\t2", "3\t3", "4\t1 4", "5\t5"]
 
 
 def test_what_a_peer_cannot_express_is_refused(tmp_path: Path) -> None:
