@@ -12,6 +12,7 @@ from decimal import Decimal
 from itertools import chain, count
 from os.path import commonprefix
 
+from app.spelling import narrow
 from model.constraints import Phrase
 from model.tokenizer import Tokenizer
 
@@ -119,8 +120,24 @@ _BEFORE_NO_NUMERAL = re.compile(rf"(?:[{_NUMERALS}조수몇\d]|여러|여)\s?$")
 _BEFORE_NO_AMOUNT = re.compile(r"\d\s?(?:[~∼～–-]|to)\s?$|(?:그림|표|버전|문제|번호|딱|겨우)\s?$")
 _MAX_AMOUNT_DIGITS = 20  # more are no amount
 _POWERS = {"": 0, "만": 4, "억": 8, "조": 12, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+# fmt: off
+_ENGLISH = dict(zip((
+    "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+    "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety",
+), (*range(1, 20), *range(20, 100, 10)), strict=True))
+# fmt: on
+_ENGLISH_DIGITS = rf"(?:{'|'.join(_ENGLISH)})(?:[\s-]+(?:{'|'.join(_ENGLISH)}))?"
+# three hundred million, a hundred and fifty thousand, twenty-five billion; with nothing smaller behind it.
+_ENGLISH_WORDS = re.compile(
+    rf"(?<![\w-])(?:(?:a|{'|'.join(_ENGLISH)})\s+hundred(?:\s+and)?(?:\s+{_ENGLISH_DIGITS})?|{_ENGLISH_DIGITS})"
+    rf"[\s-]+(?:thousand|million|billion|trillion)"
+    rf"(?![\w-]|\s+(?:and\s+)?(?:{'|'.join(_ENGLISH)}|hundred|thousand|million|billion)\b)",
+    re.IGNORECASE,
+)
 _SMALL = ("37", "48", "26", "59", "64", "73", "85", "92")  # what stands for amounts
 # What ends a sentence or closes a bracket around an address is not part of it.
+_APOSTROPHES = "\u2018\u2019\u02bc\u2032"
 _AFTER_ADDRESS = ".,;:!?'\"*_~"
 
 
@@ -155,21 +172,29 @@ class Glossary:
 
         The case of letters does not matter; the longest term that fits wins.
         """
-        outputs = {term.casefold(): output for term, output in terms.items()}
-        every = {_in_small_letters(term) for term in (*terms, *kept)}
+        outputs = {_as_found(term): output for term, output in terms.items()}
+        every = {_in_small_letters(_plain(term)) for term in (*terms, *kept)}
         if not every:
             return None
         words = [(term, _after(term)) for term in sorted(every) if term[0].isalnum()]
         others = [(term, _after(term)) for term in sorted(every) if not term[0].isalnum()]
         parts = [rf"(?<![^\W_])(?:{_branches(words)})"] if words else []
-        return cls(
-            outputs, re.compile("|".join([*parts, *([_branches(others)] if others else [])]), re.IGNORECASE)
-        )
+        pattern = "|".join([*parts, *([_branches(others)] if others else [])])
+        return cls(outputs, re.compile(pattern.replace("'", f"['{_APOSTROPHES}]"), re.IGNORECASE))
 
     def spans(self, text: str) -> Iterable[Span]:
         for match in self.pattern.finditer(text):
             term = match.group()
-            yield Span(*match.span(), term, self.outputs.get(term.casefold(), term), is_noun=True)
+            yield Span(*match.span(), term, self.outputs.get(_as_found(term), term), is_noun=True)
+
+
+def _plain(term: str) -> str:
+    """As terms are looked for: in ordinary width, with the apostrophe that any other may stand for."""
+    return re.sub(f"[{_APOSTROPHES}]", "'", narrow(term))
+
+
+def _as_found(term: str) -> str:
+    return _plain(term).casefold()
 
 
 def _in_small_letters(term: str) -> str:
@@ -213,6 +238,7 @@ def find_spans(text: str, glossary: Glossary | None, target: str = "") -> list[S
         found += glossary.spans(text)
     found += _amounts(text, target)
     found += _other_amounts(text, target)
+    found += _own_amounts(text, target)
     spans: list[Span] = []
     # Where two begin together, the longer one; an address before a term within it.
     for span in sorted(found, key=lambda s: (s.start, -s.stop)):
@@ -257,6 +283,15 @@ def _amounts(text: str, target: str) -> Iterator[Span]:
             yield _amount(text, start, start + len(source), show(int(value)), target)
 
 
+def _own_amounts(text: str, target: str) -> Iterator[Span]:
+    """What counts by the words of the target already, in a text of the other language: it stays as it is."""
+    other = {"ko": "en", "en": "ko"}.get(target, "")
+    for match in _matches(_AMOUNTS[other], text) if other else ():
+        source = match.group().rstrip()
+        if other == "ko" or _korean_value(source) is not None:
+            yield _amount(text, match.start(), match.start() + len(source), source, target)
+
+
 def _other_amounts(text: str, target: str) -> Iterator[Span]:
     """Prices with their sign before them, and what has its magnitude in other forms."""
     if target not in _AMOUNTS:
@@ -268,6 +303,10 @@ def _other_amounts(text: str, target: str) -> Iterator[Span]:
             value = _value(match[2], "").scaleb(_SHORT_POWERS[match[3]])
             if value == int(value):
                 yield _amount(text, match.start(2), match.end(), in_korean(int(value)), target)
+        for match in _matches(_ENGLISH_WORDS, text):
+            number = _english_numeral(match.group())
+            if number >= 10_000:
+                yield _amount(text, *match.span(), in_korean(number), target)
         return
     for match in _matches(_ABOUT, text):
         low, high, unit = int(match[1]), int(match[2]), _unit(match[3])
@@ -343,6 +382,18 @@ def _numeral(text: str) -> int:
             total += (section + digit or 1) * group
             section, digit, least, least_group = 0, 0, 10_000, group
     return total + section + digit
+
+
+def _english_numeral(text: str) -> int:
+    """three hundred million -> 300,000,000, of what `_ENGLISH_WORDS` finds."""
+    *words, power = re.split(r"[\s-]+", text.lower())
+    small: int = 0
+    for word in words:
+        if word == "hundred":
+            small = (small or 1) * 100
+        elif word in _ENGLISH:
+            small += _ENGLISH[word]
+    return (small or 1) * int(10 ** _POWERS[power])
 
 
 def _value(figure: str | None, word: str) -> Decimal:

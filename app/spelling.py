@@ -1,15 +1,15 @@
-"""Texts as the translator has learned to read them: plain spaces, apostrophes and punctuation."""
+"""Texts as the translator has learned to read them: plain spaces, apostrophes, digits and punctuation."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from app.spaces import plain_spaces
 
 # Full-width letters, digits and punctuation, and the full stop and comma that go with them.
 _NARROW = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)} | {0x3002: ".", 0x3001: ","}
-_COMMA = re.compile("[\uff0c\u3001](?=[^\\s\\d])")  # wide enough to have no space behind it
-_APOSTROPHE = re.compile("(?<=[A-Za-z])[\u2018\u2019\u02bc\u2032\uff07](?=[A-Za-z])")
+_APOSTROPHE = re.compile("(?<=[A-Za-z])[\u2018\u2019\u02bc\u2032](?=[A-Za-z])")
 
 # fmt: off
 _WITHOUT = {  # an apostrophe; none that is a word of its own, as "ill", "its", "lets", "well", "were"
@@ -21,24 +21,47 @@ _WITHOUT = {  # an apostrophe; none that is a word of its own, as "ill", "its", 
     "theyll": "they'll", "theyre": "they're", "theyve": "they've", "weve": "we've", "whats": "what's",
     "youll": "you'll", "youre": "you're", "youve": "you've",
 }
+_NAMES = frozenset(("Im", "Ive", "Hes"))  # with a capital, but before words that follow no name
+_AFTER_NO_NAME = re.compile(
+    r" (?:a|about|afraid|already|always|an|at|back|been|busy|coming|done|fine|from|glad|going|good|got|happy|"
+    r"heard|here|home|hungry|in|just|late|looking|lost|my|never|not|okay?|on|ready|really|seen|sick|so|sorry|"
+    r"still|sure|the|tired|too|trying|very|your)\b"
+)
 # fmt: on
 _SHORT = re.compile(rf"(?<![\w'’.@/-])(?:{'|'.join(_WITHOUT)})(?![\w'’@/-]|\.\w)", re.IGNORECASE)
+# A key (1️⃣) says no more than its sign; a wide comma had no space behind it.
+_KEY_OR_COMMA = re.compile("([0-9#*])\ufe0f?\u20e3|,(?=[^\\W\\d_])")
 
 
-def plain_spelling(text: str, language: str) -> str:
-    """A source as it goes to the model: what is typed otherwise but means the same, in its usual form.
+def narrow(text: str) -> str:
+    """Full-width letters, digits and punctuation as ordinary ones; places stay the same."""
+    return text.translate(_NARROW)
+
+
+def plain_signs(text: str, language: str) -> str:
+    """A sentence with ordinary spaces and, in English, apostrophes; places stay the same."""
+    text = plain_spaces(text)
+    return _APOSTROPHE.sub("'", text) if language == "en" else text
+
+
+def respelt(text: str, language: str) -> Iterator[tuple[int, int, str]]:
+    """What else is spelt otherwise and means the same, as runs (start, stop, usual form), in order.
 
     `language` is a code of ISO 639-1; in English "dont" is don't.
     """
-    text = _COMMA.sub(", ", plain_spaces(text)).translate(_NARROW)
-    if language != "en":
-        return text
-    return _SHORT.sub(_with_apostrophe, _APOSTROPHE.sub("'", text))
+    found = [(*match.span(), match[1] or ", ") for match in _KEY_OR_COMMA.finditer(text)]
+    if language == "en":
+        found += [(*m.span(), usual) for m in _SHORT.finditer(text) if (usual := _with_apostrophe(m))]
+    return iter(sorted(found))
 
 
-def _with_apostrophe(match: re.Match[str]) -> str:
+def _with_apostrophe(match: re.Match[str]) -> str | None:
     word = match.group()
-    if word.isupper():  # IM is a name as well
-        return word
+    if word.title() in _NAMES and word != word.lower():
+        is_name = word != word.title() or not _AFTER_NO_NAME.match(match.string, match.end())
+        if is_name:
+            return None
     full = _WITHOUT[word.lower()]
+    if word.isupper():
+        return full.upper()
     return full[0].upper() + full[1:] if word[0].isupper() else full

@@ -38,7 +38,7 @@ from app.protection import (
     unused_mark,
 )
 from app.sentences import Part, split_text
-from app.spelling import plain_spelling
+from app.spelling import narrow, plain_signs, respelt
 from model.constraints import Phrase
 from model.languages import UNDETERMINED, find_language, iso_code
 from model.sampling import BeamParams
@@ -53,10 +53,12 @@ _LIST_SIGNS = re.compile(r"(?:(?:[-*+•·–—>]|#+)\s+)+(?=\S)")
 _LETTERS = {"ko": re.compile("[가-힣ㄱ-ㅎㅏ-ㅣ]"), "en": re.compile("[A-Za-z]")}
 # What a tokenizer of bytes may spell wrong, and what means the same in every language.
 _PICTURE = re.compile("[\u2600-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff]")
-# Pictures within a sentence, but for what is read as a word (I ❤ Seoul, A ➡ B): hearts, arrows, signs.
-_HEARTS = "\U0001f493-\U0001f49f\U0001f5a4\U0001f90d\U0001f90e\U0001f9e1\U0001fa75-\U0001fa77"
+# Pictures within a sentence, but for arrows and signs, which are read as words. A heart may be a verb.
 _WITH_ONE = "[\ufe0f\u200d\u20e3\u2640\u2642\u2764\U000e0020-\U000e007f]"
-_WITHIN = re.compile(f"\\s*(?:(?![{_HEARTS}])[\u2600-\u26ff\u2705\u2728\U0001f000-\U0001faff]{_WITH_ONE}*)+")
+_WITHIN = re.compile(f"\\s*(?:[\u2600-\u26ff\u2705\u2728\u2764\U0001f000-\U0001faff]{_WITH_ONE}*)+")
+_HEARTS = "\u2665\u2764\U0001f493-\U0001f49f\U0001f5a4\U0001f90d\U0001f90e\U0001f9e1\U0001fa75-\U0001fa77"
+_IS_LOVE = re.compile(f"\\s*[{_HEARTS}]\ufe0f?")
+_LOVING = re.compile(r"(?:^|\s)(?:I|We|They|You|we|they|you)$")
 _BESIDE_PICTURE = re.compile("[\\s\ufe0f\u200d\u20e3\U000e0020-\U000e007f]")
 
 
@@ -229,7 +231,7 @@ def counterpart(language: str, known: list[str]) -> str | None:
 
 def known_language(name: str, text: str, tokenizer: Tokenizer, parameter: str) -> tuple[Detected, str]:
     """The language of a text, and what the model calls it; raises InvalidRequest where it knows none."""
-    detected, known = detect_language(text), tokenizer.sources
+    detected, known = detect_language(narrow(text)), tokenizer.sources
     found = find_language(detected.code, known) or find_language(UNDETERMINED, known)
     if found is None:
         raise InvalidRequest(
@@ -295,10 +297,11 @@ class _Drafting:
 
     def draft(self, segment: Segment) -> list[str | _Draft]:
         """The sentences of a segment, and between them white space and tags that go around several."""
-        mark, own = segment.mark, find_spans(segment.text, self.form.glossary, iso_code(self.tgt))
-        marked = replace_runs(segment.text, [(span.start, span.stop, mark) for span in own])
+        text = narrow(segment.text)
+        mark, own = segment.mark, find_spans(text, self.form.glossary, iso_code(self.tgt))
+        marked = replace_runs(text, [(span.start, span.stop, mark) for span in own])
         spans = sorted([*segment.spans, *own], key=lambda span: span.start)
-        # With tags, what they are around stays one sentence.
+        # With tags, what they are around stays one sentence, and its pictures are pulled out below.
         parts = self._parts(marked.text, mark, with_pictures=not segment.elements)
         ends = list(accumulate(len(part.text) for part in parts))
         bounds = [(end - len(part.text), end) for part, end in zip(parts, ends, strict=True)]
@@ -312,8 +315,12 @@ class _Drafting:
             n = part.text.count(mark)
             own_spans, n_spans = spans[n_spans : n_spans + n], n_spans + n
             elements = [replace(e, start=e.start - start, stop=e.stop - start) for e in around.within(i)]
+            pictures = ""
+            if segment.elements and part.is_sentence:
+                bare, pictures = _pull_pictures(part.text)
+                part, elements = Part(bare.text, True), _moved(elements, bare)
             draft = self._draft_part(part, mark, own_spans, elements, is_mixed=is_mixed)
-            drafts += [around.before(i), draft, around.after(i)]
+            drafts += [around.before(i), draft, pictures, around.after(i)]
         return drafts
 
     def _parts(self, text: str, mark: str, *, with_pictures: bool) -> list[Part]:
@@ -336,14 +343,15 @@ class _Drafting:
             ]
             return self._verbatim(part.text, mark, spans, elements)
         language = iso_code(self.src)
-        lowered = language == "en" and reads_badly(part.text)
-        text = in_small_letters(part.text) if lowered else part.text
-        hidden, edited = shield(text, mark, spans, self.task.tokenizer)
+        text = plain_signs(part.text, language)
+        if language == "en" and reads_badly(text):
+            text = in_small_letters(text)
+        usual = replace_runs(text, respelt(text, language))
         tokenizer = self.task.tokenizer
-        prompt_ids = tokenizer.source_ids(
-            tokenizer.encode(plain_spelling(hidden.text, language)), self.tgt, src_lang=self.src
-        )
-        return _Draft(prompt_ids, tokenizer.target_ids(self.tgt), hidden, _moved(elements, edited))
+        hidden, edited = shield(usual.text, mark, spans, tokenizer)
+        prompt_ids = tokenizer.source_ids(tokenizer.encode(hidden.text), self.tgt, src_lang=self.src)
+        elements = _moved(_moved(elements, usual), edited)
+        return _Draft(prompt_ids, tokenizer.target_ids(self.tgt), hidden, elements)
 
     def _is_foreign(self, text: str) -> bool:
         """Is a sentence in the letters of the target alone?"""
@@ -379,10 +387,12 @@ def _cut(part: Part, mark: str, *, with_pictures: bool) -> list[Part]:
         around.append(Part(signs.group(), False))
         text = text[signs.end() :]
     start, stop = _without_pictures(text) if with_pictures else (0, len(text))
-    bare, pictures = _pull_pictures(text[start:stop]) if with_pictures else (text[start:stop], "")
+    bare, pictures = Edited(text[start:stop], ()), ""
+    if with_pictures:
+        bare, pictures = _pull_pictures(bare.text)
     runs = [
         Part(text[:start], False),
-        *_cut_at_marks(Part(bare, True), mark),
+        *_cut_at_marks(Part(bare.text, True), mark),
         Part(pictures + text[stop:], False),
     ]
     return [*around, *(run for run in runs if run.text)]
@@ -405,20 +415,20 @@ def _without_pictures(text: str) -> tuple[int, int]:
     return (start, stop) if start < stop else (0, len(text))
 
 
-def _pull_pictures(text: str) -> tuple[str, str]:
+def _pull_pictures(text: str) -> tuple[Edited, str]:
     """A sentence without the pictures within it, and these as they stand behind it.
 
-    The model would spell them, and the sentence around them, badly.
+    The model would spell them, and the sentence around them, badly. I ❤ Seoul is read as "I love Seoul".
     """
-    found = [picture.strip() for picture in _WITHIN.findall(text)]
-    if not found:
-        return text, ""
-
-    def gap(match: re.Match[str]) -> str:
-        return " " if text[match.end() : match.end() + 1].isalnum() else ""
-
-    bare = _WITHIN.sub(gap, text)
-    return (bare, "".join(f" {picture}" for picture in found)) if is_translatable(bare) else (text, "")
+    runs, pictures = [], ""
+    for match in _WITHIN.finditer(text):
+        gap = " " if text[match.end() : match.end() + 1].isalnum() else ""
+        if _IS_LOVE.fullmatch(match.group()) and _LOVING.search(text[: match.start()]):
+            gap = f" love{gap}"
+        runs.append((*match.span(), gap))
+        pictures += f" {match.group().strip()}"
+    bare = replace_runs(text, runs)
+    return (bare, pictures) if is_translatable(bare.text) else (Edited(text, ()), "")
 
 
 def _in_run(character: str) -> bool:

@@ -57,6 +57,13 @@ def test_terms_are_whole_words_and_korean_nouns_with_their_particles() -> None:
     assert Glossary.of({}) is None
 
 
+def test_terms_are_found_with_any_apostrophe_and_width() -> None:
+    glossary = Glossary.of({"don’t know": "몰라요", "ＫＢＳ": "케이비에스"}, ["Wendy's"])
+    assert glossary is not None
+    found = [(span.source, span.output) for span in glossary.spans("I don't know KBS, Wendy‘s or Wendys.")]
+    assert found == [("don't know", "몰라요"), ("KBS", "케이비에스"), ("Wendy‘s", "Wendy‘s")]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_terms_are_found_as_if_tried_one_after_the_other_the_longest_first(seed: int) -> None:
     rng = random.Random(seed)
@@ -290,6 +297,22 @@ def test_particles_agree(word: str, after: str, agreed: str) -> None:
             [("120 million", "1억 2,000만"), ("1.2345 million", "123만 4,500"), ("15 thousand", "1만 5,000")],
         ),
         ("a million, 3 millionaires, 1.00000001 million", "ko", []),
+        ("It costs 3억 won, not 5천만.", "ko", [("3억", "3억"), ("5천만", "5천만")]),  # as the target has it
+        (
+            "집은 $3 million이고 5 billion 원이다.",
+            "en",
+            [("$3 million", "3 million"), ("5 billion", "5 billion")],
+        ),
+        (
+            "Three hundred million won, a hundred and fifty thousand people, twenty-five billion.",
+            "ko",
+            [
+                ("Three hundred million", "3억"),
+                ("a hundred and fifty thousand", "15만"),
+                ("twenty-five billion", "250억"),
+            ],
+        ),
+        ("A million, five thousand, two million and one, six hundred, ten thousandth", "ko", []),
         ("월급이 300만 원이다.", "fr", []),
         ("300만 and 3 million", "", []),
     ],

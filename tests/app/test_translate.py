@@ -8,7 +8,8 @@ import pytest
 from fastapi import FastAPI
 
 from app.casing import in_small_letters, reads_badly
-from app.spelling import plain_spelling
+from app.protection import replace_runs
+from app.spelling import narrow, plain_signs, respelt
 from tests.app.fakes import FakeDecodeLane, byte_tokenizer
 
 Client = httpx.AsyncClient
@@ -164,7 +165,8 @@ def test_shouting_is_read_calmly(text: str, read: str) -> None:
     ],
 )
 def test_what_is_typed_otherwise_is_read_in_its_usual_form(text: str, language: str, read: str) -> None:
-    assert plain_spelling(text, language) == read
+    plain = plain_signs(narrow(text), language)
+    assert replace_runs(plain, respelt(plain, language)).text == read
 
 
 async def test_a_sentence_reaches_the_model_in_its_usual_form(
@@ -210,7 +212,7 @@ async def test_pictures_around_a_sentence_stay(client: Client, translate_lane: F
             "\U0001f44d\U0001f3fd\U0001f468\u200d\u2764\ufe0f\u200d\U0001f468",
         ),
         ("We\U0001f600go home \u2728 now \U0001f389", "We go home now", "\u2728 \U0001f389"),
-        ("I \u2764\ufe0f Seoul and \U0001f495 you.", "I \u2764\ufe0f Seoul and \U0001f495 you.", ""),
+        ("I \u2764\ufe0f Seoul, my \U0001f499 city.", "I love Seoul, my city.", "\u2764\ufe0f \U0001f499"),
         ("A \u27a1 B is done.", "A \u27a1 B is done.", ""),
     ],
 )
@@ -221,6 +223,29 @@ async def test_pictures_within_a_sentence_stand_behind_it(
     (sequence,) = translate_lane.submitted
     assert byte_tokenizer().decode(sequence.prompt_ids).strip() == read
     assert answer["translation_text"].endswith(f" {behind}" if behind else read[-3:].upper())
+
+
+@pytest.mark.parametrize(
+    ("text", "read", "answer"),
+    [
+        ("<p>It’s a <b>red</b> car.</p>", "It's a red car.", None),
+        ("<p>Hello&nbsp;<b>world</b>.</p>", "Hello world.", None),
+        ("<i>I</i> <b>dont</b> know １２，though.", "I don't know 12, though.", None),
+        (
+            "<p>The <b>dog \U0001f436</b> ran home\U0001f3e0.</p>",
+            "The dog ran home.",
+            "\U0001f436 \U0001f3e0</p>",
+        ),
+    ],
+)
+async def test_tags_in_a_sentence_that_is_read_in_its_usual_form(
+    client: Client, translate_lane: FakeDecodeLane, text: str, read: str, answer: str | None
+) -> None:
+    (found,) = await translate(client, text, src_lang="en", format="html")
+    (sequence,) = translate_lane.submitted
+    assert byte_tokenizer().decode(sequence.prompt_ids).strip() == read
+    assert found["translation_text"].count("<") == text.count("<")
+    assert answer is None or found["translation_text"].endswith(answer)
 
 
 async def test_prices_keep_their_signs_where_nothing_is_translated(client: Client) -> None:
