@@ -222,6 +222,25 @@ class KernelEncoder(_OneCall, Encoder):
         self.blocks = encoder.blocks
         self._kernels = kernels
 
+    def forward(self, token_ids: Tensor, mask: Tensor | None, segment_ids: Tensor | None = None) -> Tensor:
+        """As `Encoder.forward`; short texts go by themselves, so that they feel no long one beside them."""
+        length = token_ids.size(1)
+        if mask is None or length <= LONGEST:
+            return super().forward(token_ids, mask, segment_ids)
+        ends = (mask.view(-1, length) * torch.arange(1, length + 1)).amax(1)
+        short = ends <= LONGEST
+        if short.all() or not short.any():
+            return super().forward(token_ids, mask, segment_ids)
+        parts = []
+        for some in (short, ~short):
+            width = max(1, int(ends[some].amax()))
+            segments = None if segment_ids is None else segment_ids[some, :width]
+            parts.append(super().forward(token_ids[some, :width], mask[some][..., :width], segments))
+        memory = torch.zeros(*token_ids.shape, parts[0].size(2))
+        for some, own in zip((short, ~short), parts, strict=True):
+            memory[some, : own.size(1)] = own
+        return memory
+
     def _through_blocks(self, x: Tensor, mask: Tensor | None, rotation: Rotation | None) -> Tensor:
         n_texts, length, _ = x.shape
         last = None if length > LONGEST else _last_places(mask, n_texts, length)

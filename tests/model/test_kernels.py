@@ -695,6 +695,32 @@ def test_texts_that_are_long_or_have_holes_go_block_by_block(
 
 
 @torch.inference_mode()
+@torch.inference_mode()
+@pytest.mark.parametrize("architecture", ["masked_lm", "translator"])
+def test_short_texts_do_not_feel_a_long_one_beside_them(
+    eight_bits: Kernels, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.kernel_blocks.LONGEST", 5)
+    torch.manual_seed(15)
+    model = build_model(tiny_config(architecture)).eval()
+    assert not isinstance(model, CausalLM)
+    optimise(model, "int8", eight_bits)
+    assert isinstance(model.encoder, KernelEncoder)
+    lengths = [9, 1, 5, 4, 8]
+    ids = torch.zeros(5, 9, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = torch.randint(9, 40, (length,))
+    segments = None if architecture == "translator" else (ids % 2)
+    together = model.encoder(ids, padding_mask(ids, 0), segments)
+    for row, length in enumerate(lengths):
+        own = ids[row : row + 1, :length]
+        alone = model.encoder(own, padding_mask(own, 0), None if segments is None else own % 2)
+        if length <= 5:
+            assert torch.equal(together[row, :length], alone[0])
+        else:
+            torch.testing.assert_close(together[row, :length], alone[0], rtol=0, atol=2e-2)
+
+
 def test_blocks_that_the_kernel_does_not_know_stay_as_they_are(eight_bits: Kernels) -> None:
     for changes in ({"qk_norm": True}, {"d_ff": 48}):
         model = build_model(tiny_config("causal_lm", **changes)).eval()
