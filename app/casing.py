@@ -20,13 +20,16 @@ _TITLES = {"MR": "Mr", "MRS": "Mrs", "MS": "Ms", "DR": "Dr", "ST": "St"}
 
 
 # fmt: off
-_SMALL = frozenset((  # what headlines write in small letters
-    "a", "an", "the", "of", "to", "in", "on", "at", "and", "or", "but", "is", "are", "was", "were",
-    "be", "been", "am", "not", "with", "for", "from", "by", "as", "that", "this", "these", "those",
-    "it", "he", "she", "we", "they", "you", "me", "him", "us", "them", "my", "your", "his", "her",
-    "its", "our", "their", "do", "does", "did", "have", "has", "had", "will", "would", "can", "could",
-    "should", "may", "must", "there", "here", "what", "when", "where", "who", "why", "how", "if", "so",
-    "very",
+_IN_HEADLINES = frozenset((  # in small letters; "is" and "they" begin with a capital there
+    "a", "an", "the", "of", "to", "in", "on", "at", "and", "or", "but", "with", "for", "from", "by",
+    "as", "over",
+))
+_SMALL = frozenset((  # begun with a capital by nobody but who begins every word so; not The Hague, May, Will
+    "a", "an", "of", "to", "in", "on", "at", "and", "or", "but", "is", "are", "was", "were", "be",
+    "been", "am", "not", "with", "for", "from", "by", "as", "that", "this", "these", "those", "it",
+    "he", "she", "we", "they", "you", "me", "him", "them", "my", "your", "his", "her", "its", "our",
+    "their", "do", "does", "did", "have", "has", "had", "would", "can", "could", "should", "must",
+    "there", "here", "what", "when", "where", "who", "why", "how", "if", "so", "very",
 ))
 # fmt: on
 _FEWEST_TITLED = 4  # words: three may be a name
@@ -41,15 +44,21 @@ def reads_badly(text: str) -> bool:
 def is_titled(text: str) -> bool:
     """Does every word begin with a capital, or every one but the small words, as in a headline?
 
-    Names are lost among them, and read in small letters; else most of the other words are.
+    Names are lost among them, and read in small letters; else most of the other words are. A list of names,
+    with nothing but "and" between them, is none.
     """
     words = _WORD.findall(text)
-    if not all(word[0].isupper() or word in _SMALL for word in words):
+    if not all(word[0].isupper() or word in _IN_HEADLINES for word in words):
         return False
     capital = [word.lower() for word in words[1:] if word.istitle()]
     if any(word in _SMALL for word in capital):
         return len(words) >= _FEWEST_TITLED
-    return len(words) > _FEWEST_HEADLINE and len(capital) >= _FEWEST_HEADLINE - (len(words) > 5)
+    between = {word for word in words[1:] if word in _IN_HEADLINES} - {"and", "or"}
+    return (
+        bool(between)
+        and len(words) > _FEWEST_HEADLINE
+        and len(capital) >= _FEWEST_HEADLINE - (len(words) > 5)
+    )
 
 
 def is_shouted(text: str) -> bool:

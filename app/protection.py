@@ -12,7 +12,7 @@ from decimal import Decimal
 from itertools import chain, count
 from os.path import commonprefix
 
-from app.spelling import narrow
+from app.spelling import APOSTROPHES, narrow
 from model.constraints import Phrase
 from model.tokenizer import Tokenizer
 
@@ -127,17 +127,23 @@ _ENGLISH = dict(zip((
     "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety",
 ), (*range(1, 20), *range(20, 100, 10)), strict=True))
 # fmt: on
-_ENGLISH_DIGITS = rf"(?:{'|'.join(_ENGLISH)})(?:[\s-]+(?:{'|'.join(_ENGLISH)}))?"
+_ENGLISH_UNIT = "|".join(word for word, value in _ENGLISH.items() if value < 20)
+_ENGLISH_TENS = "|".join(word for word, value in _ENGLISH.items() if value >= 20)
+_ENGLISH_DIGITS = rf"(?:(?:{_ENGLISH_TENS})(?:[ -](?:{_ENGLISH_UNIT}))?|{_ENGLISH_UNIT})"
 # three hundred million, a hundred and fifty thousand, twenty-five billion; with nothing smaller behind it.
 _ENGLISH_WORDS = re.compile(
-    rf"(?<![\w-])(?:(?:a|{'|'.join(_ENGLISH)})\s+hundred(?:\s+and)?(?:\s+{_ENGLISH_DIGITS})?|{_ENGLISH_DIGITS})"
-    rf"[\s-]+(?:thousand|million|billion|trillion)"
+    rf"(?<![\w-])(?:(?:a|{_ENGLISH_UNIT}) hundred(?: and)?(?: {_ENGLISH_DIGITS})?|{_ENGLISH_DIGITS})"
+    rf"[ -](?:thousand|million|billion|trillion)"
     rf"(?![\w-]|\s+(?:and\s+)?(?:{'|'.join(_ENGLISH)}|hundred|thousand|million|billion)\b)",
+    re.IGNORECASE,
+)
+# two or three million, two point five million: only the end of them would be counted.
+_BEFORE_NO_ENGLISH = re.compile(
+    rf"\b(?:{'|'.join(_ENGLISH)}|hundred|thousand|million|billion|half|point)[\s-]+(?:(?:to|or|and|point)[\s-]+)?$",
     re.IGNORECASE,
 )
 _SMALL = ("37", "48", "26", "59", "64", "73", "85", "92")  # what stands for amounts
 # What ends a sentence or closes a bracket around an address is not part of it.
-_APOSTROPHES = "\u2018\u2019\u02bc\u2032"
 _AFTER_ADDRESS = ".,;:!?'\"*_~"
 
 
@@ -180,7 +186,7 @@ class Glossary:
         others = [(term, _after(term)) for term in sorted(every) if not term[0].isalnum()]
         parts = [rf"(?<![^\W_])(?:{_branches(words)})"] if words else []
         pattern = "|".join([*parts, *([_branches(others)] if others else [])])
-        return cls(outputs, re.compile(pattern.replace("'", f"['{_APOSTROPHES}]"), re.IGNORECASE))
+        return cls(outputs, re.compile(pattern.replace("'", f"['{APOSTROPHES}]"), re.IGNORECASE))
 
     def spans(self, text: str) -> Iterable[Span]:
         for match in self.pattern.finditer(text):
@@ -190,7 +196,7 @@ class Glossary:
 
 def _plain(term: str) -> str:
     """As terms are looked for: in ordinary width, with the apostrophe that any other may stand for."""
-    return re.sub(f"[{_APOSTROPHES}]", "'", narrow(term))
+    return re.sub(f"[{APOSTROPHES}]", "'", narrow(term))
 
 
 def _as_found(term: str) -> str:
@@ -305,7 +311,8 @@ def _other_amounts(text: str, target: str) -> Iterator[Span]:
                 yield _amount(text, match.start(2), match.end(), in_korean(int(value)), target)
         for match in _matches(_ENGLISH_WORDS, text):
             number = _english_numeral(match.group())
-            if number >= 10_000:
+            before = text[max(0, match.start() - _MOST_BEFORE) : match.start()]
+            if number >= 10_000 and not _BEFORE_NO_ENGLISH.search(before):
                 yield _amount(text, *match.span(), in_korean(number), target)
         return
     for match in _matches(_ABOUT, text):
@@ -386,7 +393,7 @@ def _numeral(text: str) -> int:
 
 def _english_numeral(text: str) -> int:
     """three hundred million -> 300,000,000, of what `_ENGLISH_WORDS` finds."""
-    *words, power = re.split(r"[\s-]+", text.lower())
+    *words, power = re.split("[ -]", text.lower())
     small: int = 0
     for word in words:
         if word == "hundred":
@@ -484,6 +491,11 @@ def unused_mark(text: str) -> str:
     """A character of the private planes that the text does not have."""
     used = set(text)
     return next(chr(code) for code in range(0xF0000, 0x10FFFE) if chr(code) not in used)
+
+
+def is_particle(text: str, start: int) -> bool:
+    """Does a Korean word end at `start` with its particles behind it?"""
+    return "가" <= text[start : start + 1] <= "힣" and _ONLY_PARTICLES.match(text, start) is not None
 
 
 def is_translatable(text: str) -> bool:

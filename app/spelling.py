@@ -9,12 +9,13 @@ from app.spaces import plain_spaces
 
 # Full-width letters, digits and punctuation, and the full stop and comma that go with them.
 _NARROW = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)} | {0x3002: ".", 0x3001: ","}
-_APOSTROPHE = re.compile("(?<=[A-Za-z])[\u2018\u2019\u02bc\u2032](?=[A-Za-z])")
+APOSTROPHES = "\u2018\u2019\u02bc\u2032"  # but the plain one
+_APOSTROPHE = re.compile(f"(?<=[A-Za-z])[{APOSTROPHES}](?=[A-Za-z])")
 
 # fmt: off
-_WITHOUT = {  # an apostrophe; none that is a word of its own, as "ill", "its", "lets", "well", "were"
+_WITHOUT = {  # an apostrophe; none that is an everyday word of its own, as "ill", "its", "lets", "wont"
     **{f"{verb}nt": f"{verb}n't" for verb in (
-        "are", "ca", "could", "did", "does", "do", "had", "has", "have", "is", "should", "was", "were", "wo",
+        "are", "ca", "could", "did", "does", "do", "had", "has", "have", "is", "should", "was", "were",
         "would",
     )},
     "im": "I'm", "ive": "I've", "hes": "he's", "shes": "she's", "thats": "that's", "theres": "there's",
@@ -29,7 +30,7 @@ _AFTER_NO_NAME = re.compile(
 )
 # fmt: on
 _SHORT = re.compile(rf"(?<![\w'’.@/-])(?:{'|'.join(_WITHOUT)})(?![\w'’@/-]|\.\w)", re.IGNORECASE)
-# A key (1️⃣) says no more than its sign; a wide comma had no space behind it.
+# A key (1️⃣) says no more than its sign; a comma has a space behind it.
 _KEY_OR_COMMA = re.compile("([0-9#*])\ufe0f?\u20e3|,(?=[^\\W\\d_])")
 
 
@@ -39,8 +40,8 @@ def narrow(text: str) -> str:
 
 
 def plain_signs(text: str, language: str) -> str:
-    """A sentence with ordinary spaces and, in English, apostrophes; places stay the same."""
-    text = plain_spaces(text)
+    """A sentence in ordinary width, with ordinary spaces and, in English, apostrophes, place by place."""
+    text = narrow(plain_spaces(text))
     return _APOSTROPHE.sub("'", text) if language == "en" else text
 
 
@@ -49,7 +50,10 @@ def respelt(text: str, language: str) -> Iterator[tuple[int, int, str]]:
 
     `language` is a code of ISO 639-1; in English "dont" is don't.
     """
-    found = [(*match.span(), match[1] or ", ") for match in _KEY_OR_COMMA.finditer(text)]
+    found = []
+    for match in _KEY_OR_COMMA.finditer(text):
+        gap = " " if match[1] is None or text[match.end() : match.end() + 1].isalpha() else ""
+        found.append((*match.span(), (match[1] or ",") + gap))
     if language == "en":
         found += [(*m.span(), usual) for m in _SHORT.finditer(text) if (usual := _with_apostrophe(m))]
     return iter(sorted(found))

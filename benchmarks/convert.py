@@ -207,7 +207,7 @@ def ctranslate2_folder(folder: Path, out: Path) -> Path:
     spec.config.layer_norm_epsilon = config.norm_eps
     out.mkdir(parents=True)
     shortlist = Shortlist.load(folder, config) if config.languages else None
-    if shortlist is not None:
+    if shortlist is not None and "ko" in shortlist.tables:
         spec.register_vocabulary_mapping(str(vocabulary_map(shortlist, out / "map.txt")))
     spec.validate()
     spec.optimize()

@@ -217,6 +217,8 @@ def long_prompt(folder: Path, settings: dict[str, str], arguments: argparse.Name
     # The same part of both runs: from the moment at which the long prompt comes in.
     before = [gap for answer in quiet.answers for gap in gaps(answer, at)]
     after = [gap for answer in answers for gap in gaps(answer, at)]
+    if not before or not after:
+        raise LoadFailed("the streams had ended when the long prompt came in: give them more tokens")
     ratio = percentile(after, 0.99) / percentile(before, 0.99)
     first = f"{1000 * (long_one.events[0] - long_one.sent):.0f}"
     table.row(n, "no", milliseconds(before), f"{1000 * max(before):.1f}", "", "")

@@ -32,6 +32,7 @@ from app.protection import (
     Shield,
     Span,
     find_spans,
+    is_particle,
     is_translatable,
     replace_runs,
     shield,
@@ -55,10 +56,10 @@ _LETTERS = {"ko": re.compile("[가-힣ㄱ-ㅎㅏ-ㅣ]"), "en": re.compile("[A-Za
 _PICTURE = re.compile("[\u2600-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff]")
 # Pictures within a sentence, but for arrows and signs, which are read as words. A heart may be a verb.
 _WITH_ONE = "[\ufe0f\u200d\u20e3\u2640\u2642\u2764\U000e0020-\U000e007f]"
-_WITHIN = re.compile(f"\\s*(?:[\u2600-\u26ff\u2705\u2728\u2764\U0001f000-\U0001faff]{_WITH_ONE}*)+")
-_HEARTS = "\u2665\u2764\U0001f493-\U0001f49f\U0001f5a4\U0001f90d\U0001f90e\U0001f9e1\U0001fa75-\U0001fa77"
+_WITHIN = re.compile(f"(?<!\\s)\\s*(?:[\u2600-\u26ff\u2705\u2728\u2764\U0001f000-\U0001faff]{_WITH_ONE}*)+")
+_HEARTS = "\u2665\u2764\U0001f493\U0001f495-\U0001f49f\U0001f90d\U0001f90e\U0001f9e1\U0001fa75-\U0001fa77"
 _IS_LOVE = re.compile(f"\\s*[{_HEARTS}]\ufe0f?")
-_LOVING = re.compile(r"(?:^|\s)(?:I|We|They|You|we|they|you)$")
+_LOVING = re.compile(r"(?:^|[.!?,;]\s)(?:I|We|They|You)$")
 _BESIDE_PICTURE = re.compile("[\\s\ufe0f\u200d\u20e3\U000e0020-\U000e007f]")
 
 
@@ -297,11 +298,12 @@ class _Drafting:
 
     def draft(self, segment: Segment) -> list[str | _Draft]:
         """The sentences of a segment, and between them white space and tags that go around several."""
-        text = narrow(segment.text)
-        mark, own = segment.mark, find_spans(text, self.form.glossary, iso_code(self.tgt))
-        marked = replace_runs(text, [(span.start, span.stop, mark) for span in own])
+        # Places are the same in ordinary width; what stays comes back in its own.
+        found = find_spans(narrow(segment.text), self.form.glossary, iso_code(self.tgt))
+        mark, own = segment.mark, [_as_typed(span, segment.text) for span in found]
+        marked = replace_runs(segment.text, [(span.start, span.stop, mark) for span in own])
         spans = sorted([*segment.spans, *own], key=lambda span: span.start)
-        # With tags, what they are around stays one sentence, and its pictures are pulled out below.
+        # With tags, what they are around stays one sentence.
         parts = self._parts(marked.text, mark, with_pictures=not segment.elements)
         ends = list(accumulate(len(part.text) for part in parts))
         bounds = [(end - len(part.text), end) for part, end in zip(parts, ends, strict=True)]
@@ -315,12 +317,8 @@ class _Drafting:
             n = part.text.count(mark)
             own_spans, n_spans = spans[n_spans : n_spans + n], n_spans + n
             elements = [replace(e, start=e.start - start, stop=e.stop - start) for e in around.within(i)]
-            pictures = ""
-            if segment.elements and part.is_sentence:
-                bare, pictures = _pull_pictures(part.text)
-                part, elements = Part(bare.text, True), _moved(elements, bare)
-            draft = self._draft_part(part, mark, own_spans, elements, is_mixed=is_mixed)
-            drafts += [around.before(i), draft, pictures, around.after(i)]
+            drafted = self._draft_part(part, mark, own_spans, elements, is_mixed=is_mixed)
+            drafts += [around.before(i), *drafted, around.after(i)]
         return drafts
 
     def _parts(self, text: str, mark: str, *, with_pictures: bool) -> list[Part]:
@@ -332,18 +330,21 @@ class _Drafting:
 
     def _draft_part(
         self, part: Part, mark: str, spans: list[Span], elements: list[Element], *, is_mixed: bool
-    ) -> str | _Draft:
+    ) -> list[str | _Draft]:
+        """A part as it goes to the model, with the pictures that stand before and behind it, or as it is."""
         bare = part.text.replace(mark, "")
         if is_mixed and self._is_foreign(bare):
             spans = [replace(span, output=span.source, unit="") for span in spans]
-            return self._verbatim(part.text, mark, spans, elements)
+            return [self._verbatim(part.text, mark, spans, elements)]
         if not part.is_sentence or not is_translatable(bare):
             spans = [
                 replace(span, output=span.source[:1] + span.output) if span.unit else span for span in spans
             ]
-            return self._verbatim(part.text, mark, spans, elements)
+            return [self._verbatim(part.text, mark, spans, elements)]
         language = iso_code(self.src)
-        text = plain_signs(part.text, language)
+        pulled, before, behind = _pull_pictures(part.text, mark, elements, is_english=language == "en")
+        elements = _moved(elements, pulled)
+        text = plain_signs(pulled.text, language)
         if language == "en" and reads_badly(text):
             text = in_small_letters(text)
         usual = replace_runs(text, respelt(text, language))
@@ -351,7 +352,7 @@ class _Drafting:
         hidden, edited = shield(usual.text, mark, spans, tokenizer)
         prompt_ids = tokenizer.source_ids(tokenizer.encode(hidden.text), self.tgt, src_lang=self.src)
         elements = _moved(_moved(elements, usual), edited)
-        return _Draft(prompt_ids, tokenizer.target_ids(self.tgt), hidden, elements)
+        return [before, _Draft(prompt_ids, tokenizer.target_ids(self.tgt), hidden, elements), behind]
 
     def _is_foreign(self, text: str) -> bool:
         """Is a sentence in the letters of the target alone?"""
@@ -376,7 +377,7 @@ def _moved(elements: list[Element], edited: Edited) -> list[Element]:
 
 
 def _cut(part: Part, mark: str, *, with_pictures: bool) -> list[Part]:
-    """A sentence without the signs of a list before it, and without pictures, which stand around it.
+    """A sentence without the signs of a list before it, and without pictures around it.
 
     In parts with as many marks as can be hidden.
     """
@@ -387,13 +388,10 @@ def _cut(part: Part, mark: str, *, with_pictures: bool) -> list[Part]:
         around.append(Part(signs.group(), False))
         text = text[signs.end() :]
     start, stop = _without_pictures(text) if with_pictures else (0, len(text))
-    bare, pictures = Edited(text[start:stop], ()), ""
-    if with_pictures:
-        bare, pictures = _pull_pictures(bare.text)
     runs = [
         Part(text[:start], False),
-        *_cut_at_marks(Part(bare.text, True), mark),
-        Part(pictures + text[stop:], False),
+        *_cut_at_marks(Part(text[start:stop], True), mark),
+        Part(text[stop:], False),
     ]
     return [*around, *(run for run in runs if run.text)]
 
@@ -415,20 +413,37 @@ def _without_pictures(text: str) -> tuple[int, int]:
     return (start, stop) if start < stop else (0, len(text))
 
 
-def _pull_pictures(text: str) -> tuple[Edited, str]:
-    """A sentence without the pictures within it, and these as they stand behind it.
+def _pull_pictures(
+    text: str, mark: str, elements: list[Element], *, is_english: bool
+) -> tuple[Edited, str, str]:
+    """A sentence without the pictures in it, and those that stand before it then, and behind it.
 
-    The model would spell them, and the sentence around them, badly. I ❤ Seoul is read as "I love Seoul".
+    The model would spell them, and the sentence around them, badly. I ❤ Seoul is read as "I love Seoul". What
+    is all that a tag goes around stays.
     """
-    runs, pictures = [], ""
+    runs, before, behind = [], "", ""
     for match in _WITHIN.finditer(text):
-        gap = " " if text[match.end() : match.end() + 1].isalnum() else ""
-        if _IS_LOVE.fullmatch(match.group()) and _LOVING.search(text[: match.start()]):
-            gap = f" love{gap}"
-        runs.append((*match.span(), gap))
-        pictures += f" {match.group().strip()}"
+        start, stop = match.span()
+        if any(not e.is_point and start <= e.start and e.stop <= stop for e in elements):
+            continue
+        after = text[stop : stop + 1]
+        gap = " " if (after.isalnum() and not is_particle(text, stop)) or after == mark else ""
+        if is_english and _IS_LOVE.fullmatch(match.group()) and text[stop:].strip()[:1].isalpha():
+            gap = f" love{gap}" if _LOVING.search(text[max(0, start - 6) : start]) else gap
+        if text[:start].strip():
+            behind += f" {match.group().strip()}"
+        else:
+            stop += len(text[stop:]) - len(text[stop:].lstrip())
+            gap, before = "", f"{before}{match.group().strip()} "
+        runs.append((start, stop, gap))
     bare = replace_runs(text, runs)
-    return (bare, pictures) if is_translatable(bare.text) else (Edited(text, ()), "")
+    return (bare, before, behind) if is_translatable(bare.text) else (Edited(text, ()), "", "")
+
+
+def _as_typed(span: Span, text: str) -> Span:
+    """A span that was found in ordinary width, as it stands in a text."""
+    typed = text[span.start : span.stop]
+    return replace(span, source=typed, output=typed if span.output == span.source else span.output)
 
 
 def _in_run(character: str) -> bool:

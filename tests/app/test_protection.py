@@ -313,6 +313,8 @@ def test_particles_agree(word: str, after: str, agreed: str) -> None:
             ],
         ),
         ("A million, five thousand, two million and one, six hundred, ten thousandth", "ko", []),
+        ("Two or three million, one to two hundred million, three point five million", "ko", []),
+        ("one two three million, chapter ten\n\nThousand Islands", "ko", []),
         ("월급이 300만 원이다.", "fr", []),
         ("300만 and 3 million", "", []),
     ],

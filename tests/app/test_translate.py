@@ -133,6 +133,10 @@ async def test_other_spaces_are_spaces_to_the_model(
         ),
         ("The Old Man And The Sea", "The old man and the sea"),
         ("President Signs New Trade Deal with Canada", "President signs new trade deal with canada"),
+        ("Lee Min Ho and Kim Soo Hyun, Samsung and LG", "Lee Min Ho and Kim Soo Hyun, Samsung and LG"),
+        ("She will be here in May.", "She will be here in May."),
+        ("Where is Will from in The Hague?", "Where is Will from in The Hague?"),
+        ("We are from South Korea, not North Korea.", "We are from South Korea, not North Korea."),
         ("Bank of Korea Raises Rates", "Bank of Korea Raises Rates"),  # may be a name as a whole
         ("Mina and Jisu met Mr. Kim in New York", "Mina and Jisu met Mr. Kim in New York"),
         ("Kim Min Ho Park", "Kim Min Ho Park"),
@@ -213,7 +217,10 @@ async def test_pictures_around_a_sentence_stay(client: Client, translate_lane: F
         ),
         ("We\U0001f600go home \u2728 now \U0001f389", "We go home now", "\u2728 \U0001f389"),
         ("I \u2764\ufe0f Seoul, my \U0001f499 city.", "I love Seoul, my city.", "\u2764\ufe0f \U0001f499"),
+        ("Thank you \u2764\ufe0f see you.", "Thank you see you.", "\u2764\ufe0f"),
+        ("I \U0001f494 you all.", "I you all.", "\U0001f494"),
         ("A \u27a1 B is done.", "A \u27a1 B is done.", ""),
+        ("Look \U0001f449https://example.org now.", "Look Firefox now.", "\U0001f449"),
     ],
 )
 async def test_pictures_within_a_sentence_stand_behind_it(
@@ -230,6 +237,8 @@ async def test_pictures_within_a_sentence_stand_behind_it(
     [
         ("<p>It’s a <b>red</b> car.</p>", "It's a red car.", None),
         ("<p>Hello&nbsp;<b>world</b>.</p>", "Hello world.", None),
+        ("<p>\U0001f44b Hello <b>Kim</b> \U0001f389 see.</p>", "Hello Kim see.", "\U0001f389</p>"),
+        ("<p>Hello <b>\U0001f44b</b> Kim.</p>", "Hello \U0001f44b Kim.", None),
         ("<i>I</i> <b>dont</b> know １２，though.", "I don't know 12, though.", None),
         (
             "<p>The <b>dog \U0001f436</b> ran home\U0001f3e0.</p>",

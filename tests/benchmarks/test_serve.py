@@ -112,7 +112,7 @@ def test_the_bare_engine_does_the_same_requests(task: str, tiny_folders: TinyFol
 
 @pytest.mark.slow
 def test_the_command_prints_its_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--tiny", "--parts", "long", "--streams", "2", "--stream-tokens", "16", "--long", "60"]
+    words = ["--tiny", "--parts", "long", "--streams", "2", "--stream-tokens", "80", "--long", "60"]
     serve.main([*words, "--settings", "n_threads=1", "device=cpu"])
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [row[1] for row in rows[-2:]] == ["no", "60 tokens"]
