@@ -421,21 +421,23 @@ def _pull_pictures(
     The model would spell them, and the sentence around them, badly. I ❤ Seoul is read as "I love Seoul". What
     is all that a tag goes around stays.
     """
-    runs, before, behind = [], "", ""
+    runs, before, behind, at, leads = [], "", "", 0, True
     for match in _WITHIN.finditer(text):
-        start, stop = match.span()
+        start, stop = max(match.start(), at), match.end()
+        leads = leads and not text[at:start].strip()
         if any(not e.is_point and start <= e.start and e.stop <= stop for e in elements):
             continue
         after = text[stop : stop + 1]
         gap = " " if (after.isalnum() and not is_particle(text, stop)) or after == mark else ""
         if is_english and _IS_LOVE.fullmatch(match.group()) and text[stop:].strip()[:1].isalpha():
             gap = f" love{gap}" if _LOVING.search(text[max(0, start - 6) : start]) else gap
-        if text[:start].strip():
-            behind += f" {match.group().strip()}"
-        else:
+        if leads:  # with the white space behind it
             stop += len(text[stop:]) - len(text[stop:].lstrip())
             gap, before = "", f"{before}{match.group().strip()} "
+        else:
+            behind += f" {match.group().strip()}"
         runs.append((start, stop, gap))
+        at = stop
     bare = replace_runs(text, runs)
     return (bare, before, behind) if is_translatable(bare.text) else (Edited(text, ()), "", "")
 

@@ -239,6 +239,7 @@ async def test_pictures_within_a_sentence_stand_behind_it(
         ("<p>Hello&nbsp;<b>world</b>.</p>", "Hello world.", None),
         ("<p>\U0001f44b Hello <b>Kim</b> \U0001f389 see.</p>", "Hello Kim see.", "\U0001f389</p>"),
         ("<p>Hello <b>\U0001f44b</b> Kim.</p>", "Hello \U0001f44b Kim.", None),
+        ("<p>\U0001f44b  \U0001f389 Hi <b>Kim</b> \U0001f3e0 so.</p>", "Hi Kim so.", "\U0001f3e0</p>"),
         ("<i>I</i> <b>dont</b> know １２，though.", "I don't know 12, though.", None),
         (
             "<p>The <b>dog \U0001f436</b> ran home\U0001f3e0.</p>",
