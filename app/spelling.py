@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 from app.spaces import plain_spaces
 
@@ -45,7 +44,7 @@ def plain_signs(text: str, language: str) -> str:
     return _APOSTROPHE.sub("'", text) if language == "en" else text
 
 
-def respelt(text: str, language: str) -> Iterator[tuple[int, int, str]]:
+def respelt(text: str, language: str) -> list[tuple[int, int, str]]:
     """What else is spelt otherwise and means the same, as runs (start, stop, usual form), in order.
 
     `language` is a code of ISO 639-1; in English "dont" is don't.
@@ -56,7 +55,7 @@ def respelt(text: str, language: str) -> Iterator[tuple[int, int, str]]:
         found.append((*match.span(), (match[1] or ",") + gap))
     if language == "en":
         found += [(*m.span(), usual) for m in _SHORT.finditer(text) if (usual := _with_apostrophe(m))]
-    return iter(sorted(found))
+    return sorted(found)
 
 
 def _with_apostrophe(match: re.Match[str]) -> str | None:

@@ -62,7 +62,7 @@ def save(folder: Path | str, model: Model, tokenizer: Tokenizer, dtype: torch.dt
     tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()}
     _save_parts(folder, tensors, model.config.to_dict())
     for name, content in tokenizer.files().items():
-        _replace(folder / name, partial(_write_text, content))
+        weights.replace_file(folder / name, partial(_write_text, content))
 
 
 def save_adapter(
@@ -77,19 +77,12 @@ def save_adapter(
 
 def _save_parts(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     text = json.dumps(config, indent=2) + "\n"
-    _replace(folder / WEIGHTS, lambda part: save_file(tensors, part, metadata={"format": "pt"}))
-    _replace(folder / CONFIG, partial(_write_text, text))
+    weights.replace_file(folder / WEIGHTS, lambda part: save_file(tensors, part, metadata={"format": "pt"}))
+    weights.replace_file(folder / CONFIG, partial(_write_text, text))
 
 
 def _write_text(content: str, path: Path) -> None:
     path.write_text(content, encoding="utf-8")
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    part = path.with_name(f"{path.name}.part")
-    write(part)
-    part.chmod(0o644)  # safetensors makes it private; a service may run as another user
-    part.replace(path)
 
 
 @dataclass(frozen=True)

@@ -1121,8 +1121,8 @@ struct outputs {
 
 /* Rows x (M, K) -> the greatest logits of each in `values`, best first, and which outputs they are, each (M, n_best)
  * with n_best <= N; log-probabilities where no `totals` (M,) are asked for. The logits of some hundred outputs at a
- * time stay in the second cache. `banned` (n_banned, 2) are rows, -1 for all of them, and outputs that are impossible. The same
- * to the last bit, with whatever rows and threads. 0, or 1 where there is no memory. */
+ * time stay in the second cache. `banned` (n_banned, 2) are rows, -1 for all of them, and outputs that are impossible.
+ * The same to the last bit, with whatever rows and threads. 0, or 1 where there is no memory. */
 static int find_best(const float *x, long n_rows, long n_in, long depth, const struct outputs *o, const int64_t *banned,
                      long n_banned, long n_best, int64_t *ids, float *values_out, struct total *totals, int n_threads)
 {

@@ -7,7 +7,6 @@ widest product of a decoder's step shrinks to it. `model.training.shortlist` mak
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from model.config import TransformerConfig
 from model.tokenizer import TOKENIZER_FILE
+from model.weights import files_sha256, replace_file
 
 SHORTLIST_FILE = "shortlist.safetensors"
 _DIGEST = "tokenizer_sha256"
@@ -86,11 +86,8 @@ class Shortlist:
             tensors[f"{language}.common"] = torch.from_numpy(table.common.astype(np.uint16))
             tensors[f"{language}.likely"] = torch.from_numpy(table.likely.astype(np.uint16))
             tensors[f"{language}.starts"] = torch.from_numpy(table.starts.astype(np.int32))
-        path = folder / SHORTLIST_FILE
-        part = path.with_name(f"{path.name}.part")
-        save_file(tensors, part, metadata={_DIGEST: _tokenizer_sha256(folder)})
-        part.chmod(0o644)  # safetensors makes it private; a service may run as another user
-        part.replace(path)
+        made_for = {_DIGEST: files_sha256([folder / TOKENIZER_FILE])}
+        replace_file(folder / SHORTLIST_FILE, lambda part: save_file(tensors, part, metadata=made_for))
 
     @classmethod
     def load(cls, folder: Path, config: TransformerConfig) -> Shortlist | None:
@@ -126,10 +123,6 @@ def _whole_numbers(name: str, tensor: Tensor) -> Ids:
 
 
 def _check_tokenizer(folder: Path, sha256: str | None) -> None:
-    if sha256 != (found := _tokenizer_sha256(folder)):
+    if sha256 != (found := files_sha256([folder / TOKENIZER_FILE])):
         made_for = f"one of sha256 {sha256[:12]}" if sha256 else "an unknown one"
         raise ValueError(f"made for another tokenizer, {made_for}; {TOKENIZER_FILE} has {found[:12]}")
-
-
-def _tokenizer_sha256(folder: Path) -> str:
-    return hashlib.sha256((folder / TOKENIZER_FILE).read_bytes()).hexdigest()

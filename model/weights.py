@@ -246,6 +246,14 @@ def empty_model(build: Callable[[], Any]) -> Any:
         return build()
 
 
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file that appears whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    write(part)
+    part.chmod(0o644)  # safetensors makes it private; a service may run as another user
+    part.replace(path)
+
+
 def files_sha256(paths: list[Path]) -> str:
     """The hex digest of a file, or of the digests of several."""
     digests = []

@@ -58,7 +58,8 @@ class ModelWorkshop:
     that a row of a decoding model holds, 0 stands for what the model can. `quantization` "auto" is int8 for
     models trained here, of which it is known what that costs, and none for those that others made. With
     `sizing`, `n_slots` are the least of the endpoints that it names. Where there is no room for `n_slots`, an
-    endpoint of `fewest` has a half of them or a half of that, down to so many. `kernels` are for a CPU.
+    endpoint of `fewest` has a half of them or a half of that, down to so many. `kernels` are for a CPU;
+    without `use_shortlist` translations choose among all tokens there, too.
     """
 
     def __init__(
