@@ -58,6 +58,11 @@ def optimise(model: Model, quantization: Quantization = "none", kernels: Kernels
         model.encoder = KernelEncoder(model.encoder, kernels)
 
 
+def quantization_of(model: nn.Module) -> Quantization:
+    """How a model's blocks are held."""
+    return "int8" if any(isinstance(module, Int8Linear) for module in model.modules()) else "none"
+
+
 def kernels_of(model: nn.Module) -> Kernels | None:
     """Those that run in a model, whose decoder then takes `RowSpans` for single queries as they are."""
     return next((module.kernels for module in model.modules() if isinstance(module, KernelAttention)), None)

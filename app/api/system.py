@@ -127,6 +127,8 @@ def _describe(task: AnyTask, endpoint: str, services: Services) -> dict[str, Any
         "mask_token": task.tokenizer.mask_token,
         "labels": task.config.labels,
         "device_bytes": task.n_bytes,
+        "quantization": task.quantization,
+        "shortlist": list(task.shortlist),
         "limits": held,
     }
 

@@ -24,6 +24,7 @@ from app.engine.lane import DRAIN_RETRY_SECONDS
 from app.engine.memory import held_bytes
 from app.engine.sequence import Sequence
 from model.config import TransformerConfig
+from model.inference import Quantization
 from model.tokenizer import Tokenizer
 
 log = logging.getLogger("app.engine")
@@ -63,8 +64,9 @@ LaneT = TypeVar("LaneT", GeneratingLane, OneShotLane)
 class Task(Generic[LaneT]):
     """A loaded model and the lane that runs it.
 
-    `n_cache_bytes` is what its rows' caches take on the device; `n_users` counts the requests that chose it
-    and have not ended.
+    `n_cache_bytes` is what its rows' caches take on the device, `quantization` how its weights are held,
+    `shortlist` the languages into which it chooses among a shortlist's tokens; `n_users` counts the requests
+    that chose it and have not ended.
     """
 
     lane: LaneT
@@ -75,6 +77,8 @@ class Task(Generic[LaneT]):
     folder: Path = Path()
     model: nn.Module | None = None
     n_cache_bytes: int = 0
+    quantization: Quantization = "none"
+    shortlist: tuple[str, ...] = ()
     n_users: int = field(default=0, init=False)
 
     @property
@@ -87,7 +91,15 @@ AnyTask = Task[GeneratingLane] | Task[OneShotLane]
 
 
 def tell_of(endpoint: str, task: AnyTask) -> None:
-    """Put a model into the metrics."""
+    """Put a model into the metrics and the log."""
+    fields = {
+        "endpoint": endpoint,
+        "model": task.name,
+        "sha256": task.sha256,
+        "quantization": task.quantization,
+        "shortlist": list(task.shortlist),
+    }
+    log.info("loaded", extra={"fields": fields})
     metrics.add_model(endpoint, task.name, task.sha256)
     metrics.set_model_bytes(endpoint, task.name, held_bytes([task.model]), task.n_cache_bytes)
 
@@ -209,7 +221,6 @@ class Registry:
         replaced = shelf.put(task)
         if replaced is not None:
             self._retire(endpoint, replaced)
-        log.info("loaded", extra={"fields": {"endpoint": endpoint, "model": name, "sha256": task.sha256}})
         return task
 
     def unload(self, endpoint: str, name: str) -> AnyTask:

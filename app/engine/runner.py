@@ -120,6 +120,11 @@ class DecodeRunner:
         if launcher.captures:
             self.static.capture()
 
+    @property
+    def shortlist_languages(self) -> tuple[str, ...]:
+        """The languages into which it chooses among a shortlist's tokens."""
+        return ()
+
     def _make_drawing(self) -> Drawing | None:
         """What a static step does with its logits, if it draws from them."""
         return None
@@ -379,6 +384,11 @@ class TranslateRunner(DecodeRunner):
             for row in own:
                 self.memory_lengths[row], self._sentences[row] = len(source), number
                 self._lists[row] = selected
+
+    @property
+    def shortlist_languages(self) -> tuple[str, ...]:
+        """Those of the kept tables; none where steps are static."""
+        return () if self.static is not None else tuple(self._common)
 
     def _select(self, source: Sequence[int], language: str | None) -> tuple[str, Selected] | None:
         """A sentence's own part of the shortlist; None where there is none."""

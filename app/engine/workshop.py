@@ -31,7 +31,7 @@ from app.engine.sequence import Sequence
 from model.adopted import AdoptedTokenizer
 from model.checkpoint import Checkpoint, CheckpointError, load, load_config
 from model.config import TransformerConfig
-from model.inference import Quantization, optimise
+from model.inference import Quantization, optimise, quantization_of
 from model.kernels import Kernels
 from model.models import Model
 from model.quantize import share_int8
@@ -192,7 +192,12 @@ class ModelWorkshop:
     def _task(self, endpoint: str, checkpoint: Checkpoint, folder: Path, n_slots: int) -> AnyTask:
         n_cache_bytes = self._cache_bytes(checkpoint.config, n_slots)
         known = checkpoint.tokenizer, checkpoint.config, checkpoint.name, checkpoint.sha256
-        more: dict[str, Any] = {"folder": folder, "model": checkpoint.model, "n_cache_bytes": n_cache_bytes}
+        more: dict[str, Any] = {
+            "folder": folder,
+            "model": checkpoint.model,
+            "n_cache_bytes": n_cache_bytes,
+            "quantization": quantization_of(checkpoint.model),
+        }
         if endpoint not in self._n_slots:
             batches = BatchLane(endpoint, checkpoint, max_batch_tokens=self._max_batch_tokens, **self._queue)
             batches.door.max_wait_seconds = self._max_wait_seconds
@@ -209,7 +214,7 @@ class ModelWorkshop:
             **self._queue,
         )
         steps.door.max_wait_seconds = self._max_wait_seconds
-        return Task(steps, *known, **more)
+        return Task(steps, *known, **more, shortlist=steps.runner.shortlist_languages)
 
 
 def share_weights(model: nn.Module, others: Iterable[nn.Module]) -> None:

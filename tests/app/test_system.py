@@ -84,6 +84,10 @@ async def test_info(client: Client) -> None:
     assert info["tasks"]["generate"]["limits"]["max_new_tokens"] == 99  # and a prompt of one token
     assert info["tasks"]["translate"]["limits"]["max_new_tokens"] == 100
     assert info["tasks"]["fill-mask"]["sha256"] == "bb"
+    assert (info["tasks"]["translate"]["quantization"], info["tasks"]["translate"]["shortlist"]) == (
+        "none",
+        [],
+    )
     assert info["limits"]["max_texts"] == 64
 
 

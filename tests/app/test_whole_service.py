@@ -170,9 +170,12 @@ def test_a_shortlist_may_be_left_aside(weights: Path, tmp_path: Path, *, use_sho
     one = np.array([config.eos_id])
     table = Table(one, one[:0], np.zeros(config.vocab_size + 1, dtype=np.int64))
     Shortlist({"ko": table}, config).save(folder)
-    settings = make_settings(translate_model=folder, use_shortlist=use_shortlist)
-    lane: Any = load_services(settings, Lifecycle()).tasks["translate"].lane
+    settings = make_settings(translate_model=folder, quantization="int8", use_shortlist=use_shortlist)
+    task: Any = load_services(settings, Lifecycle()).tasks["translate"]
+    lane = task.lane
     assert (lane.runner.shortlist is not None) is use_shortlist
+    assert task.quantization == "int8"
+    assert task.shortlist == (("ko",) if use_shortlist and lane.runner.kernels is not None else ())
 
 
 def test_a_folder_that_was_asked_for_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
