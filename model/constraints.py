@@ -42,6 +42,8 @@ class Progress:
     met: frozenset[int] = frozenset()
     begun: tuple[int, ...] = ()
     before: int | None = None  # the token that what is begun follows
+    # What has been said, but may be the beginning of another: 20 counts once no 0 of a 200 comes behind it.
+    held: int | None = None
 
     @property
     def complete(self) -> bool:
@@ -64,22 +66,31 @@ class Progress:
         """After one more token."""
         if self.complete:
             return self
-        begun, before = (*self.begun, token), self.before
+        held, begun, before = self.held, (*self.begun, token), self.before
+        if held is not None and token in self.phrases[held].apart:
+            held = None
+        if held is not None and not self._goes_on(begun, before):
+            now, held = Progress(self.phrases, self.met | {held}), None
+        else:
+            now = self
         while begun:
-            for i, phrase in self._unmet():
-                if any(begun == spelling for spelling in _possible(phrase, before)):
-                    return Progress(self.phrases, self.met | {i}, (), token)
-            if self._continuations(begun, before):
-                break
+            said = now._said(begun, before)
+            if now._continuations(begun, before):
+                return Progress(self.phrases, now.met, begun, before, held if said is None else said)
+            if said is not None:
+                return Progress(self.phrases, now.met | {said}, (), token)
             before, begun = begun[0], begun[1:]
-        return Progress(self.phrases, self.met, begun, before)
+        return Progress(self.phrases, now.met, (), before)
 
     def wanted(self) -> set[int]:
         """The tokens that further it."""
         return self._continuations(self.begun, self.before)
 
     def banned(self, tokens: Sequence[int]) -> set[int]:
-        """The tokens that, after these, would say again what may stand once, or go on where it must end."""
+        """The tokens that, after these, would say again what may stand once, or go on where it must end.
+
+        What goes on with a longer phrase is none of them.
+        """
         found: set[int] = set()
         for phrase in (self.phrases[i] for i in self.met):
             for spelling in phrase.spellings:
@@ -87,10 +98,17 @@ class Progress:
                     found.add(spelling[-1])
                 if phrase.apart and _ends_with(tokens, spelling):
                     found |= phrase.apart
-        return found
+        return found - self.wanted() if self.begun else found
 
     def _unmet(self) -> Iterable[tuple[int, Phrase]]:
         return ((i, phrase) for i, phrase in enumerate(self.phrases) if i not in self.met)
+
+    def _goes_on(self, begun: tuple[int, ...], before: int | None) -> bool:
+        return self._said(begun, before) is not None or bool(self._continuations(begun, before))
+
+    def _said(self, begun: tuple[int, ...], before: int | None) -> int | None:
+        """The unmet phrase that is just this."""
+        return next((i for i, phrase in self._unmet() if begun in _possible(phrase, before)), None)
 
     def _continuations(self, begun: tuple[int, ...], before: int | None) -> set[int]:
         n = len(begun)

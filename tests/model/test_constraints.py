@@ -64,6 +64,35 @@ def test_digits_beside_a_number_make_another_number() -> None:
     assert after(progress, 1, 1, 2).met == set()
 
 
+def test_a_number_that_begins_with_another() -> None:
+    digits = frozenset(range(10))
+    twenty, two_hundred = (Phrase((number, (10, *number)), apart=digits) for number in ((2, 0), (2, 0, 0)))
+    for phrases in ((twenty, two_hundred), (two_hundred, twenty)):
+        start, short, long = Progress(phrases), phrases.index(twenty), phrases.index(two_hundred)
+        assert after(start, 2, 0, 50).met == after(start, 2, 0, 50, 2, 0).met == {short}
+        assert after(start, 2, 0, 0).met == after(start, 2, 0, 0, 2, 0).met == {long}
+        assert after(start, 2, 0, 5).met == after(start, 2, 0, 2).met == set()
+        begun = after(start, 2, 0)
+        assert (begun.wanted(), begun.banned([2, 0]), begun.complete) == ({0}, set(), False)
+        # The shorter one first: a second time it may still become the longer one, and no other.
+        again = after(start, 2, 0, 50, 2, 0)
+        assert again.banned([2, 0, 50, 2, 0]) == digits - {0}
+        assert after(again, 0).complete
+        assert after(start, 2, 0, 0, 50, 2, 0).complete
+        assert after(start, 2, 0, 0, 50, 2, 0).banned([2, 0]) == digits
+
+
+def test_words_that_begin_with_others() -> None:
+    short, long = Phrase(((1, 2),), once=True), Phrase(((1, 2, 3, 4),), once=True)
+    start = Progress((short, long))
+    assert after(start, 1, 2, 3, 4).met == {1}
+    assert after(start, 1, 2, 3, 9).met == after(start, 1, 2, 9).met == {0}
+    assert after(start, 1, 2, 1, 2, 3, 4).complete
+    met = after(start, 1, 2, 9, 1)
+    assert met.banned([1, 2, 9, 1]) == set()
+    assert after(met, 2, 3, 4).complete
+
+
 @pytest.mark.parametrize("spellings", [(), ((),), ((1,), ())])
 def test_phrases_without_tokens_are_refused(spellings: tuple[tuple[int, ...], ...]) -> None:
     with pytest.raises(ValueError, match="one token or more"):
