@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -158,6 +158,8 @@ class _OneCall(nn.Module):
 
     blocks: nn.ModuleList
     _kernels: Kernels
+    # Called before blocks run, as late as can be: their call leaves the interpreter to other threads.
+    before: Callable[[], None] = staticmethod(lambda: None)
 
     @functools.cached_property
     def _plan(self) -> _Plan:
@@ -168,8 +170,17 @@ class _OneCall(nn.Module):
         x = x.contiguous()  # as it comes out of the embeddings: nobody else holds it
         plan = self._plan
         work = torch.empty(step.n_rows * plan.work)
+        self.before()
         self._kernels.run_blocks(plan.shape, plan.layers, step, x, work, plan.widest)
         return x
+
+
+def tell_before_blocks(model: nn.Module, tell: Callable[[], None]) -> bool:
+    """Have `tell` called before a model's blocks run; False where they do not run in one call."""
+    stacks = [stack for stack in model.children() if isinstance(stack, _OneCall)]
+    for stack in stacks:
+        stack.before = tell
+    return bool(stacks)
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -199,9 +210,11 @@ class KernelDecoder(_OneCall, Decoder):
     ) -> Tensor:
         spans = [mask for mask in masks if isinstance(mask, RowSpans)]
         if cache is None or len(spans) < len(masks):
+            self.before()
             return super()._through_blocks(x, masks, cache, memory, memory_mask, rotation)
         step = _make_step(len(x), cache[0], spans[0], rotation)
         if memory is not None and not _read_memory(step, memory, memory_mask):
+            self.before()
             return super()._through_blocks(x, masks, cache, memory, memory_mask, rotation)
         plan = self._plan
         for layer, held, own in zip(plan.layers, cache, spans, strict=True):
@@ -245,6 +258,7 @@ class KernelEncoder(_OneCall, Encoder):
         n_texts, length, _ = x.shape
         last = None if length > LONGEST else _last_places(mask, n_texts, length)
         if last is None:
+            self.before()
             return super()._through_blocks(x, mask, rotation)
         plan, n_rows = self._plan, n_texts * length
         cosines, sines = rotation or (None, None)

@@ -17,6 +17,7 @@ from app.engine.lane import Door, Failures, Handover, Handovers, check_fits, hal
 from app.engine.runner import ClassifyRunner, MaskedRunner, Wish
 from app.engine.scheduler import fits
 from model.checkpoint import Checkpoint
+from model.kernel_blocks import tell_before_blocks
 from model.models import Classifier
 
 Filled = list[list[tuple[int, float]]]  # per mask: token ids with scores, best first
@@ -163,6 +164,10 @@ class BatchLane:
         ids = (*item.token_ids, *(target for wanted in item.targets for target in wanted or ()))
         if min(ids) not in known or max(ids) not in known:
             raise ValueError(f"a token id is outside the vocabulary of {len(known)}")
+
+    def tell_before_calls(self, tell: Callable[[], None]) -> bool:
+        """Have `tell` called before kernels run that leave the interpreter to others; False without."""
+        return tell_before_blocks(self.runner.model, tell)
 
     # On the device thread
 

@@ -34,6 +34,7 @@ from app.engine.runner import (
 from app.engine.scheduler import Moves, Scheduler
 from app.engine.sequence import FinishReason, Hypothesis, Outcome, Sequence, SequenceStatus, TokenEvent
 from model.checkpoint import Checkpoint
+from model.kernel_blocks import tell_before_blocks
 from model.models import Translator
 from model.sampling import BeamParams, SamplingParams, SamplingRows
 
@@ -123,6 +124,10 @@ class DecodeLane(ABC, Generic[Choice]):
         if min(sequence.prompt_ids) < 0 or max(sequence.prompt_ids) >= self.runner.config.vocab_size:
             raise ValueError(f"a token id is outside the vocabulary of {self.runner.config.vocab_size}")
         self._check_length(sequence)
+
+    def tell_before_calls(self, tell: Callable[[], None]) -> bool:
+        """Have `tell` called before kernels run that leave the interpreter to others; False without."""
+        return tell_before_blocks(self.runner.model, tell)
 
     # On the device thread
 

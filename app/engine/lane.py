@@ -154,6 +154,9 @@ class Lane(Protocol):
     wake: Callable[[], None]  # set by the worker
     failures: Failures
 
+    def tell_before_calls(self, tell: Callable[[], None]) -> bool:
+        """Have `tell` called in a turn before the interpreter is free for long; False where it never is."""
+
     def has_work(self) -> bool:
         """Does anything wait or run? On the device thread."""
 

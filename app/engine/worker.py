@@ -23,7 +23,9 @@ STALL_SECONDS = 60.0
 class DeviceWorker:
     """Models that each start their own parallel loops slow each other down; so one thread runs them all.
 
-    What a turn produces crosses to the event loop in a single hand-over.
+    What a turn produces crosses to the event loop in a single hand-over: where the next turn comes to a call
+    that needs no interpreter, just before that. Else the event loop would take the interpreter from the turn
+    that prepares the call, and have nothing to do during it.
     """
 
     def __init__(self, lanes: Sequence[Lane], stall_seconds: float = STALL_SECONDS) -> None:
@@ -33,6 +35,8 @@ class DeviceWorker:
         self._leaving: deque[tuple[Lane, asyncio.Future[None]]] = deque()
         self._wake = threading.Event()
         self._stall_seconds = stall_seconds
+        self._held: Handovers = []  # of lanes that say when the interpreter is free
+        self._telling: set[Lane] = set()
         self._stopping = False
         self._draining = False
         self._beat = time.monotonic()
@@ -49,6 +53,8 @@ class DeviceWorker:
     def add(self, lane: Lane) -> None:
         """From now on a lane has its turns."""
         lane.wake = self._wake.set
+        if lane.tell_before_calls(self._release):
+            self._telling.add(lane)
         with self._lock:
             lane.door.draining |= self._draining
             self.lanes = [*self.lanes, lane]
@@ -116,7 +122,11 @@ class DeviceWorker:
                 # Cleared before looking: work that arrives during the turn sets it again.
                 self._wake.clear()
                 self._let_go()
+                held = self._held
                 busy = [self._turn(lane) for lane in self.lanes]  # every lane has its turn
+                no_call = held and held is self._held
+                if no_call or not any(lane.has_work() for lane in self.lanes if lane in self._telling):
+                    self._release()
                 if not any(busy):
                     self._wake.wait(timeout=1.0)
         finally:
@@ -134,22 +144,32 @@ class DeviceWorker:
     def _forget(self, lane: Lane) -> None:
         with self._lock:
             self.lanes = [other for other in self.lanes if other is not lane]
+        self._telling.discard(lane)
 
     def _turn(self, lane: Lane) -> bool:
         if not lane.has_work():
             return False
         try:
-            self._hand_over(lane.turn())
+            handovers = lane.turn()
+            if lane in self._telling:
+                self._held += handovers
+            else:
+                self._hand_over(handovers)
         except Exception as error:  # the loop survives everything
             log.critical("lane %s broke", lane.name, exc_info=error)
             self._give_up(lane, StepFailed)
         return True
 
     def _give_up(self, lane: Lane, error: Callable[[], EngineError]) -> None:
+        self._release()
         try:
             self._hand_over(lane.fail_all(error))
         except Exception as failure:
             log.critical("lane %s cannot be cleared", lane.name, exc_info=failure)
+
+    def _release(self) -> None:
+        held, self._held = self._held, []
+        self._hand_over(held)
 
     def _hand_over(self, handovers: Handovers) -> None:
         if handovers:

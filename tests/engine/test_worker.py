@@ -73,7 +73,7 @@ class Juggler:
         self.door = Door()
         self.failures = Failures(name, "tiny", lambda: self.responds)
         self.wake: Callable[[], None] = lambda: None
-        self.responds = True
+        self.responds, self.tells = True, False
         self.raises: list[str] = []  # what the next calls raise in
         self.error: BaseException = RuntimeError()
         self.n_turns = 0
@@ -87,6 +87,10 @@ class Juggler:
         self.air |= {ball: ball.n_turns for ball in balls}
         self.door.enter(len(balls))
         self.wake()
+
+    def tell_before_calls(self, tell: Callable[[], None]) -> bool:
+        self.tell = tell
+        return self.tells
 
     def has_work(self) -> bool:
         return bool(self.air)
@@ -144,6 +148,62 @@ async def test_one_crossing_per_turn() -> None:
     assert [ball.deliveries for ball in balls] == [[1, 2, 3, 4, 5]] * 32
     await asyncio.to_thread(worker.stop)
     assert loop.n_crossings == 5
+
+
+class Teller(Juggler):
+    """Says in every turn but those in `silent` that the interpreter is free, in the middle of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tells = True
+        self.silent: set[int] = set()
+        self.n_told: list[int] = []  # after each turn's call: what has crossed by then
+
+    def turn(self) -> Handovers:
+        if self.n_turns + 1 not in self.silent:
+            self.tell()
+        self.n_told.append(self.loop.n_crossings)
+        return super().turn()
+
+    loop: CountingLoop
+
+
+async def test_results_cross_when_the_next_turn_needs_no_interpreter() -> None:
+    lane, ball = Teller(), Ball(5)
+    lane.loop = CountingLoop()
+    lane.silent = {3}
+    lane.throw([ball])
+    worker = DeviceWorker([lane])
+    worker.start(lane.loop)  # type: ignore[arg-type]
+    await wait(ball.back)
+    assert ball.deliveries == [1, 2, 3, 4, 5]
+    # The second turn's wait for no call longer than the third turn; then the third's come with them.
+    assert lane.n_told == [0, 1, 1, 2, 3]
+    assert lane.loop.n_crossings == 4
+    await asyncio.to_thread(worker.stop)
+
+
+async def test_the_last_results_wait_for_nothing() -> None:
+    lane, other, ball = Teller(), Juggler("translate"), Ball()
+    lane.loop = CountingLoop()
+    other.throw([Ball(1_000_000)])
+    async with working(lane, other):
+        lane.throw([ball])
+        await wait(ball.back)
+
+
+async def test_what_is_held_comes_before_an_error() -> None:
+    lane, ball = Teller(), Ball(9)
+    lane.loop = CountingLoop()
+    lane.throw([ball])
+    worker = DeviceWorker([lane])
+    worker._loop = lane.loop  # type: ignore[assignment]
+    assert worker._turn(lane)
+    assert lane.loop.n_crossings == 0
+    lane.raises, lane.silent = ["turn"], {2}
+    assert worker._turn(lane)
+    await wait(ball.back)
+    assert (ball.deliveries[0], type(ball.deliveries[1])) == (1, StepFailed)
 
 
 async def test_every_lane_has_its_turn() -> None:
