@@ -1,11 +1,29 @@
-"""White space as the models have read it."""
+"""White space and composed letters as the models have read them."""
 
 from __future__ import annotations
+
+import re
+import unicodedata
 
 # No-break, thin, ideographic spaces; tabs and other control characters, but not what breaks lines.
 _SPACES = [0xA0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000]
 _CONTROLS = [code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\r"]
 _TABLE = dict.fromkeys([*_SPACES, *_CONTROLS], " ")
+
+
+# Spaces without width, soft hyphens, marks of direction.
+UNSEEN = "\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff"
+_UNSEEN = re.compile(f"[{UNSEEN}]")
+
+
+def composed(text: str) -> str:
+    """Letters that came in parts, as Hangul from some file systems does, in one: it says the same."""
+    return unicodedata.normalize("NFC", text)
+
+
+def plain(text: str) -> str:
+    """A text whose places do not matter: composed, with plain spaces, without what nobody sees."""
+    return plain_spaces(_UNSEEN.sub("", composed(text)))
 
 
 def plain_spaces(text: str) -> str:

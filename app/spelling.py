@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from app.spaces import plain_spaces
+from app.spaces import UNSEEN, plain_spaces
 
 # Full-width letters, digits and punctuation, and the full stop and comma that go with them.
 _NARROW = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)} | {0x3002: ".", 0x3001: ","}
@@ -31,6 +31,60 @@ _AFTER_NO_NAME = re.compile(
 _SHORT = re.compile(rf"(?<![\w'’.@/-])(?:{'|'.join(_WITHOUT)})(?![\w'’@/-]|\.\w)", re.IGNORECASE)
 # A key (1️⃣) says no more than its sign; a comma has a space behind it.
 _KEY_OR_COMMA = re.compile("([0-9#*])\ufe0f?\u20e3|,(?=[^\\W\\d_])")
+# Spaces without width, soft hyphens, marks of direction; and the second space of several.
+_UNSEEN = re.compile(f"[{UNSEEN}]+|(?<= ) +")
+_FRACTIONS = {"½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"}
+_FRACTION = re.compile(f"[{''.join(_FRACTIONS)}]")
+_UNITS = {"min": "minute", "hr": "hour", "sec": "second"}
+_IN_FULL = re.compile(
+    r"(?<![\w.])(?:(?P<number>[Nn]o)\. ?(?=\d)|(?P<short>A\.I\.|e\.g\.|i\.e\.)(?!\w)"
+    r"|(?P<count>\d+)(?P<unit> ?(?:min|hr|sec)s?)\b(?P<stop>\.(?= ?[^\s])|))"
+)
+_SHORT_FORMS = {"A.I.": "AI", "e.g.": "for example", "i.e.": "that is"}
+
+# Questions by their words alone: a verb before its subject, or a question word with a verb.
+_SUBJECT = (
+    r"(?:you|we|they|i|he|she|u|it|this|that|there|any(?:one|body)|some(?:one|body)|(?:your|his|her|the) \w+)"
+)
+_ENGLISH_QUESTION = re.compile(
+    r"(?:(?:hey|so|ok(?:ay)?|oh|well|hi|hello),? )?(?:"
+    r"(?:do|have|am|don't|haven't) (?:you|we|they|i|u) \w"  # but: do the dishes
+    rf"|(?:does|did|are|is|was|were|can|could|will|would|should|has|doesn't|didn't|aren't|isn't|can't|won't) "
+    rf"{_SUBJECT} \w"
+    r"|(?:what|where|when|why|how|who|which)"
+    r"(?:'s| (?:is|are|r|was|were|do|does|did|can|could|will|would|should)) \w"
+    r"|what (?:time|kind of)\b|how (?:much|many|long|far|often|old|about)\b|why not\b)",
+    re.IGNORECASE,
+)
+_KOREAN_ENDING = re.compile(
+    r"(?:까요|(?:있|없|하|되|시|주|쓰|[았었였했갔왔됐])나요|(?:은|는|인|던|건|한)가요|[뭐디제구마]야|[뭐디제구마]예요)$"
+)
+_QUESTION_WORDS = (
+    "뭐|뭘|뭐가|뭐를|어디|어디서|어디에|어디로|어디까지|언제|누구|누가|왜|어떻게|몇 시에?|얼마나|무슨|어느"
+)
+_KOREAN_QUESTION = re.compile(
+    rf"(?:\S+ ){{0,3}}(?:{_QUESTION_WORDS})(?! 한 ?번)(?: \S+){{1,4}}(?<=[요어아해야지니래돼와가까])$"
+)
+_NO_QUESTION = re.compile(r"[는은을던든]지(?!\S)")  # 어떻게 하는지 알아요
+
+
+def asks(text: str, language: str) -> bool:
+    """Is a sentence a question by its words, and has no mark at its end? Where in doubt it is none."""
+    if not text[-1:].isalnum():
+        return False
+    if language == "en":
+        return _ENGLISH_QUESTION.match(text) is not None
+    if language != "ko" or _NO_QUESTION.search(text):
+        return False
+    before = {"니까": "ㅂ", "까": "ㄹ"}  # 갑니까, 갈까; but 가니까
+    by_sound = any(text.endswith(end) and _final(text[: -len(end)]) == sound for end, sound in before.items())
+    return by_sound or bool(_KOREAN_ENDING.search(text) or _KOREAN_QUESTION.match(text))
+
+
+def _final(text: str) -> str:
+    """The last consonant of a text's last syllable where it is ㄹ or ㅂ."""
+    last = text[-1:]
+    return {8: "ㄹ", 17: "ㅂ"}.get((ord(last) - 0xAC00) % 28, "") if "가" <= last <= "힣" else ""
 
 
 def narrow(text: str) -> str:
@@ -47,15 +101,31 @@ def plain_signs(text: str, language: str) -> str:
 def respelt(text: str, language: str) -> list[tuple[int, int, str]]:
     """What else is spelt otherwise and means the same, as runs (start, stop, usual form), in order.
 
-    `language` is a code of ISO 639-1; in English "dont" is don't.
+    `language` is a code of ISO 639-1; in English "dont" is don't, and "No. 7" number 7. A question that lacks
+    its mark gets one.
     """
-    found = []
+    found = [(*match.span(), "") for match in _UNSEEN.finditer(text)]
+    for match in _FRACTION.finditer(text):
+        gap = " " if text[match.start() - 1 : match.start()].isdigit() else ""
+        found.append((*match.span(), gap + _FRACTIONS[match.group()]))
     for match in _KEY_OR_COMMA.finditer(text):
         gap = " " if match[1] is None or text[match.end() : match.end() + 1].isalpha() else ""
         found.append((*match.span(), (match[1] or ",") + gap))
     if language == "en":
         found += [(*m.span(), usual) for m in _SHORT.finditer(text) if (usual := _with_apostrophe(m))]
+        found += [(*m.span(), _in_full(m)) for m in _IN_FULL.finditer(text)]
+    if asks(text, language):
+        found.append((len(text), len(text), "?"))
     return sorted(found)
+
+
+def _in_full(match: re.Match[str]) -> str:
+    if match["number"]:
+        return "Number " if match["number"][0] == "N" and match.start() == 0 else "number "
+    if match["short"]:
+        return _SHORT_FORMS[match["short"]]
+    unit = _UNITS[match["unit"].strip().removesuffix("s")]
+    return f"{match['count']} {unit}" + ("s" if int(match["count"]) != 1 else "")
 
 
 def _with_apostrophe(match: re.Match[str]) -> str | None:

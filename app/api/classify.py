@@ -13,7 +13,7 @@ from app.api.deps import BodyRoute, Call, CallDep, gather, note_times, prepare
 from app.engine.batch import BatchItem, Logits
 from app.engine.registry import OneShotLane, Task
 from app.errors import InvalidRequest, Json
-from app.spaces import plain_spaces
+from app.spaces import plain
 
 router = APIRouter(route_class=BodyRoute)
 
@@ -112,7 +112,7 @@ def _encode_all(named: dict[str, str], task: Task[OneShotLane]) -> list[list[int
 
 def _encode(name: str, text: str, task: Task[OneShotLane]) -> list[int]:
     tokenizer, limit = task.tokenizer, task.lane.limits.max_item_tokens
-    token_ids = tokenizer.text_ids(plain_spaces(text))
+    token_ids = tokenizer.text_ids(plain(text))
     if len(token_ids) > limit:
         raise InvalidRequest(f"{name} has {len(token_ids)} tokens, the limit is {limit}")
     return token_ids

@@ -12,7 +12,7 @@ from app.engine.batch import BatchItem, Filled
 from app.engine.registry import OneShotLane, Task
 from app.errors import InvalidRequest, Json, NotLoaded, brief
 from app.settings import Settings
-from app.spaces import plain_spaces
+from app.spaces import plain
 from model.tokenizer import Tokenizer
 
 router = APIRouter(route_class=BodyRoute)
@@ -151,7 +151,7 @@ def _encode_all(inputs: str | list[str], task: Task[OneShotLane], settings: Sett
 
 def _encode(name: str, text: str, task: Task[OneShotLane], settings: Settings) -> MaskedText:
     tokenizer, limit = task.tokenizer, task.lane.limits.max_item_tokens
-    token_ids, spaced = tokenizer.masked_ids(plain_spaces(text))
+    token_ids, spaced = tokenizer.masked_ids(plain(text))
     if not spaced:
         raise InvalidRequest(f"{name} has no mask; write {tokenizer.mask_token} where a word is missing")
     check_count(f"the number of masks in {name}", len(spaced), 1, settings.max_masks)

@@ -27,6 +27,7 @@ from app.engine.registry import GeneratingLane, Task
 from app.errors import InvalidRequest, Json
 from app.languages import detect_language
 from app.settings import Settings
+from app.spaces import composed
 from app.spelling import narrow
 from model.languages import language_name
 from model.sampling import BeamParams
@@ -237,7 +238,7 @@ async def detect_text(
     if text is None:
         raise InvalidRequest("q: Field required")
     check_text("q", text, call.services.settings.max_text_chars)
-    found = detect_language(narrow(text))
+    found = detect_language(narrow(composed(text)))
     return Json([Detection(confidence=round(100 * found.probability, 1), language=found.code)])
 
 

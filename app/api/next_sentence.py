@@ -13,7 +13,7 @@ from app.engine.batch import BatchItem
 from app.engine.registry import OneShotLane, Task
 from app.errors import InvalidRequest, Json, NotLoaded
 from app.settings import Settings
-from app.spaces import plain_spaces
+from app.spaces import plain
 
 router = APIRouter(route_class=BodyRoute)
 
@@ -108,7 +108,7 @@ def _encode_all(pairs: dict[str, Pair], task: Task[OneShotLane]) -> list[tuple[l
 def _encode(name: str, pair: Pair, task: Task[OneShotLane]) -> tuple[list[int], list[int]]:
     """[CLS] first [SEP] second [SEP], and the segment of each token."""
     limit = task.lane.limits.max_item_tokens
-    ids, segments = task.tokenizer.pair_ids(plain_spaces(pair.first), plain_spaces(pair.second))
+    ids, segments = task.tokenizer.pair_ids(plain(pair.first), plain(pair.second))
     if len(ids) > limit:
         raise InvalidRequest(f"{name} has {len(ids)} tokens together, the limit is {limit}")
     return ids, segments

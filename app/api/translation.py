@@ -39,6 +39,7 @@ from app.protection import (
     unused_mark,
 )
 from app.sentences import Part, split_text
+from app.spaces import composed
 from app.spelling import narrow, plain_signs, respelt
 from model.constraints import Phrase
 from model.languages import UNDETERMINED, find_language, iso_code
@@ -60,6 +61,15 @@ _WITHIN = re.compile(f"(?<!\\s)\\s*(?:[\u2600-\u26ff\u2705\u2728\u2764\U0001f000
 _HEARTS = "\u2665\u2764\U0001f493\U0001f495-\U0001f49f\U0001f90d\U0001f90e\U0001f9e1\U0001fa75-\U0001fa77"
 _IS_LOVE = re.compile(f"\\s*[{_HEARTS}]\ufe0f?")
 _LOVING = re.compile(r"(?:^|[.!?,;]\s)(?:I|We|They|You)$")
+# A picture behind one of these ends a sentence.
+_AFTER_SENTENCE = re.compile(
+    "(?<=[요죠까ㅋㅎㅠㅜ])(?:[\u2600-\u26ff\u2764\U0001f000-\U0001faff\ufe0f\u200d]+|\\^\\^+) (?=[가-힣])"
+)
+# What stands behind a sentence and is no part of it: the tags of a post, faces, more of its marks.
+_TAG_OR_FACE = re.compile(r"#[^\W\d_]\w*|[:;]-?[)(DP]|:'\(|\^_?\^+|T[_.]T")
+_FACE = re.compile(r"(?<!:)(?:[:;]-?[)(]|\^_?\^+)$")
+_MORE_MARKS = re.compile(r"(?<=[!?])(?<![!?]{2})[!?]+$")
+_SENTENCE_END = re.compile(r"""[.!?…]["'”’)\]]*$""")
 _BESIDE_PICTURE = re.compile("[\\s\ufe0f\u200d\u20e3\U000e0020-\U000e007f]")
 
 
@@ -232,7 +242,7 @@ def counterpart(language: str, known: list[str]) -> str | None:
 
 def known_language(name: str, text: str, tokenizer: Tokenizer, parameter: str) -> tuple[Detected, str]:
     """The language of a text, and what the model calls it; raises InvalidRequest where it knows none."""
-    detected, known = detect_language(narrow(text)), tokenizer.sources
+    detected, known = detect_language(narrow(composed(text))), tokenizer.sources
     found = find_language(detected.code, known) or find_language(UNDETERMINED, known)
     if found is None:
         raise InvalidRequest(
@@ -281,6 +291,7 @@ def _draft_all(
 def _draft(text: str, src: str, tgt: str, task: Task[GeneratingLane], form: TextForm) -> list[str | _Draft]:
     if src == tgt:
         return [text]
+    text = composed(text)
     drafts: list[str | _Draft] = []
     for chunk in read_html(text) if form.is_html else [Segment(text, unused_mark(text))]:
         drafts += [chunk] if isinstance(chunk, str) else _Drafting(task, form, src, tgt).draft(chunk)
@@ -309,15 +320,15 @@ class _Drafting:
         bounds = [(end - len(part.text), end) for part, end in zip(parts, ends, strict=True)]
         around = Around(_moved(segment.elements, marked), bounds, [part.is_sentence for part in parts])
         drafts: list[str | _Draft] = []
-        # A whole text without its language's letters is for whoever named that to answer for.
-        letters = _LETTERS.get(iso_code(self.src))
-        is_mixed = letters is not None and letters.search(segment.text) is not None
-        n_spans = 0
+        n_spans, ended = 0, False
         for i, (part, (start, _)) in enumerate(zip(parts, bounds, strict=True)):
             n = part.text.count(mark)
             own_spans, n_spans = spans[n_spans : n_spans + n], n_spans + n
             elements = [replace(e, start=e.start - start, stop=e.stop - start) for e in around.within(i)]
-            drafted = self._draft_part(part, mark, own_spans, elements, is_mixed=is_mixed)
+            drafted = self._draft_part(part, mark, own_spans, elements)
+            if ended and not segment.elements and part.is_sentence and part.text[0].isalnum():
+                drafts.append(" ")  # they were typed without one
+            ended = part.is_sentence and _SENTENCE_END.search(part.text) is not None
             drafts += [around.before(i), *drafted, around.after(i)]
         return drafts
 
@@ -329,14 +340,14 @@ class _Drafting:
         return [part for whole in wholes for part in _cut(whole, mark, with_pictures=with_pictures)]
 
     def _draft_part(
-        self, part: Part, mark: str, spans: list[Span], elements: list[Element], *, is_mixed: bool
+        self, part: Part, mark: str, spans: list[Span], elements: list[Element]
     ) -> list[str | _Draft]:
         """A part as it goes to the model, with the pictures that stand before and behind it, or as it is."""
         bare = part.text.replace(mark, "")
-        if is_mixed and self._is_foreign(bare):
+        if self._is_foreign(bare):
             spans = [replace(span, output=span.source, unit="") for span in spans]
             return [self._verbatim(part.text, mark, spans, elements)]
-        if not part.is_sentence or not is_translatable(bare):
+        if not part.is_sentence or not is_translatable(bare[: _end_of_words(bare)]):
             spans = [
                 replace(span, output=span.source[:1] + span.output) if span.unit else span for span in spans
             ]
@@ -344,7 +355,8 @@ class _Drafting:
         language = iso_code(self.src)
         pulled, before, behind = _pull_pictures(part.text, mark, elements, is_english=language == "en")
         elements = _moved(elements, pulled)
-        text = plain_signs(pulled.text, language)
+        end = len(pulled.text) if elements else _end_of_words(pulled.text)
+        text, behind = plain_signs(pulled.text[:end], language), pulled.text[end:] + behind
         if language == "en" and reads_badly(text):
             text = in_small_letters(text)
         usual = replace_runs(text, respelt(text, language))
@@ -387,12 +399,18 @@ def _cut(part: Part, mark: str, *, with_pictures: bool) -> list[Part]:
     if signs := _LIST_SIGNS.match(text):
         around.append(Part(signs.group(), False))
         text = text[signs.end() :]
-    start, stop = _without_pictures(text) if with_pictures else (0, len(text))
-    runs = [
-        Part(text[:start], False),
-        *_cut_at_marks(Part(text[start:stop], True), mark),
-        Part(text[stop:], False),
-    ]
+    if not with_pictures:
+        return [*around, *_cut_at_marks(Part(text, True), mark)]
+    runs: list[Part] = []
+    at = 0
+    for end in [*(match.end() for match in _AFTER_SENTENCE.finditer(text)), len(text)]:
+        sentence, at = text[at:end], end
+        start, stop = _without_pictures(sentence)
+        runs += [
+            Part(sentence[:start], False),
+            *_cut_at_marks(Part(sentence[start:stop], True), mark),
+            Part(sentence[stop:], False),
+        ]
     return [*around, *(run for run in runs if run.text)]
 
 
@@ -440,6 +458,23 @@ def _pull_pictures(
         at = stop
     bare = replace_runs(text, runs)
     return (bare, before, behind) if is_translatable(bare.text) else (Edited(text, ()), "", "")
+
+
+def _end_of_words(text: str) -> int:
+    """Where what the model reads of a sentence ends, before tags, faces and repeated marks."""
+    end = len(text)
+    while True:
+        words = text[:end].rstrip()
+        start = words.rfind(" ") + 1
+        if not _TAG_OR_FACE.fullmatch(words, start):
+            found = _FACE.search(words)
+            is_face = found and not (words.endswith(")") and words.count("(") >= words.count(")"))
+            start = found.start() if found and is_face else len(words)
+        if start == len(words):
+            break
+        end = len(text[:start].rstrip())
+    more = _MORE_MARKS.search(text[:end])
+    return more.start() if more else end
 
 
 def _as_typed(span: Span, text: str) -> Span:

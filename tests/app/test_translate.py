@@ -1,5 +1,6 @@
 """POST /translate on the lane that shouts."""
 
+import unicodedata
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ from fastapi import FastAPI
 
 from app.casing import in_small_letters, reads_badly
 from app.protection import replace_runs
-from app.spelling import narrow, plain_signs, respelt
+from app.spelling import asks, narrow, plain_signs, respelt
 from tests.app.fakes import FakeDecodeLane, byte_tokenizer
 
 Client = httpx.AsyncClient
@@ -48,7 +49,7 @@ async def test_n_best(client: Client) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", " ", "\n", "\t \u3000\r\n", "a", "A b.  C d!\n\n\n - e?\r\n", "\ufeffa", "🙂 x"]
+    "text", ["", " ", "\n", "\t \u3000\r\n", "a", "Go home.  See you!\n\n\n - e?\r\n", "🙂 x"]
 )
 async def test_white_space_is_kept(client: Client, translate_lane: FakeDecodeLane, text: str) -> None:
     assert await translate(client, text) == [{"translation_text": text.upper()}]
@@ -77,9 +78,9 @@ async def test_a_sentence_over_the_limit_is_not_cut(client: Client, translate_la
         ("I go home", {}, "ko"),
         ("나는 집에 간다", {}, "en"),
         ("ok", {}, "ko"),
-        ("나는 집에 간다", {"src_lang": "en"}, "ko"),
+        ("집 home", {"src_lang": "en"}, "ko"),
         ("나는 집에 간다", {"tgt_lang": "en"}, "en"),
-        ("I go home", {"src_lang": "ko", "tgt_lang": "en"}, "en"),
+        ("집 home", {"src_lang": "ko", "tgt_lang": "en"}, "en"),
         ("I go home", {"src_lang": None, "tgt_lang": None}, "ko"),
     ],
 )
@@ -95,11 +96,10 @@ async def test_languages(
 async def test_what_is_in_the_target_stays(
     client: Client, translate_lane: FakeDecodeLane, text: str, target: str
 ) -> None:
-    """Unless its language is named: then whoever asks knows better."""
-    assert await translate(client, text, tgt_lang=target) == [{"translation_text": text}]
+    """Whatever language is named: of a sentence in other letters the model would make anything."""
+    for more in ({}, {"src_lang": "en" if target == "ko" else "ko"}):
+        assert await translate(client, text, tgt_lang=target, **more) == [{"translation_text": text}]
     assert not translate_lane.submitted
-    await translate(client, text, tgt_lang=target, src_lang="en" if target == "ko" else "ko")
-    assert translate_lane.submitted
 
 
 @pytest.mark.parametrize("space", ["\u00a0", "\t", "\u2009", "\u3000", "\x00", "\x1b"])
@@ -173,6 +173,94 @@ def test_what_is_typed_otherwise_is_read_in_its_usual_form(text: str, language: 
     assert replace_runs(plain, respelt(plain, language)).text == read
 
 
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("do you want to eat something", "en"),
+        ("hey are you there now", "en"),
+        ("Is the store open", "en"),
+        ("what r u doing tonight", "en"),
+        ("so what's your name", "en"),
+        ("How much is this", "en"),
+        ("뭐 해요", "ko"),
+        ("지금 어디 가", "ko"),
+        ("이거 얼마예요", "ko"),
+        ("밥 먹을까", "ko"),
+        ("식사하셨습니까", "ko"),
+        ("집에 갈까요", "ko"),
+        ("예약할 수 있나요", "ko"),
+    ],
+)
+def test_questions_without_their_mark(text: str, language: str) -> None:
+    assert asks(text, language)
+    assert not asks(f"{text}?", language)
+    assert not asks(f"{text}.", language)
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("do the dishes", "en"),
+        ("have a nice day", "en"),
+        ("what a day", "en"),
+        ("when I get home I sleep", "en"),
+        ("can you", "en"),
+        ("and is the best", "en"),
+        ("I know where you are", "en"),
+        ("비가 오니까", "ko"),
+        ("내일 만나요", "ko"),
+        ("소리가 나요", "ko"),
+        ("어떻게 하는지 알아요", "ko"),
+        ("언제 한번 밥 먹어요", "ko"),
+        ("나는 뭐든지 먹어", "ko"),
+        ("are you there now", "fr"),
+        ("", "ko"),
+    ],
+)
+def test_what_may_be_no_question(text: str, language: str) -> None:
+    assert not asks(text, language)
+
+
+@pytest.mark.parametrize(
+    ("text", "read", "answer"),
+    [
+        ("Go home!!!! Now??!", ["Go home!", "Now?"], "GO HOME!!!! NOW??!"),
+        ("Thanks :) #travel #봄", ["Thanks"], "THANKS :) #travel #봄"),
+        ("Thanks!! ^^", ["Thanks!"], "THANKS!! ^^"),
+        ("See you:) ;-)", ["See you"], "SEE YOU:) ;-)"),
+        ("Go (now) and C:D", ["Go (now) and C:D"], "GO (NOW) AND C:D"),
+        ("These (and why:)", ["These (and why:)"], "THESE (AND WHY:)"),
+        ("#travel #봄", [], "#travel #봄"),
+        ("T_T", [], "T_T"),
+        ("Yes.Good.See you", ["Yes.", "Good.", "See you"], "YES. GOOD. SEE YOU"),
+        ("cafe\u0301 now", ["caf\u00e9 now"], "CAF\u00c9 NOW"),
+    ],
+)
+async def test_what_stands_behind_a_sentence(
+    client: Client, translate_lane: FakeDecodeLane, text: str, read: list[str], answer: str
+) -> None:
+    assert await translate(client, text, src_lang="en") == [{"translation_text": answer}]
+    tokenizer = byte_tokenizer()
+    assert [tokenizer.decode(each.prompt_ids).strip() for each in translate_lane.submitted] == read
+
+
+async def test_pictures_end_a_korean_sentence(client: Client, translate_lane: FakeDecodeLane) -> None:
+    (answer,) = await translate(
+        client, "고마워요❤️ 사랑해요^^ 바다 \U0001f30a 좋다", src_lang="ko", tgt_lang="en"
+    )
+    tokenizer = byte_tokenizer()
+    read = [tokenizer.decode(each.prompt_ids).strip() for each in translate_lane.submitted]
+    assert read == ["고마워요", "사랑해요", "바다 좋다"]
+    assert answer["translation_text"] == "고마워요❤️ 사랑해요^^ 바다 좋다 \U0001f30a"
+
+
+async def test_hangul_in_parts_is_read_as_whole(client: Client, translate_lane: FakeDecodeLane) -> None:
+    await translate(client, unicodedata.normalize("NFD", "나는 집에 간다."))
+    tokenizer = byte_tokenizer()
+    wanted = tokenizer.source_ids(tokenizer.encode("나는 집에 간다."), "en")
+    assert translate_lane.submitted[-1].prompt_ids == wanted
+
+
 async def test_a_sentence_reaches_the_model_in_its_usual_form(
     client: Client, translate_lane: FakeDecodeLane
 ) -> None:
@@ -186,8 +274,6 @@ async def test_a_sentence_of_the_other_language_stays(client: Client, translate_
     (answer,) = await translate(client, text, src_lang="ko", tgt_lang="en")
     assert len(translate_lane.submitted) == 2
     assert " How are you? " in answer["translation_text"]
-    await translate(client, "How are you?", src_lang="ko", tgt_lang="en")  # whoever says so knows better
-    assert len(translate_lane.submitted) == 3
 
 
 async def test_pictures_around_a_sentence_stay(client: Client, translate_lane: FakeDecodeLane) -> None:
