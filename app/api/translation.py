@@ -61,13 +61,15 @@ _WITHIN = re.compile(f"(?<!\\s)\\s*(?:[\u2600-\u26ff\u2705\u2728\u2764\U0001f000
 _HEARTS = "\u2665\u2764\U0001f493\U0001f495-\U0001f49f\U0001f90d\U0001f90e\U0001f9e1\U0001fa75-\U0001fa77"
 _IS_LOVE = re.compile(f"\\s*[{_HEARTS}]\ufe0f?")
 _LOVING = re.compile(r"(?:^|[.!?,;]\s)(?:I|We|They|You)$")
-# A picture behind one of these ends a sentence.
+# A picture behind one of these ends a sentence, and so do laughing and weeping.
 _AFTER_SENTENCE = re.compile(
     "(?<=[요죠까ㅋㅎㅠㅜ])(?:[\u2600-\u26ff\u2764\U0001f000-\U0001faff\ufe0f\u200d]+|\\^\\^+) (?=[가-힣])"
+    "|[ㅋㅎㅠㅜ]{2,}[.!?~]* +(?=\\S)"
 )
+_FEELINGS = re.compile("\\s?(?:[ㅠㅜ]{2,}|(?P<laughing>[ㅋㅎ]{2,}))")
 # What stands behind a sentence and is no part of it: the tags of a post, faces, more of its marks.
-_TAG_OR_FACE = re.compile(r"#[^\W\d_]\w*|[:;]-?[)(DP]|:'\(|\^_?\^+|T[_.]T")
-_FACE = re.compile(r"(?<!:)(?:[:;]-?[)(]|\^_?\^+)$")
+_TAG_OR_FACE = re.compile(r"#[^\W\d_]\w*|[:;]-?[)(DP]|:'\(|\^_?\^+|T[_.]T|[ㅋㅎ]{2,}|[ㅠㅜ]{2,}")
+_FACE = re.compile(r"(?<!:)(?:[:;]-?[)(]|\^_?\^+|[ㅋㅎ]{2,}|[ㅠㅜ]{2,})$")
 _MORE_MARKS = re.compile(r"(?<=[!?])(?<![!?]{2})[!?]+$")
 _SENTENCE_END = re.compile(r"""[.!?…]["'”’)\]]*$""")
 _BESIDE_PICTURE = re.compile("[\\s\ufe0f\u200d\u20e3\U000e0020-\U000e007f]")
@@ -351,12 +353,13 @@ class _Drafting:
             spans = [
                 replace(span, output=span.source[:1] + span.output) if span.unit else span for span in spans
             ]
-            return [self._verbatim(part.text, mark, spans, elements)]
+            text = part.text if elements else self._in_words(part.text)
+            return [self._verbatim(text, mark, spans, elements)]
         language = iso_code(self.src)
         pulled, before, behind = _pull_pictures(part.text, mark, elements, is_english=language == "en")
         elements = _moved(elements, pulled)
         end = len(pulled.text) if elements else _end_of_words(pulled.text)
-        text, behind = plain_signs(pulled.text[:end], language), pulled.text[end:] + behind
+        text, behind = plain_signs(pulled.text[:end], language), self._in_words(pulled.text[end:]) + behind
         if language == "en" and reads_badly(text):
             text = in_small_letters(text)
         usual = replace_runs(text, respelt(text, language))
@@ -365,6 +368,14 @@ class _Drafting:
         prompt_ids = tokenizer.source_ids(tokenizer.encode(hidden.text), self.tgt, src_lang=self.src)
         elements = _moved(_moved(elements, usual), edited)
         return [before, _Draft(prompt_ids, tokenizer.target_ids(self.tgt), hidden, elements), behind]
+
+    def _in_words(self, signs: str) -> str:
+        """Signs behind a sentence for readers of the target: ㅋㅋ says nothing to who reads no Hangul."""
+        if iso_code(self.tgt) == "ko":
+            return signs
+        return _FEELINGS.sub(lambda match: f" {'haha' if match['laughing'] else ':('}", signs).replace(
+            "  ", " "
+        )
 
     def _is_foreign(self, text: str) -> bool:
         """Is a sentence in the letters of the target alone?"""

@@ -254,6 +254,25 @@ async def test_pictures_end_a_korean_sentence(client: Client, translate_lane: Fa
     assert answer["translation_text"] == "고마워요❤️ 사랑해요^^ 바다 좋다 \U0001f30a"
 
 
+@pytest.mark.parametrize(
+    ("text", "read", "answer"),
+    [
+        ("떨어졌어ㅠㅠ", ["떨어졌어"], "떨어졌어 :("),
+        ("좋아 ㅋㅋㅋ 가자ㅎㅎ", ["좋아", "가자"], "좋아 haha 가자 haha"),
+        ("ㅋㅋㅋ 진짜?", ["진짜?"], "haha 진짜?"),
+        ("ㅠㅠ", [], ":("),
+        ("ㅇㅇ", ["ㅇㅇ"], "ㅇㅇ"),
+    ],
+)
+async def test_laughing_and_weeping_are_said_in_the_readers_letters(
+    client: Client, translate_lane: FakeDecodeLane, text: str, read: list[str], answer: str
+) -> None:
+    (found,) = await translate(client, text, src_lang="ko", tgt_lang="en")
+    tokenizer = byte_tokenizer()
+    assert [tokenizer.decode(each.prompt_ids).strip() for each in translate_lane.submitted] == read
+    assert found["translation_text"].strip() == answer
+
+
 async def test_hangul_in_parts_is_read_as_whole(client: Client, translate_lane: FakeDecodeLane) -> None:
     await translate(client, unicodedata.normalize("NFD", "나는 집에 간다."))
     tokenizer = byte_tokenizer()
