@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from dotenv import dotenv_values
 from fastapi import FastAPI
 from pydantic import ValidationError
 
@@ -20,7 +21,7 @@ from app.connections import FACTOR, bounded
 from app.keys import KeyFileError, key_line, make_key
 from app.lifecycle import begin_drain
 from app.logs import configure_logs
-from app.settings import Settings, settings_table, unknown_variables
+from app.settings import ENV_FILE, Settings, settings_table, unknown_variables
 
 log = logging.getLogger("app")
 
@@ -73,7 +74,7 @@ class DrainingServer(uvicorn.Server):
 
 def warn_of_unknown_variables() -> None:
     """A misspelled variable changes nothing, and nobody would know."""
-    unknown = unknown_variables(os.environ)
+    unknown = unknown_variables({*os.environ, *dotenv_values(ENV_FILE)})
     if unknown:
         log.warning("no such settings, ignored: %s", ", ".join(unknown))
 

@@ -19,6 +19,7 @@ _FIELD = re.compile(r'"(\w{1,32})"\s*:')
 _GLIMPSED_BYTES = 1024
 _BRACKET = re.compile(r"[\[\]{}]")
 _ITEM_CHARACTERS = ",[]{}"
+_LISTED_NUMBER = re.compile(r"[\[,]\s*+[-\d]")
 _FORM = "application/x-www-form-urlencoded"
 MAX_FORM_FIELDS = 1000
 BROKEN_BODY = "broken_body"  # in a scope's state: what came is no HTTP, and nothing more of it is read
@@ -79,7 +80,9 @@ def replay(body: bytes, receive: Receive) -> Receive:
 
 
 def count_characters(body: bytes, content_type: str, query: bytes, limits: BodyLimits) -> int:
-    """The characters of all strings of a request. Raises InvalidRequest for a structure over the limits.
+    """The characters of all strings of a request, and one for each number in a list, which may be a token.
+
+    Raises InvalidRequest for a structure over the limits.
 
     Before the JSON is parsed: a few megabytes of brackets would become a hundred times as much memory.
     """
@@ -107,7 +110,8 @@ def _measure_json(text: str, limits: BodyLimits) -> int:
         raise InvalidRequest(f"the body nests {deepest} deep, the limit is {limits.max_depth}")
     # An escape \uXXXX is one character; clients that write ASCII send all Korean like that.
     n_escapes = text.replace("\\\\", "").count("\\u")  # behind an escaped backslash a u is a letter
-    return max(0, len(text) - len(bare) - 2 * n_strings - 5 * n_escapes)
+    n_numbers = sum(1 for _ in _LISTED_NUMBER.finditer(bare))
+    return max(0, len(text) - len(bare) - 2 * n_strings - 5 * n_escapes) + n_numbers
 
 
 def read_fields(body: bytes, content_type: str) -> Mapping[str, Any] | None:

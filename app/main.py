@@ -87,8 +87,11 @@ _SLOTS = {"translate": "translate_slots", "generate": "generate_slots"}
 _FEWEST = {"translate": 32, "generate": 16}
 
 
-# Reading so many tokens of a prompt takes about as long as a step of many rows.
+# What one turn may read: of prompts while others generate (about as long as a step of many rows), of prompts
+# else, of a batch. Everybody waits for a turn, so it is no more than keeps a device busy.
 _CHUNK_TOKENS = {"cpu": 64, "cuda": 512}
+_PREFILL_TOKENS = {"cpu": 512, "cuda": 2048}
+_BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 
 
 # None: as suits the device.
@@ -113,8 +116,8 @@ def load_services(settings: Settings, lifecycle: Lifecycle) -> Services:
         device,
         dtype,
         n_slots={endpoint: getattr(settings, setting) for endpoint, setting in _SLOTS.items()},
-        prefill_tokens=settings.prefill_tokens,
-        max_batch_tokens=settings.max_batch_tokens,
+        prefill_tokens=settings.prefill_tokens or _PREFILL_TOKENS[device.type],
+        max_batch_tokens=settings.max_batch_tokens or _BATCH_TOKENS[device.type],
         max_queue_items=settings.max_queue_items,
         max_queue_tokens=settings.max_queue_tokens,
         max_wait_seconds=settings.max_wait_seconds,
@@ -164,6 +167,8 @@ def wanted_models(settings: Settings) -> Iterator[tuple[str, str, Path]]:
     """
     for endpoint, setting in _SETTINGS.items():
         pairs = named_folders(getattr(settings, setting))
+        if not pairs:
+            log.info("%s is empty: its task is off", setting)
         if len(pairs) > settings.max_models:
             raise StartError(f"{setting} names {len(pairs)} models, max_models is {settings.max_models}")
         for name, folder in pairs:

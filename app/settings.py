@@ -30,12 +30,19 @@ def _check_folders(value: str) -> str:
     return value
 
 
+ENV_FILE = ".env"
+
 # A folder, or several with the names that requests choose by; `named_folders` reads it.
 Folders = Annotated[str, BeforeValidator(_as_text), AfterValidator(_check_folders)]
 
 
 def named_folders(value: str) -> list[tuple[str | None, Path]]:
-    """name=folder,... in its order; a plain folder has no name but its own. Raises ValueError."""
+    """name=folder,... in its order; a plain folder has no name but its own, and nothing is none.
+
+    Raises ValueError.
+    """
+    if not value.strip():
+        return []
     if "=" not in value:
         return [(None, Path(value))]
     pairs: list[tuple[str | None, Path]] = []
@@ -72,7 +79,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
-        env_file=".env",
+        env_file=ENV_FILE,
         env_file_encoding="utf-8",
         extra="ignore",
         frozen=True,
@@ -177,7 +184,12 @@ class Settings(BaseSettings):
         le=10_000_000,
         description="tokens that a row holds, prompt and output; 0: what a model can",
     )
-    prefill_tokens: int = Field(2048, ge=1, le=1_000_000, description="prompt tokens taken in by one step")
+    prefill_tokens: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="prompt tokens taken in by one step; 0: 512 on cpu, 2048 on cuda",
+    )
     chunk_tokens: int = Field(
         0,
         ge=0,
@@ -195,7 +207,10 @@ class Settings(BaseSettings):
         description="tokens of prompts that are kept for prompts that begin with the same; 0: none",
     )
     max_batch_tokens: int = Field(
-        8192, ge=1, le=10_000_000, description="padded tokens of one fill-mask batch"
+        0,
+        ge=0,
+        le=10_000_000,
+        description="padded tokens of one fill-mask batch; 0: 512 on cpu, 8192 on cuda",
     )
     max_queue_items: int = Field(512, ge=1, le=1_000_000, description="items that may wait, each model")
     max_queue_tokens: int = Field(65536, ge=1, le=100_000_000, description="tokens that may wait, each model")

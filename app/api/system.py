@@ -57,7 +57,9 @@ async def ready(request: Request) -> Response:
         return error_response(Draining(DRAIN_RETRY_SECONDS), request.scope)
     if is_ready(lifecycle, services) and services is not None:
         return Json(Ready(ready=True, tasks=list(services.tasks)))
-    return error_response(NotReady(f"not ready: {_fault(lifecycle, services) or 'loading'}"), request.scope)
+    is_empty = lifecycle.phase is Phase.SERVING and services is not None and not services.tasks
+    reason = _fault(lifecycle, services) or ("no model is loaded" if is_empty else "loading")
+    return error_response(NotReady(f"not ready: {reason}"), request.scope)
 
 
 @router.get("/info")
@@ -96,8 +98,9 @@ async def scrape(request: Request) -> Response:
 
 
 def is_ready(lifecycle: Lifecycle, services: Services | None) -> bool:
-    """Serving, and the device thread beats."""
-    return lifecycle.phase is Phase.SERVING and services is not None and services.worker.fault is None
+    """Serving some model, and the device thread beats."""
+    serving = lifecycle.phase is Phase.SERVING and services is not None
+    return serving and services is not None and bool(services.tasks) and services.worker.fault is None
 
 
 def _fault(lifecycle: Lifecycle, services: Services | None) -> str | None:
@@ -119,6 +122,7 @@ def _describe(task: AnyTask, endpoint: str, services: Services) -> dict[str, Any
     if "max_new_tokens" in held:  # what a request may ask for, not what a row has room for
         generating, n_prompt = cast(Task[GeneratingLane], task), 1 if endpoint == "generate" else 0
         held["max_new_tokens"] = max_new_tokens(services.settings, generating, n_prompt)
+        held["max_prompt_tokens"] -= n_prompt  # a prompt and what follows share a row
     return {
         "model": task.name,
         "sha256": task.sha256,

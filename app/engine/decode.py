@@ -319,21 +319,21 @@ class _Chunk(NamedTuple):
     n_tokens: int
 
 
-def _neighbours(chunks: list[_Chunk]) -> list[list[_Chunk]]:
-    """Groups in neighbouring rows that begin at one position and are not too different in length."""
+def _neighbours(chunks: list[_Chunk], *, equal: bool) -> list[list[_Chunk]]:
+    """Groups in neighbouring rows that begin at one position and are `equal`, or nearly, in length."""
     groups: list[list[_Chunk]] = []
     for chunk in sorted(chunks, key=lambda chunk: chunk.sequence.rows[0]):
-        if groups and _may_join(groups[-1], chunk):
+        if groups and _may_join(groups[-1], chunk, 1 if equal else 2):
             groups[-1].append(chunk)
         else:
             groups.append([chunk])
     return groups
 
 
-def _may_join(group: list[_Chunk], chunk: _Chunk) -> bool:
+def _may_join(group: list[_Chunk], chunk: _Chunk, most_padding: int) -> bool:
     sizes = [chunk.n_tokens, *(other.n_tokens for other in group)]
     near = chunk.sequence.rows[0] == group[-1].sequence.rows[0] + 1 and chunk.start == group[0].start
-    return near and max(sizes) * len(sizes) <= 2 * sum(sizes)
+    return near and max(sizes) * len(sizes) <= most_padding * sum(sizes)
 
 
 def _next_input(sequence: Sequence, state: _Generation) -> int:
@@ -445,18 +445,38 @@ class GenerateLane(DecodeLane[Drawn]):
     def _read_prompts(self, admitted: list[Sequence]) -> None:
         failed = [sequence for sequence in admitted if not self._begin(sequence)]
         budget = self._prompt_tokens()
+        while chunks := self._next_chunks(budget, failed):
+            budget -= sum(chunk.n_tokens for chunk in chunks)
+            for group in _neighbours(chunks, equal=self._piece is not None):
+                self._note_padding([chunk.n_tokens for chunk in group])
+                _, lost = halving(group, self._prefill, self.failures.note)
+                failed += [chunk.sequence for chunk in lost]
+        self._end(failed, _step_failed)
+
+    @property
+    def _piece(self) -> int | None:
+        """The tokens by which a prompt is read, whatever else there is to do.
+
+        Kernels round numbers to eight bits, which noise in the last place may tip. So that an answer hangs on
+        nobody else, there a prompt is read in the same pieces always, beside none of another length.
+        """
+        if self.runner.kernels is None:
+            return None
+        return min(BLOCK_TOKENS, self.chunk_tokens, self.scheduler.prefill_tokens)
+
+    def _next_chunks(self, budget: int, failed: list[Sequence]) -> list[_Chunk]:
+        """What comes next of every prompt that is not read, within a budget."""
         chunks: list[_Chunk] = []
         for sequence in self.scheduler.running:
             state = self._generations[sequence]
             n_tokens = min(budget, state.n_unread)
+            if self._piece is not None:
+                n_whole = min(state.n_unread, self._piece - state.n_read % self._piece)
+                n_tokens = n_whole if n_whole <= budget else 0
             if n_tokens > 0 and sequence not in failed:
                 budget -= n_tokens
                 chunks.append(_Chunk(sequence, state.n_read, n_tokens))
-        for group in _neighbours(chunks):
-            self._note_padding([chunk.n_tokens for chunk in group])
-            _, lost = halving(group, self._prefill, self.failures.note)
-            failed += [chunk.sequence for chunk in lost]
-        self._end(failed, _step_failed)
+        return chunks
 
     def _begin(self, sequence: Sequence) -> bool:
         """What a prompt needs before its first chunk; False where that failed."""
@@ -613,8 +633,9 @@ class GenerateLane(DecodeLane[Drawn]):
         return self._rows[1]
 
     def _commit(self, chosen: dict[int, Drawn], running: list[Sequence]) -> None:
-        for sequence in running:
-            self._generations[sequence].n_read += 1
+        for state in (self._generations[sequence] for sequence in running):
+            # Of a prompt that is read by pieces a step in the middle counts for nothing: it is read again.
+            state.n_read += self._piece is None or state.n_unread == 0
         # A row in the middle of its prompt has read a token of it, and what was drawn is nobody's.
         ready = [s for s in running if self._generations[s].n_read >= s.n_prompt_tokens]
         self._take({s: chosen[s.rows[0]] for s in running}, ready)

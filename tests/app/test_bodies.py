@@ -24,7 +24,8 @@ def count(body: bytes, content_type: str = JSON, query: bytes = b"") -> int:
         ("", 0),
         ("abc", 3),
         ("가나다", 3),
-        ({"a": "bc", "d": ["ef", 1, None]}, 6),
+        ({"a": "bc", "d": ["ef", 1, None], "g": 23}, 8),
+        ({"a": [300, -1, 2.5]}, 4),  # a number in a list may be a token
         ('[{"', 4),  # three characters, and the backslash of one escape
         ("\\ua\\u가", 8),  # backslashes of its own, before letters: as much as they are written with
         (12345, 0),

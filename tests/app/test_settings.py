@@ -96,12 +96,14 @@ def test_unknown_variables() -> None:
 
 
 def test_unknown_variables_are_told_at_the_start(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     monkeypatch.setenv(f"{PREFIX}MAX_BEANS", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text(f"{PREFIX}PORT=1\n{PREFIX}TIMEOUT_SECOND=3\n")
     with caplog.at_level("WARNING", "app"):
         warn_of_unknown_variables()
-    assert caplog.messages == [f"no such settings, ignored: {PREFIX}MAX_BEANS"]
+    assert caplog.messages == [f"no such settings, ignored: {PREFIX}MAX_BEANS, {PREFIX}TIMEOUT_SECOND"]
 
 
 def test_help_tells_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,6 +127,7 @@ def test_the_table_command() -> None:
 
 def test_named_folders() -> None:
     assert named_folders("weights/generate") == [(None, Path("weights/generate"))]
+    assert named_folders(" ") == []
     assert named_folders("a=x, b-2.c = y/z=1") == [("a", Path("x")), ("b-2.c", Path("y/z=1"))]
     assert make_settings(generate_model=Path("x")).generate_model == "x"
 

@@ -77,6 +77,14 @@ async def test_not_ready_while_loading() -> None:
         assert (await client.get("/metrics")).status_code == 200
 
 
+async def test_not_ready_without_a_model(app: FastAPI, client: Client) -> None:
+    app.state.services.registry.shelves.clear()
+    answer = await client.get("/ready")
+    assert (answer.status_code, answer.json()["error"]) == (503, "not ready: no model is loaded")
+    assert (await client.get("/health")).status_code == 200
+    assert await sample(client, "ready") == 0
+
+
 async def test_info(client: Client) -> None:
     info = (await client.get("/info")).json()
     assert info["tasks"]["translate"]["model"] == "shout"

@@ -576,6 +576,40 @@ async def test_a_long_prompt_is_read_in_chunks_between_the_steps_of_others(
     await check_generations(causal_oracle, [running, long, short])
 
 
+@pytest.mark.parametrize("chunk", [32, 40, 64, 7])
+async def test_in_eight_bits_a_generation_hangs_on_nobody_else(causal: Checkpoint, chunk: int) -> None:
+    """To the last bit: however prompts came together, were read in parts, or had been read before."""
+    model = with_kernels(causal, "int8")
+    rng = random.Random(5)
+
+    def make() -> list[Sequence]:
+        rng.seed(5)
+        return [
+            Sequence([rng.randrange(300, 340) for _ in range(n_prompt)], SamplingParams(max_new_tokens=8))
+            for n_prompt in (2, 3, 9, 9, 31, 33, 34, 45, 50, 50)
+        ]
+
+    async def outputs(sequences: list[Sequence]) -> list[tuple[list[int], list[float]]]:
+        return [(best.token_ids, best.logprobs) for best, *_ in [await s.result() for s in sequences]]
+
+    alone = make()
+    for sequence in alone:
+        lane = generate_lane(model, n_slots=6, prefill_tokens=64, chunk_tokens=chunk, n_blocks=0)
+        lane.submit([sequence])
+        drive(lane)
+    wanted = await outputs(alone)
+    lane = generate_lane(model, n_slots=6, prefill_tokens=64, chunk_tokens=chunk, n_blocks=4)
+    together, later = make(), make()
+    lane.submit(together)
+    drive(lane)
+    for sequence in reversed(later):
+        lane.submit([sequence])
+        turn(lane)
+    drive(lane)
+    assert await outputs(together) == wanted
+    assert await outputs(later) == wanted
+
+
 async def test_nobody_to_wait_for_means_whole_prompts(causal: Checkpoint, causal_oracle: Checkpoint) -> None:
     lane = generate_lane(causal, n_slots=4, prefill_tokens=1000, chunk_tokens=6)
     prompts = [greedy(n_prompt=40, n_new=5), greedy(n_prompt=30, n_new=5)]
