@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 Architecture = Literal["translator", "masked_lm", "causal_lm", "classifier"]
@@ -206,10 +206,11 @@ class TransformerConfig:
         for known in fields(cls):
             if known.name in values and not _fits(values[known.name], str(known.type)):
                 raise ConfigError(f"{known.name}: {values[known.name]!r} is not {known.type}")
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise ConfigError(str(error)) from None
+        needed = (f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING)
+        missing = [name for name in needed if name not in values]
+        if missing:
+            raise ConfigError(f"missing key: {', '.join(missing)} (a published model has a model_type)")
+        return cls(**values)
 
 
 def _is_name(value: Any) -> bool:

@@ -127,10 +127,6 @@ def fit_new_tokens(
     wanted = max(1, min(default, room)) if asked is None else asked
     if n_prompt > limits.max_prompt_tokens:
         raise InvalidRequest(f"{name} has {n_prompt} tokens, the limit is {limits.max_prompt_tokens}")
-    if room < 1:
-        raise InvalidRequest(
-            f"{name} has {n_prompt} tokens, the limit is {limits.max_new_tokens - 1}, which leaves room for one more"
-        )
     if wanted > room:
         raise InvalidRequest(
             f"{name} has {n_prompt} tokens and {parameter} is {wanted}: together {n_prompt + wanted}, "

@@ -122,7 +122,6 @@ def _describe(task: AnyTask, endpoint: str, services: Services) -> dict[str, Any
     if "max_new_tokens" in held:  # what a request may ask for, not what a row has room for
         generating, n_prompt = cast(Task[GeneratingLane], task), 1 if endpoint == "generate" else 0
         held["max_new_tokens"] = max_new_tokens(services.settings, generating, n_prompt)
-        held["max_prompt_tokens"] -= n_prompt  # a prompt and what follows share a row
     return {
         "model": task.name,
         "sha256": task.sha256,

@@ -882,7 +882,9 @@ def make_decode_lane(
     which works while nobody else waits.
     """
     max_len = context_len(checkpoint.config, max_context)
-    limits = DecodeLimits(max_len, max_len, n_slots, max_queue_items, max_queue_tokens)
+    # A prompt and what is generated share a row; a source and its translation do not.
+    longest = max_len if isinstance(checkpoint.model, Translator) else max_len - 1
+    limits = DecodeLimits(longest, max_len, n_slots, max_queue_items, max_queue_tokens)
     cuda = next(checkpoint.model.parameters()).is_cuda
     if isinstance(checkpoint.model, Translator):
         translating = TranslateRunner(checkpoint, n_slots, max_len)

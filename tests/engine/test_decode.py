@@ -520,12 +520,13 @@ def test_nothing_is_remembered_of_what_ended(causal: Checkpoint, translator: Che
 
 
 def test_the_lane_that_suits_a_checkpoint(causal: Checkpoint, translator: Checkpoint) -> None:
-    for checkpoint, wanted in ((causal, "GenerateLane"), (translator, "TranslateLane")):
+    for checkpoint, wanted, longest in ((causal, "GenerateLane", 63), (translator, "TranslateLane", 64)):
         lane = make_decode_lane(
             "generate", checkpoint, n_slots=3, prefill_tokens=9, max_queue_items=5, max_queue_tokens=6
         )
         assert type(lane).__name__ == wanted
-        assert (lane.limits.max_prompt_tokens, lane.limits.max_new_tokens, lane.limits.n_slots) == (64, 64, 3)
+        limits = lane.limits
+        assert (limits.max_prompt_tokens, limits.max_new_tokens, limits.n_slots) == (longest, 64, 3)
         assert (lane.limits.max_queue_items, lane.limits.max_queue_tokens) == (5, 6)
 
 

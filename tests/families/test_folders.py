@@ -186,7 +186,7 @@ async def test_a_row_holds_no_more_than_is_allowed(whole: Folders) -> None:
     )
     async with app.router.lifespan_context(app):
         task = app.state.services.registry.generate.default
-        assert task.lane.limits.max_prompt_tokens == task.lane.runner.cache.max_len == 16
+        assert task.lane.limits.max_prompt_tokens + 1 == task.lane.runner.cache.max_len == 16
 
 
 def test_what_an_inspection_says(whole: Folders, tiny_folders: TinyFolders, tmp_path: Path) -> None:

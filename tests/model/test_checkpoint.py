@@ -86,6 +86,12 @@ def edit_config(folder: Path, **changes: Any) -> None:
     (folder / checkpoint.CONFIG).write_text(json.dumps(values | changes))
 
 
+def test_a_configuration_that_says_nothing(folder: Path) -> None:
+    (folder / checkpoint.CONFIG).write_text("{}")
+    with pytest.raises(CheckpointError, match="missing key: architecture, .*published model has a model_type"):
+        checkpoint.load(folder)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
