@@ -106,6 +106,12 @@ class KVCache:
         layers = zip(self.k.unbind(), self.v.unbind(), strict=True)
         return [LayerCache(k, v, rows, positions, first, length, self.origins) for k, v in layers]
 
+    def whole(self) -> list[LayerCache]:
+        """All rows, for a kernel that is told where each token belongs."""
+        nothing = torch.empty(0, 1, dtype=torch.long)
+        layers = zip(self.k.unbind(), self.v.unbind(), strict=True)
+        return [LayerCache(k, v, nothing, nothing, 0, self.max_len, self.origins) for k, v in layers]
+
     def write(self, first: int, layer_kvs: list[KV]) -> None:
         """Store whole (k, v) pairs, each (B, H, S, K), into rows from `first` on: a projected memory."""
         for layer, (k, v) in enumerate(layer_kvs):

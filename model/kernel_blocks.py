@@ -61,6 +61,7 @@ class _Step(ctypes.Structure):
         *((name, _pointer) for name in ("last", "memory_last", "cosines", "sines")),
         ("origins", _pointer),
         *((name, _whole) for name in ("origin_stride", "first_row", "length")),
+        ("rows", _pointer),
         ("n_threads", _small),
     ]
 
@@ -190,7 +191,8 @@ def _address(tensor: Tensor | None) -> int | None:
 class KernelDecoder(_OneCall, Decoder):
     """The same decoder; where every row has one new token, its blocks run in one call.
 
-    So the interpreter, with its lock, is needed once a step and not a hundred times.
+    So the interpreter, with its lock, is needed once a step and not a hundred times. Rows may also be tokens of
+    prompts, each at its place in a row of the cache.
     """
 
     def __init__(self, decoder: Decoder, kernels: Kernels) -> None:
@@ -299,6 +301,7 @@ def _make_step(n_rows: int, cache: LayerCache, spans: RowSpans, rotation: Rotati
         origins=None if cache.origins is None else cache.origins[cache.first].data_ptr(),
         origin_stride=0 if cache.origins is None else cache.origins.stride(0),
         first_row=cache.first,
+        rows=_address(spans.rows),
         n_threads=torch.get_num_threads(),
     )
 

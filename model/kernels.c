@@ -672,10 +672,11 @@ struct stored {
     long row_stride, head_stride, n_heads, n_kv_heads, head_dim;
     const int32_t *origins; /* (N, S), or NULL: which row holds what this one reads at a position */
     long origin_stride, first_row; /* the number, in `origins`, of the first row */
+    const int64_t *rows; /* (B / group,), or NULL: the stored row of each, else its own number */
 };
 
 /* q (B, H, K), a row every `q_stride` numbers -> out (B, H, K). Row b reads the positions first[b / group] ..
- * last[b / group] of the stored row b / group; without `first`, all up to the last. */
+ * last[b / group] of the stored row b / group, or of that row of `rows`; without `first`, all up to the last. */
 static int attend(const struct stored *kv, const float *q, long q_stride, const int64_t *first, const int64_t *last,
                   long n_rows, long group, float *out, int n_threads)
 {
@@ -684,8 +685,9 @@ static int attend(const struct stored *kv, const float *q, long q_stride, const 
     int failed = 0;
 #pragma omp parallel for schedule(static) num_threads(n_threads) if (n_threads > 1 && n_pairs >= 64)
     for (long pair = 0; pair < n_pairs; pair++) {
-        const long row = pair / kv->n_heads, head = pair % kv->n_heads, source = row / group;
-        const long start = first == NULL ? 0 : first[source], n = last[source] + 1 - start;
+        const long row = pair / kv->n_heads, head = pair % kv->n_heads, at = row / group;
+        const long source = kv->rows == NULL ? at : kv->rows[at];
+        const long start = first == NULL ? 0 : first[at], n = last[at] + 1 - start;
         const long place = source * kv->row_stride + head / shared * kv->head_stride + start * dim;
         const float *own = q + row * q_stride + head * dim, *k = kv->k + place, *v = kv->v + place;
         const int32_t *origins = kv->origins == NULL ? NULL : kv->origins + source * kv->origin_stride + start;
@@ -714,6 +716,31 @@ INLINE void turn(float *x, const float *cosines, const float *sines, long half)
     }
 }
 
+/* Self-attention of new tokens, each at a place of its own: qkv (B, H + 2 H_kv, K) -> out (B, H, K). As below, but a
+ * token's keys and values are stored, and read, in the row of `kv` that is its own; all are stored before any is read. */
+static int new_attention(const struct stored *kv, int32_t *origins, float *qkv, const float *cosines,
+                         const float *sines, const int64_t *first, const int64_t *last, long n_rows, float *out,
+                         int n_threads)
+{
+    const long n_heads = kv->n_heads, n_kv_heads = kv->n_kv_heads, head_dim = kv->head_dim, half = head_dim / 2;
+    const long n_turning = n_heads + n_kv_heads, width = (n_turning + n_kv_heads) * head_dim;
+    for (long row = 0; row < n_rows; row++) {
+        float *own = qkv + row * width;
+        const long stored = kv->rows == NULL ? row : kv->rows[row];
+        if (origins != NULL)
+            origins[stored * kv->origin_stride + last[row]] = (int32_t)(kv->first_row + stored);
+        if (cosines != NULL)
+            for (long head = 0; head < n_turning; head++)
+                turn(own + head * head_dim, cosines + row * half, sines + row * half, half);
+        for (long head = 0; head < n_kv_heads; head++) {
+            const long place = stored * kv->row_stride + head * kv->head_stride + last[row] * head_dim;
+            memcpy(kv->k + place, own + (n_heads + head) * head_dim, (size_t)head_dim * sizeof(float));
+            memcpy(kv->v + place, own + (n_turning + head) * head_dim, (size_t)head_dim * sizeof(float));
+        }
+    }
+    return attend(kv, qkv, width, first, last, n_rows, 1, out, n_threads);
+}
+
 /* Self-attention of one new token in each of B rows: qkv (B, H + 2 H_kv, K) -> out (B, H, K).
  * Keys and values are stored at last[b], then row b reads first[b] .. last[b], each position out of the row that
  * `origins` names, unless that is NULL; the new one is its own. Queries and keys are turned before, in place, by
@@ -724,22 +751,8 @@ int self_attention(float *k, float *v, long row_stride, long head_stride, long n
                    float *out, int n_threads)
 {
     const struct stored kv = {k, v, row_stride, head_stride, n_heads, n_kv_heads, head_dim,
-                              origins, origin_stride, first_row};
-    const long n_turning = n_heads + n_kv_heads, width = (n_turning + n_kv_heads) * head_dim, half = head_dim / 2;
-    for (long row = 0; row < n_rows; row++) {
-        float *own = qkv + row * width;
-        if (origins != NULL)
-            origins[row * origin_stride + last[row]] = (int32_t)(first_row + row);
-        if (cosines != NULL)
-            for (long head = 0; head < n_turning; head++)
-                turn(own + head * head_dim, cosines + row * half, sines + row * half, half);
-        for (long head = 0; head < n_kv_heads; head++) {
-            const long place = row * row_stride + head * head_stride + last[row] * head_dim;
-            memcpy(k + place, own + (n_heads + head) * head_dim, (size_t)head_dim * sizeof(float));
-            memcpy(v + place, own + (n_turning + head) * head_dim, (size_t)head_dim * sizeof(float));
-        }
-    }
-    return attend(&kv, qkv, width, first, last, n_rows, 1, out, n_threads);
+                              origins, origin_stride, first_row, NULL};
+    return new_attention(&kv, origins, qkv, cosines, sines, first, last, n_rows, out, n_threads);
 }
 
 /* Attention over what is stored: q (B, H, K) -> out (B, H, K), `group` neighbouring rows of q over one stored row,
@@ -748,7 +761,7 @@ int stored_attention(float *k, float *v, long row_stride, long head_stride, long
                      long head_dim, const float *q, const int64_t *last, long n_rows, long group, float *out,
                      int n_threads)
 {
-    const struct stored kv = {k, v, row_stride, head_stride, n_heads, n_kv_heads, head_dim, NULL, 0, 0};
+    const struct stored kv = {k, v, row_stride, head_stride, n_heads, n_kv_heads, head_dim, NULL, 0, 0, NULL};
     return attend(&kv, q, n_heads * head_dim, NULL, last, n_rows, group, out, n_threads);
 }
 
@@ -1411,6 +1424,7 @@ struct step {
     const float *cosines, *sines;
     int32_t *origins;
     int64_t origin_stride, first_row, length; /* of texts that are read as a whole, else 0 */
+    const int64_t *rows; /* (B,), or NULL: the row of the cache that each token belongs to, else its own number */
     int32_t n_threads;
 };
 
@@ -1538,7 +1552,7 @@ static int text_attention(const struct shape *s, const struct step *t, float *k,
 {
     const long dim = s->head_dim, length = t->length, n_turning = s->n_heads + s->n_kv_heads, half = dim / 2;
     const long width = (n_turning + s->n_kv_heads) * dim;
-    const struct stored kv = {k, v, s->n_kv_heads * length * dim, length * dim, s->n_heads, s->n_kv_heads, dim, NULL, 0, 0};
+    const struct stored kv = {k, v, s->n_kv_heads * length * dim, length * dim, s->n_heads, s->n_kv_heads, dim, NULL, 0, 0, NULL};
     for (long row = 0; row < t->n_rows; row++) {
         float *own = qkv + row * width;
         if (t->cosines != NULL)
@@ -1551,6 +1565,14 @@ static int text_attention(const struct shape *s, const struct step *t, float *k,
         }
     }
     return attend(&kv, qkv, width, NULL, t->last, t->n_rows, length, out, t->n_threads);
+}
+
+/* Self-attention of tokens over what the cache holds before them. 0, or 1 where there is no memory. */
+static int cached_attention(const struct shape *s, const struct step *t, const struct block *b, float *qkv, float *out)
+{
+    const struct stored kv = {b->k, b->v, t->row_stride, t->head_stride, s->n_heads, s->n_kv_heads, s->head_dim,
+                              t->origins, t->origin_stride, t->first_row, t->rows};
+    return new_attention(&kv, t->origins, qkv, t->cosines, t->sines, b->first, t->last, t->n_rows, out, t->n_threads);
 }
 
 /* x (B, D) through all blocks, in place. `work` holds B times D + the widest of a sub-layer's inner rows + H K.
@@ -1567,9 +1589,7 @@ int run_blocks(const struct shape *s, const struct block *blocks, long n_blocks,
         if (t->length > 0)
             failed |= text_attention(s, t, b->k, b->v, wide, heads);
         else
-            failed |= self_attention(b->k, b->v, t->row_stride, t->head_stride, s->n_heads, s->n_kv_heads,
-                                     s->head_dim, t->origins, t->origin_stride, t->first_row, wide, t->cosines,
-                                     t->sines, b->first, t->last, n, heads, n_threads);
+            failed |= cached_attention(s, t, b, wide, heads);
         failed |= apply(&b->out, heads, n, y, n_threads);
         leave(s, &b->attention_norm, x, n, y, n_threads);
         if (s->has_cross) {

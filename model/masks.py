@@ -57,15 +57,18 @@ class MaskParts:
 class RowSpans:
     """What the only query of a row may read: positions first .. last, each (B,); without `first`, from 0 on.
 
-    The form that kernels for such queries take.
+    The form that kernels for such queries take. With `rows` (B,) several queries stand in one row of a cache,
+    each at its `last` position: those are the rows' numbers in the cache's view. Blocks that run in one call
+    know what to do with them, masks do not.
     """
 
     last: Tensor
     first: Tensor | None = None
+    rows: Tensor | None = None
 
     def window(self, size: int) -> RowSpans:
         """The last `size` positions of each span that begins at 0."""
-        return RowSpans(self.last, (self.last - (size - 1)).clamp(min=0))
+        return RowSpans(self.last, (self.last - (size - 1)).clamp(min=0), self.rows)
 
     def as_mask(self, size: int) -> Tensor:
         """(B, 1, 1, S) over `size` positions."""

@@ -39,6 +39,8 @@ from model.models import Translator
 from model.sampling import BeamParams, SamplingParams, SamplingRows
 
 _NEVER = itertools.repeat(False)
+# Positions up to which a kernel reads prompts token by token; in longer ones torch's attention is the faster.
+_TOGETHER = 160
 
 Choice = TypeVar("Choice")  # what a step chose for a row
 
@@ -239,9 +241,9 @@ class DecodeLane(ABC, Generic[Choice]):
         used = sum(self._row_length(s) * s.n_rows for s in self.scheduler.running)
         return used / (self.runner.n_slots * self.runner.max_len)
 
-    def _note_padding(self, lengths: Items[int]) -> None:
+    def _note_padding(self, lengths: Items[int], *, is_padded: bool = True) -> None:
         metrics.batch_rows.labels(self.name, self.prefill_phase).observe(len(lengths))
-        padded = 1 - sum(lengths) / (max(lengths) * len(lengths))
+        padded = 1 - sum(lengths) / (max(lengths) * len(lengths)) if is_padded else 0.0
         metrics.batch_padding_ratio.labels(self.name, self.prefill_phase).observe(padded)
 
     @abstractmethod
@@ -447,8 +449,10 @@ class GenerateLane(DecodeLane[Drawn]):
         budget = self._prompt_tokens()
         while chunks := self._next_chunks(budget, failed):
             budget -= sum(chunk.n_tokens for chunk in chunks)
-            for group in _neighbours(chunks, equal=self._piece is not None):
-                self._note_padding([chunk.n_tokens for chunk in group])
+            for group in self._groups_of(chunks):
+                self._note_padding(
+                    [chunk.n_tokens for chunk in group], is_padded=not self._reads_together(group[0].start)
+                )
                 _, lost = halving(group, self._prefill, self.failures.note)
                 failed += [chunk.sequence for chunk in lost]
         self._end(failed, _step_failed)
@@ -457,10 +461,10 @@ class GenerateLane(DecodeLane[Drawn]):
     def _piece(self) -> int | None:
         """The tokens by which a prompt is read, whatever else there is to do.
 
-        Kernels round numbers to eight bits, which noise in the last place may tip. So that an answer hangs on
-        nobody else, there a prompt is read in the same pieces always, beside none of another length.
+        Where numbers are rounded, so that an answer hangs on nobody else: a prompt is read in the same pieces
+        always, beside none of another length, unless a kernel reads every token as if it were alone.
         """
-        if self.runner.kernels is None:
+        if not self.runner.rounds:
             return None
         return min(BLOCK_TOKENS, self.chunk_tokens, self.scheduler.prefill_tokens)
 
@@ -470,13 +474,24 @@ class GenerateLane(DecodeLane[Drawn]):
         for sequence in self.scheduler.running:
             state = self._generations[sequence]
             n_tokens = min(budget, state.n_unread)
-            if self._piece is not None:
+            if self._reads_together(state.n_read):
+                n_tokens = min(n_tokens, _TOGETHER - state.n_read)
+            elif self._piece is not None:
                 n_whole = min(state.n_unread, self._piece - state.n_read % self._piece)
                 n_tokens = n_whole if n_whole <= budget else 0
             if n_tokens > 0 and sequence not in failed:
                 budget -= n_tokens
                 chunks.append(_Chunk(sequence, state.n_read, n_tokens))
         return chunks
+
+    def _reads_together(self, position: int) -> bool:
+        return self.runner.reads_together and position < _TOGETHER
+
+    def _groups_of(self, chunks: list[_Chunk]) -> list[list[_Chunk]]:
+        """What can be read in one go."""
+        together = [chunk for chunk in chunks if self._reads_together(chunk.start)]
+        rest = [chunk for chunk in chunks if not self._reads_together(chunk.start)]
+        return [*([together] if together else []), *_neighbours(rest, equal=self._piece is not None)]
 
     def _begin(self, sequence: Sequence) -> bool:
         """What a prompt needs before its first chunk; False where that failed."""
@@ -496,7 +511,15 @@ class GenerateLane(DecodeLane[Drawn]):
 
     def _prefill(self, group: Items[_Chunk]) -> None:
         parts = [chunk.sequence.prompt_ids[chunk.start : chunk.start + chunk.n_tokens] for chunk in group]
-        self.runner.prefill(group[0].sequence.rows[0], parts, group[0].start)
+        if self._reads_together(group[0].start):
+            places = [
+                (chunk.sequence.rows[0], token, chunk.start + i)
+                for chunk, part in zip(group, parts, strict=True)
+                for i, token in enumerate(part)
+            ]
+            self.runner.read(*zip(*places, strict=True))
+        else:
+            self.runner.prefill(group[0].sequence.rows[0], parts, group[0].start)
         for chunk in group:
             self._generations[chunk.sequence].n_read = chunk.start + chunk.n_tokens
 

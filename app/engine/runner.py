@@ -20,7 +20,8 @@ from model.block import WeightsTap
 from model.cache import KVCache
 from model.checkpoint import Checkpoint
 from model.config import TransformerConfig
-from model.inference import kernels_of
+from model.inference import kernels_of, quantization_of
+from model.kernel_blocks import KernelDecoder
 from model.masks import Mask, MaskParts, RowSpans, length_mask, position_mask, split_by_length
 from model.models import CausalLM, Classifier, MaskedLM, Translator, make_cache
 from model.quantize import Int8Linear, KernelInt8Linear, Selected
@@ -249,6 +250,9 @@ class GenerateRunner(DecodeRunner):
         """`n_blocks` of BLOCK_TOKENS tokens keep the beginnings of prompts."""
         super().__init__(checkpoint, n_slots, max_len)
         self.pool = make_cache(checkpoint.config, n_blocks, BLOCK_TOKENS, self.device, self.dtype)
+        # Noise in the last place, as of attention over another width, may tip a number that is rounded.
+        self.rounds = quantization_of(self.model) == "int8"
+        self.reads_together = isinstance(self.model.decoder, KernelDecoder)
 
     def _make_drawing(self) -> Drawing:
         return Drawing(self.n_slots, self.max_len, self.config.eos_ids, self.device)
@@ -274,6 +278,15 @@ class GenerateRunner(DecodeRunner):
         if self.drawing is not None and moves:
             sources, targets = to_device([*zip(*moves, strict=True)], self.device)
             self.drawing.move(sources, targets)
+
+    def read(self, rows: Sequence[int], token_ids: Sequence[int], positions: Sequence[int]) -> None:
+        """Tokens of prompts, each at its position of its row, in one call of a kernel.
+
+        Where `reads_together`. To the last bit as if each were read alone, by a step. What stands before a
+        token in its row has been read, or is among them.
+        """
+        ids, places = torch.tensor([token_ids, positions]).unsqueeze(-1)
+        self.model.decoder(ids, places, RowSpans(places[:, 0], rows=torch.tensor(rows)), self.cache.whole())
 
     def prefill(self, first: int, prompts: Sequence[Sequence[int]], start: int = 0) -> None:
         """Read parts of prompts, which stand at `start`, into rows from `first` on.
