@@ -191,8 +191,8 @@ def _address(tensor: Tensor | None) -> int | None:
 class KernelDecoder(_OneCall, Decoder):
     """The same decoder; where every row has one new token, its blocks run in one call.
 
-    So the interpreter, with its lock, is needed once a step and not a hundred times. Rows may also be tokens of
-    prompts, each at its place in a row of the cache.
+    So the interpreter, with its lock, is needed once a step and not a hundred times. Rows may also be tokens
+    of prompts, each at its place in a row of the cache.
     """
 
     def __init__(self, decoder: Decoder, kernels: Kernels) -> None:

@@ -577,9 +577,17 @@ async def test_a_long_prompt_is_read_in_chunks_between_the_steps_of_others(
     await check_generations(causal_oracle, [running, long, short])
 
 
-@pytest.mark.parametrize("chunk", [32, 40, 64, 7])
-async def test_in_eight_bits_a_generation_hangs_on_nobody_else(causal: Checkpoint, chunk: int) -> None:
-    """To the last bit: however prompts came together, were read in parts, or had been read before."""
+@pytest.mark.parametrize(
+    ("chunk", "together"), [(32, 0), (40, 0), (64, 0), (7, 0), (64, 160), (9, 160), (40, 32)]
+)
+async def test_in_eight_bits_a_generation_hangs_on_nobody_else(
+    causal: Checkpoint, monkeypatch: pytest.MonkeyPatch, chunk: int, together: int
+) -> None:
+    """To the last bit: however prompts came together, were read in parts, or had been read before.
+
+    By pieces, token by token, and by both.
+    """
+    monkeypatch.setattr("app.engine.decode._TOGETHER", together)
     model = with_kernels(causal, "int8")
     rng = random.Random(5)
 

@@ -88,7 +88,9 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 def test_a_configuration_that_says_nothing(folder: Path) -> None:
     (folder / checkpoint.CONFIG).write_text("{}")
-    with pytest.raises(CheckpointError, match="missing key: architecture, .*published model has a model_type"):
+    with pytest.raises(
+        CheckpointError, match=r"missing key: architecture, .*published model has a model_type"
+    ):
         checkpoint.load(folder)
 
 

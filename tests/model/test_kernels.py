@@ -637,6 +637,39 @@ def test_blocks_in_one_call_say_what_they_say_one_by_one(
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_tokens_of_several_rows_in_one_call_are_as_if_alone(eight_bits: Kernels, kind: str) -> None:
+    """To the last bit, what they say and what they leave in the cache."""
+    torch.manual_seed(8)
+    model = build_model(tiny_config("causal_lm", **BLOCKS[kind])).eval()
+    assert isinstance(model, CausalLM)
+    optimise(model, "int8", eight_bits)
+    lengths = [4, 1, 7, 4]
+    rows = [row for row, length in enumerate(lengths, 1) for _ in range(length)]
+    places = torch.tensor([place for length in lengths for place in range(length)])
+    ids = torch.randint(9, 40, (len(rows), 1))
+    caches = [make_cache(model.config, 6, 8, "cpu", torch.float32) for _ in range(3)]
+    spans = RowSpans(places, rows=torch.tensor(rows))
+    together = model.decoder(ids, places[:, None], spans, caches[0].whole())
+    one_by_one = torch.cat(
+        [
+            model.decoder(
+                ids[[i]], place[None, None], RowSpans(place[None]), caches[1].view(row, place[None, None], 8)
+            )
+            for i, (row, place) in enumerate(zip(rows, places, strict=True))
+        ]
+    )
+    assert torch.equal(together, one_by_one)
+    for part in (slice(0, 6), slice(6, None)):  # a prompt in two parts, beside others
+        spans = RowSpans(places[part], rows=torch.tensor(rows[part]))
+        assert torch.equal(
+            model.decoder(ids[part], places[part, None], spans, caches[2].whole()), together[part]
+        )
+    assert torch.equal(caches[0].k, caches[1].k)
+    assert torch.equal(caches[0].v, caches[2].v)
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("architecture", ["masked_lm", "translator"])
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_texts_in_one_call_say_what_they_say_block_by_block(
