@@ -329,19 +329,24 @@ def escape(text: str) -> str:
 Share = Callable[[tuple[int, int], tuple[int, int]], float]
 
 
+_WORD = re.compile(r"\w")
+
+
 def find_units(text: str) -> list[tuple[int, int]]:
     """Words, and runs of other signs: what a tag can stand around."""
     return [match.span() for match in _UNIT.finditer(text)]
 
 
 def place_elements(
-    elements: Sequence[Element], units: Sequence[tuple[int, int]], share: Share
+    elements: Sequence[Element], units: Sequence[tuple[int, int]], share: Share, source: str, text: str
 ) -> list[tuple[Element, int, int]]:
     """For each element the units [first, last) of the translation that it goes around, within its parent's.
 
     An element gets the run of units that looked at its words more than at others, the one that looked at them
-    most at least; where no unit is left it goes around nothing.
+    most at least; where no unit is left it goes around nothing. Units stand in the translation, `text`,
+    elements in its `source`: one that goes around a word there goes around more than a full stop here.
     """
+    is_word = [_WORD.search(text, *unit) is not None for unit in units]
     placed: list[tuple[Element, int, int]] = []
     waiting = [([e for e in elements if not e.is_point], 0, len(units))]
     while waiting:
@@ -350,6 +355,10 @@ def place_elements(
         for element, children in _families(inner):
             gains = [share(unit, (element.start, element.stop)) - 0.5 for unit in units[first:last]]
             low, high = _best_run(gains, taken)
+            if not any(is_word[first:last][low:high]) and _WORD.search(source, element.start, element.stop):
+                of_words = [took or not word for took, word in zip(taken, is_word[first:last], strict=True)]
+                found = _best_run(gains, of_words)
+                low, high = found if found[0] < found[1] else (low, high)
             taken[low:high] = [True] * (high - low)
             placed.append((element, first + low, first + high))
             waiting.append((children, first + low, first + high))

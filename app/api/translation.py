@@ -530,7 +530,7 @@ def _set_markup(sentence: Sentence, hypothesis: Hypothesis, translated: str, pla
     if not sentence.elements:
         return "".join(run for _, run in runs)
     looks = _Looks(sentence, hypothesis, units, plan.tokenizer)
-    placed = place_elements(sentence.elements, units, looks.share)
+    placed = place_elements(sentence.elements, units, looks.share, hidden.text, translated)
     points = [
         (e, place_point(units, looks.token_before(e.start), looks.share))
         for e in sentence.elements

@@ -68,7 +68,7 @@ def test_elements_go_around_the_words_that_looked_at_theirs() -> None:
     outer, inner, other = (
         Element(f"<{t}>", f"</{t}>", *place) for t, place in (("b", (0, 5)), ("i", (2, 3)), ("u", (6, 7)))
     )
-    placed = place_elements([outer, inner, other], units, share)
+    placed = place_elements([outer, inner, other], units, share, "a b c d", "w3 w2 w1 w0")
     assert sorted((e.open, first, last) for e, first, last in placed) == [
         ("<b>", 1, 4),
         ("<i>", 2, 3),
@@ -81,8 +81,20 @@ def test_elements_go_around_the_words_that_looked_at_theirs() -> None:
 def test_each_element_has_a_word_while_there_are_any() -> None:
     units = find_units("a b")
     three = [Element(f"<{i}>", f"</{i}>", i, i + 1) for i in range(3)]
-    placed = place_elements(three, units, lambda unit, source: 0.0)
+    placed = place_elements(three, units, lambda unit, source: 0.0, "abc", "a b")
     assert [(first, last) for _, first, last in placed] == [(0, 1), (1, 2), (2, 2)]
+
+
+def test_what_goes_around_a_word_goes_around_no_full_stop() -> None:
+    units = find_units("a b.")
+    word, stop = Element("<b>", "</b>", 0, 1), Element("<i>", "</i>", 3, 4)
+
+    def share(unit: tuple[int, int], source: tuple[int, int]) -> float:
+        return {0: 0.2, 2: 0.3, 3: 0.9}[unit[0]]
+
+    assert place_elements([word], units, share, "c d!", "a b.") == [(word, 1, 2)]
+    assert place_elements([stop], units, share, "c d!", "a b.") == [(stop, 2, 3)]
+    assert place_elements([word], units[2:], share, "c d!", "a b.") == [(word, 0, 1)]  # there is no word
 
 
 class Outline(HTMLParser):
@@ -136,7 +148,9 @@ def test_no_tag_is_lost_and_nesting_stays(seed: int) -> None:
         for i in range(len(bounds)):
             text = " ".join(rng.choices(["가", "나다", "라."], k=rng.randint(0, 5)))
             units = find_units(text)
-            placed = place_elements(around.within(i), units, lambda unit, place: rng.random())
+            placed = place_elements(
+                around.within(i), units, lambda unit, place: rng.random(), chunk.text, text
+            )
             points = [(e, rng.randint(0, len(units))) for e in around.within(i) if e.is_point]
             runs = [(a, text[a:b]) for a, b in pieces(text, units)]
             out += [around.before(i), set_tags(runs, units, placed, points, len(text)), around.after(i)]
