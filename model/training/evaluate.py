@@ -44,6 +44,7 @@ OWN_PACKS = (  # that come with the code
     "more-3.en-ko.tsv.xz",
     "more-4.en-ko.tsv.xz",
     "more-5.en-ko.tsv.xz",
+    "more-6.en-ko.tsv.xz",
     "phrases.en-ko.tsv.xz",
     STORIES,
 )
