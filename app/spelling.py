@@ -42,6 +42,16 @@ _IN_FULL = re.compile(
 )
 _SHORT_FORMS = {"A.I.": "AI", "e.g.": "for example", "i.e.": "that is"}
 
+# Words of which chats write the first consonants alone.
+_CONSONANTS = dict(
+    pair.split("=")
+    for pair in (
+        "ㅇㅇ=응,ㄴㄴ=아니,ㄱㅅ=고마워,ㅇㅋ=알았어,ㅈㅅ=미안,ㅊㅋ=축하해,ㄹㅇ=진짜,ㄱㄱ=가자,ㅎㅇ=안녕,ㅂㅂ=잘 가,ㅅㄱ=수고했어,"
+        "ㅇㄷ=어디야,ㅁㅎ=뭐 해"
+    ).split(",")
+)
+_IN_CONSONANTS = re.compile(rf"(?<![가-힣ㄱ-ㅣ])(?:{'|'.join(_CONSONANTS)})(?![가-힣ㄱ-ㅣ])")
+
 # Questions by their words alone: a verb before its subject, or a question word with a verb.
 _SUBJECT = (
     r"(?:you|we|they|i|he|she|u|it|this|that|there|any(?:one|body)|some(?:one|body)|(?:your|his|her|the) \w+)"
@@ -114,6 +124,8 @@ def respelt(text: str, language: str) -> list[tuple[int, int, str]]:
     if language == "en":
         found += [(*m.span(), usual) for m in _SHORT.finditer(text) if (usual := _with_apostrophe(m))]
         found += [(*m.span(), _in_full(m)) for m in _IN_FULL.finditer(text)]
+    if language == "ko":
+        found += [(*m.span(), _CONSONANTS[m.group()]) for m in _IN_CONSONANTS.finditer(text)]
     if asks(text, language):
         found.append((len(text), len(text), "?"))
     return sorted(found)

@@ -261,7 +261,8 @@ async def test_pictures_end_a_korean_sentence(client: Client, translate_lane: Fa
         ("좋아 ㅋㅋㅋ 가자ㅎㅎ", ["좋아", "가자"], "좋아 haha 가자 haha"),
         ("ㅋㅋㅋ 진짜?", ["진짜?"], "haha 진짜?"),
         ("ㅠㅠ", [], ":("),
-        ("ㅇㅇ", ["ㅇㅇ"], "ㅇㅇ"),
+        ("ㅇㅇ ㄱㄱ", ["응 가자"], "응 가자"),
+        ("ㅇㅇㅇ이다", ["ㅇㅇㅇ이다"], "ㅇㅇㅇ이다"),
     ],
 )
 async def test_laughing_and_weeping_are_said_in_the_readers_letters(
