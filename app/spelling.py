@@ -43,13 +43,12 @@ _IN_FULL = re.compile(
 _SHORT_FORMS = {"A.I.": "AI", "e.g.": "for example", "i.e.": "that is"}
 
 # Words of which chats write the first consonants alone.
-_CONSONANTS = dict(
-    pair.split("=")
-    for pair in (
-        "ㅇㅇ=응,ㄴㄴ=아니,ㄱㅅ=고마워,ㅇㅋ=알았어,ㅈㅅ=미안,ㅊㅋ=축하해,ㄹㅇ=진짜,ㄱㄱ=가자,ㅎㅇ=안녕,ㅂㅂ=잘 가,ㅅㄱ=수고했어,"
-        "ㅇㄷ=어디야,ㅁㅎ=뭐 해"
-    ).split(",")
-)
+# fmt: off
+_CONSONANTS = {
+    "ㅇㅇ": "응", "ㄴㄴ": "아니", "ㄱㅅ": "고마워", "ㅇㅋ": "알았어", "ㅈㅅ": "미안", "ㅊㅋ": "축하해", "ㄹㅇ": "진짜",
+    "ㄱㄱ": "가자", "ㅎㅇ": "안녕", "ㅂㅂ": "잘 가", "ㅅㄱ": "수고했어", "ㅇㄷ": "어디야", "ㅁㅎ": "뭐 해",
+}
+# fmt: on
 _IN_CONSONANTS = re.compile(rf"(?<![가-힣ㄱ-ㅣ])(?:{'|'.join(_CONSONANTS)})(?![가-힣ㄱ-ㅣ])")
 
 # Questions by their words alone: a verb before its subject, or a question word with a verb.
