@@ -39,7 +39,7 @@ from model.models import Translator
 from model.sampling import BeamParams, SamplingParams, SamplingRows
 
 _NEVER = itertools.repeat(False)
-# Positions up to which a kernel reads prompts token by token; further on torch's attention is no slower, by pieces.
+# Positions up to which a kernel reads prompts token by token; in longer ones torch's attention is no slower.
 _TOGETHER = 512
 
 Choice = TypeVar("Choice")  # what a step chose for a row
