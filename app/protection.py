@@ -12,6 +12,7 @@ from decimal import Decimal
 from itertools import chain, count
 from os.path import commonprefix
 
+from app.spaces import composed, composing
 from app.spelling import APOSTROPHES, narrow
 from model.constraints import Phrase
 from model.tokenizer import Tokenizer
@@ -195,8 +196,8 @@ class Glossary:
 
 
 def _plain(term: str) -> str:
-    """As terms are looked for: in ordinary width, with the apostrophe that any other may stand for."""
-    return re.sub(f"[{APOSTROPHES}]", "'", narrow(term))
+    """As terms are looked for: composed, in ordinary width, with the apostrophe that stands for any other."""
+    return re.sub(f"[{APOSTROPHES}]", "'", narrow(composed(term)))
 
 
 def _as_found(term: str) -> str:
@@ -235,6 +236,13 @@ def _branches(rests: Sequence[tuple[str, str]], depth: int = 0) -> str:
         inner = _branches([(rest[len(shared) :], after) for rest, after in group], depth + 1)
         branches.append(f"{re.escape(shared)}(?:{inner})")
     return "|".join([*branches, *ends])
+
+
+def without_parts(text: str) -> "Edited":
+    """A text whose letters are in one, but for addresses and code, which stay as they are."""
+    kept = [match.span() for match in _KEPT.finditer(text)]
+    runs = [run for run in composing(text) if not any(start <= run[0] < stop for start, stop in kept)]
+    return replace_runs(text, runs)
 
 
 def find_spans(text: str, glossary: Glossary | None, target: str = "") -> list[Span]:

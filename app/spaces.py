@@ -16,9 +16,18 @@ UNSEEN = "\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff"
 _UNSEEN = re.compile(f"[{UNSEEN}]")
 
 
+# Hangul as some file systems have it, and Latin letters with their marks apart.
+_IN_PARTS = re.compile("(?:[\u1100-\u1112][\u1161-\u1175][\u11a8-\u11c2]?)+|[^\\W\\d_][\u0300-\u036f]+")
+
+
+def composing(text: str) -> list[tuple[int, int, str]]:
+    """Letters that came in parts, as runs (start, stop, in one): they say the same."""
+    return [(*m.span(), unicodedata.normalize("NFC", m.group())) for m in _IN_PARTS.finditer(text)]
+
+
 def composed(text: str) -> str:
-    """Letters that came in parts, as Hangul from some file systems does, in one: it says the same."""
-    return unicodedata.normalize("NFC", text)
+    """A text whose letters all are in one."""
+    return _IN_PARTS.sub(lambda match: unicodedata.normalize("NFC", match.group()), text)
 
 
 def plain(text: str) -> str:

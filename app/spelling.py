@@ -32,13 +32,18 @@ _SHORT = re.compile(rf"(?<![\w'’.@/-])(?:{'|'.join(_WITHOUT)})(?![\w'’@/-]|\
 # A key (1️⃣) says no more than its sign; a comma has a space behind it.
 _KEY_OR_COMMA = re.compile("([0-9#*])\ufe0f?\u20e3|,(?=[^\\W\\d_])")
 # Spaces without width, soft hyphens, marks of direction; and the second space of several.
-_UNSEEN = re.compile(f"[{UNSEEN}]+|(?<= ) +")
+_UNSEEN = re.compile(f"(?<= )[{UNSEEN} ]+|[{UNSEEN}]+")
 _FRACTIONS = {"½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"}
 _FRACTION = re.compile(f"[{''.join(_FRACTIONS)}]")
 _UNITS = {"min": "minute", "hr": "hour", "sec": "second"}
+# No. 7, but not: he said no. 3 people left; and a time, whose unit no other noun follows.
+_BEHIND_NUMBER = r"\W*$|[,;:)]| (?:is|was|has|and|or|on|in|of|at|to|for|bus|train)\b"
+_BEHIND_TIME = r"and|or|to|from|by|later|ago|away|walk|drive|ride|before|after|long|left|each"
 _IN_FULL = re.compile(
-    r"(?<![\w.])(?:(?P<number>[Nn]o)\. ?(?=\d)|(?P<short>A\.I\.|e\.g\.|i\.e\.)(?!\w)"
-    r"|(?P<count>\d+)(?P<unit> ?(?:min|hr|sec)s?)\b(?P<stop>\.(?= ?[^\s])|))"
+    rf"(?<![\w.,])(?:(?P<number>[Nn]o)\. ?(?=\d+(?:{_BEHIND_NUMBER}))"
+    r"|(?P<short>A\.I\.|e\.g\.|i\.e\.)(?!\w)"
+    r"|(?P<count>[0-9]{1,4})(?P<unit> ?(?:min|hr|sec)s?)\b"
+    rf"(?:(?=\.?\W*$|[,;)])|\.?(?= (?:{_BEHIND_TIME})\b)))"
 )
 _SHORT_FORMS = {"A.I.": "AI", "e.g.": "for example", "i.e.": "that is"}
 
@@ -51,50 +56,6 @@ _CONSONANTS = {
 }
 # fmt: on
 _IN_CONSONANTS = re.compile(rf"(?<![가-힣ㄱ-ㅣ])(?:{'|'.join(_CONSONANTS)})(?![가-힣ㄱ-ㅣ])")
-
-# Questions by their words alone: a verb before its subject, or a question word with a verb.
-_SUBJECT = (
-    r"(?:you|we|they|i|he|she|u|it|this|that|there|any(?:one|body)|some(?:one|body)|(?:your|his|her|the) \w+)"
-)
-_ENGLISH_QUESTION = re.compile(
-    r"(?:(?:hey|so|ok(?:ay)?|oh|well|hi|hello),? )?(?:"
-    r"(?:do|have|am|don't|haven't) (?:you|we|they|i|u) \w"  # but: do the dishes
-    rf"|(?:does|did|are|is|was|were|can|could|will|would|should|has|doesn't|didn't|aren't|isn't|can't|won't) "
-    rf"{_SUBJECT} \w"
-    r"|(?:what|where|when|why|how|who|which)"
-    r"(?:'s| (?:is|are|r|was|were|do|does|did|can|could|will|would|should)) \w"
-    r"|what (?:time|kind of)\b|how (?:much|many|long|far|often|old|about)\b|why not\b)",
-    re.IGNORECASE,
-)
-_KOREAN_ENDING = re.compile(
-    r"(?:까요|(?:있|없|하|되|시|주|쓰|[았었였했갔왔됐])나요|(?:은|는|인|던|건|한)가요|[뭐디제구마]야|[뭐디제구마]예요)$"
-)
-_QUESTION_WORDS = (
-    "뭐|뭘|뭐가|뭐를|어디|어디서|어디에|어디로|어디까지|언제|누구|누가|왜|어떻게|몇 시에?|얼마나|무슨|어느"
-)
-_KOREAN_QUESTION = re.compile(
-    rf"(?:\S+ ){{0,3}}(?:{_QUESTION_WORDS})(?! 한 ?번)(?: \S+){{1,4}}(?<=[요어아해야지니래돼와가까])$"
-)
-_NO_QUESTION = re.compile(r"[는은을던든]지(?!\S)")  # 어떻게 하는지 알아요
-
-
-def asks(text: str, language: str) -> bool:
-    """Is a sentence a question by its words, and has no mark at its end? Where in doubt it is none."""
-    if not text[-1:].isalnum():
-        return False
-    if language == "en":
-        return _ENGLISH_QUESTION.match(text) is not None
-    if language != "ko" or _NO_QUESTION.search(text):
-        return False
-    before = {"니까": "ㅂ", "까": "ㄹ"}  # 갑니까, 갈까; but 가니까
-    by_sound = any(text.endswith(end) and _final(text[: -len(end)]) == sound for end, sound in before.items())
-    return by_sound or bool(_KOREAN_ENDING.search(text) or _KOREAN_QUESTION.match(text))
-
-
-def _final(text: str) -> str:
-    """The last consonant of a text's last syllable where it is ㄹ or ㅂ."""
-    last = text[-1:]
-    return {8: "ㄹ", 17: "ㅂ"}.get((ord(last) - 0xAC00) % 28, "") if "가" <= last <= "힣" else ""
 
 
 def narrow(text: str) -> str:
@@ -111,8 +72,7 @@ def plain_signs(text: str, language: str) -> str:
 def respelt(text: str, language: str) -> list[tuple[int, int, str]]:
     """What else is spelt otherwise and means the same, as runs (start, stop, usual form), in order.
 
-    `language` is a code of ISO 639-1; in English "dont" is don't, and "No. 7" number 7. A question that lacks
-    its mark gets one.
+    `language` is a code of ISO 639-1; in English "dont" is don't, and "No. 7" number 7.
     """
     found = [(*match.span(), "") for match in _UNSEEN.finditer(text)]
     for match in _FRACTION.finditer(text):
@@ -126,8 +86,6 @@ def respelt(text: str, language: str) -> list[tuple[int, int, str]]:
         found += [(*m.span(), _in_full(m)) for m in _IN_FULL.finditer(text)]
     if language == "ko":
         found += [(*m.span(), _CONSONANTS[m.group()]) for m in _IN_CONSONANTS.finditer(text)]
-    if asks(text, language):
-        found.append((len(text), len(text), "?"))
     return sorted(found)
 
 
@@ -137,7 +95,8 @@ def _in_full(match: re.Match[str]) -> str:
     if match["short"]:
         return _SHORT_FORMS[match["short"]]
     unit = _UNITS[match["unit"].strip().removesuffix("s")]
-    return f"{match['count']} {unit}" + ("s" if int(match["count"]) != 1 else "")
+    is_one = int(match["count"]) == 1 or match.string.startswith((" walk", " drive", " ride"), match.end())
+    return f"{match['count']} {unit}" + ("" if is_one else "s")
 
 
 def _with_apostrophe(match: re.Match[str]) -> str | None:

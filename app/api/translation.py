@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise
 
 from app.api.deps import Attendance, gather, note_times, prepare
 from app.casing import in_small_letters, reads_badly
+from app.endings import in_words, set_apart
 from app.engine.registry import GeneratingLane, Task
 from app.engine.sequence import Hypothesis, Sequence
 from app.errors import InvalidRequest
@@ -37,7 +38,9 @@ from app.protection import (
     replace_runs,
     shield,
     unused_mark,
+    without_parts,
 )
+from app.questions import asks
 from app.sentences import Part, split_text
 from app.spaces import composed
 from app.spelling import narrow, plain_signs, respelt
@@ -64,14 +67,14 @@ _LOVING = re.compile(r"(?:^|[.!?,;]\s)(?:I|We|They|You)$")
 # A picture behind one of these ends a sentence, and so do laughing and weeping.
 _AFTER_SENTENCE = re.compile(
     "(?<=[요죠까ㅋㅎㅠㅜ])(?:[\u2600-\u26ff\u2764\U0001f000-\U0001faff\ufe0f\u200d]+|\\^\\^+) (?=[가-힣])"
-    "|[ㅋㅎㅠㅜ]{2,}[.!?~]* +(?=\\S)"
+    "|(?<![ㅋㅎㅠㅜ])[ㅋㅎㅠㅜ]{2,}[.!?~]* +(?=\\S)"
 )
-_FEELINGS = re.compile("\\s?(?:[ㅠㅜ]{2,}|(?P<laughing>[ㅋㅎ]{2,}))")
-# What stands behind a sentence and is no part of it: the tags of a post, faces, more of its marks.
-_TAG_OR_FACE = re.compile(r"#[^\W\d_]\w*|[:;]-?[)(DP]|:'\(|\^_?\^+|T[_.]T|[ㅋㅎ]{2,}|[ㅠㅜ]{2,}")
-_FACE = re.compile(r"(?<!:)(?:[:;]-?[)(]|\^_?\^+|[ㅋㅎ]{2,}|[ㅠㅜ]{2,})$")
-_MORE_MARKS = re.compile(r"(?<=[!?])(?<![!?]{2})[!?]+$")
-_SENTENCE_END = re.compile(r"""[.!?…]["'”’)\]]*$""")
+_SENTENCE_END = re.compile(r"""[.!?…。！？]["'”’)\]]*$""")
+# Of names that look as if a sentence ended in them: Booking.Com, README.Md.
+_AFTER_A_DOT = re.compile(
+    r"(?:com|net|org|io|ai|edu|gov|kr|jp|uk|md|txt|pdf|docx?|xlsx?|py|js|ts|java|html?|json|ya?ml|out|exe)\b",
+    re.IGNORECASE,
+)
 _BESIDE_PICTURE = re.compile("[\\s\ufe0f\u200d\u20e3\U000e0020-\U000e007f]")
 
 
@@ -293,7 +296,6 @@ def _draft_all(
 def _draft(text: str, src: str, tgt: str, task: Task[GeneratingLane], form: TextForm) -> list[str | _Draft]:
     if src == tgt:
         return [text]
-    text = composed(text)
     drafts: list[str | _Draft] = []
     for chunk in read_html(text) if form.is_html else [Segment(text, unused_mark(text))]:
         drafts += [chunk] if isinstance(chunk, str) else _Drafting(task, form, src, tgt).draft(chunk)
@@ -311,6 +313,15 @@ class _Drafting:
 
     def draft(self, segment: Segment) -> list[str | _Draft]:
         """The sentences of a segment, and between them white space and tags that go around several."""
+        if (whole := without_parts(segment.text)).edits:
+            segment = replace(
+                segment,
+                text=whole.text,
+                spans=[
+                    replace(s, start=whole.place(s.start), stop=whole.place(s.stop)) for s in segment.spans
+                ],
+                elements=_moved(segment.elements, whole),
+            )
         # Places are the same in ordinary width; what stays comes back in its own.
         found = find_spans(narrow(segment.text), self.form.glossary, iso_code(self.tgt))
         mark, own = segment.mark, [_as_typed(span, segment.text) for span in found]
@@ -328,7 +339,8 @@ class _Drafting:
             own_spans, n_spans = spans[n_spans : n_spans + n], n_spans + n
             elements = [replace(e, start=e.start - start, stop=e.stop - start) for e in around.within(i)]
             drafted = self._draft_part(part, mark, own_spans, elements)
-            if ended and not segment.elements and part.is_sentence and part.text[0].isalnum():
+            begins = part.is_sentence and part.text[0].isalnum() and not _AFTER_A_DOT.match(part.text)
+            if ended and begins and not segment.elements:
                 drafts.append(" ")  # they were typed without one
             ended = part.is_sentence and _SENTENCE_END.search(part.text) is not None
             drafts += [around.before(i), *drafted, around.after(i)]
@@ -346,41 +358,44 @@ class _Drafting:
     ) -> list[str | _Draft]:
         """A part as it goes to the model, with the pictures that stand before and behind it, or as it is."""
         bare = part.text.replace(mark, "")
-        if self._is_foreign(bare):
+        if self._is_foreign(part.text, mark, spans):
             spans = [replace(span, output=span.source, unit="") for span in spans]
             return [self._verbatim(part.text, mark, spans, elements)]
-        if not part.is_sentence or not is_translatable(bare[: _end_of_words(bare)]):
+        if not part.is_sentence or not is_translatable(set_apart(bare)[0]):
             spans = [
                 replace(span, output=span.source[:1] + span.output) if span.unit else span for span in spans
             ]
-            text = part.text if elements else self._in_words(part.text)
+            text = part.text if elements else self._in_words(part.text, attached=False)
             return [self._verbatim(text, mark, spans, elements)]
         language = iso_code(self.src)
         pulled, before, behind = _pull_pictures(part.text, mark, elements, is_english=language == "en")
         elements = _moved(elements, pulled)
-        end = len(pulled.text) if elements else _end_of_words(pulled.text)
-        text, behind = plain_signs(pulled.text[:end], language), self._in_words(pulled.text[end:]) + behind
+        words, more = (pulled.text, "") if elements else set_apart(pulled.text)
+        if not is_translatable(words.replace(mark, "")):
+            return [self._verbatim(part.text, mark, spans, elements)]
+        text, behind = plain_signs(words, language), self._in_words(more, attached=True) + behind
         if language == "en" and reads_badly(text):
             text = in_small_letters(text)
-        usual = replace_runs(text, respelt(text, language))
+        runs = respelt(text, language)
+        if asks(replace_runs(text, runs).text, language):
+            runs.append((len(text), len(text), "?"))
+        usual = replace_runs(text, runs)
         tokenizer = self.task.tokenizer
         hidden, edited = shield(usual.text, mark, spans, tokenizer)
         prompt_ids = tokenizer.source_ids(tokenizer.encode(hidden.text), self.tgt, src_lang=self.src)
         elements = _moved(_moved(elements, usual), edited)
         return [before, _Draft(prompt_ids, tokenizer.target_ids(self.tgt), hidden, elements), behind]
 
-    def _in_words(self, signs: str) -> str:
-        """Signs behind a sentence for readers of the target: ㅋㅋ says nothing to who reads no Hangul."""
-        if iso_code(self.tgt) == "ko":
-            return signs
-        return _FEELINGS.sub(lambda match: f" {'haha' if match['laughing'] else ':('}", signs).replace(
-            "  ", " "
-        )
+    def _in_words(self, signs: str, *, attached: bool) -> str:
+        return signs if iso_code(self.tgt) == "ko" else in_words(signs, attached=attached)
 
-    def _is_foreign(self, text: str) -> bool:
-        """Is a sentence in the letters of the target alone?"""
+    def _is_foreign(self, text: str, mark: str, spans: list[Span]) -> bool:
+        """Is a sentence in the letters of the target alone, and holds no term to be translated?"""
         source, target = (_LETTERS.get(iso_code(language)) for language in (self.src, self.tgt))
-        return bool(source and target and target.search(text) and not source.search(text))
+        if not (source and target) or any(span.is_noun and span.output != span.source for span in spans):
+            return False
+        whole = narrow(text.replace(mark, "") + "".join(span.source for span in spans))
+        return target.search(whole) is not None and source.search(whole) is None
 
     def _verbatim(self, text: str, mark: str, spans: list[Span], elements: list[Element]) -> str:
         """What no model needs to see, with its tags where they were."""
@@ -415,12 +430,13 @@ def _cut(part: Part, mark: str, *, with_pictures: bool) -> list[Part]:
     runs: list[Part] = []
     at = 0
     for end in [*(match.end() for match in _AFTER_SENTENCE.finditer(text)), len(text)]:
-        sentence, at = text[at:end], end
+        whole, at = text[at:end], end
+        sentence = whole.rstrip()
         start, stop = _without_pictures(sentence)
         runs += [
             Part(sentence[:start], False),
             *_cut_at_marks(Part(sentence[start:stop], True), mark),
-            Part(sentence[stop:], False),
+            Part(sentence[stop:] + whole[len(sentence) :], False),
         ]
     return [*around, *(run for run in runs if run.text)]
 
@@ -469,23 +485,6 @@ def _pull_pictures(
         at = stop
     bare = replace_runs(text, runs)
     return (bare, before, behind) if is_translatable(bare.text) else (Edited(text, ()), "", "")
-
-
-def _end_of_words(text: str) -> int:
-    """Where what the model reads of a sentence ends, before tags, faces and repeated marks."""
-    end = len(text)
-    while True:
-        words = text[:end].rstrip()
-        start = words.rfind(" ") + 1
-        if not _TAG_OR_FACE.fullmatch(words, start):
-            found = _FACE.search(words)
-            is_face = found and not (words.endswith(")") and words.count("(") >= words.count(")"))
-            start = found.start() if found and is_face else len(words)
-        if start == len(words):
-            break
-        end = len(text[:start].rstrip())
-    more = _MORE_MARKS.search(text[:end])
-    return more.start() if more else end
 
 
 def _as_typed(span: Span, text: str) -> Span:

@@ -8,9 +8,11 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from app.api.translation import _AFTER_SENTENCE
 from app.casing import in_small_letters, reads_badly
-from app.protection import replace_runs
-from app.spelling import asks, narrow, plain_signs, respelt
+from app.endings import set_apart
+from app.protection import replace_runs, without_parts
+from app.spelling import narrow, plain_signs, respelt
 from tests.app.fakes import FakeDecodeLane, byte_tokenizer
 
 Client = httpx.AsyncClient
@@ -174,54 +176,6 @@ def test_what_is_typed_otherwise_is_read_in_its_usual_form(text: str, language: 
 
 
 @pytest.mark.parametrize(
-    ("text", "language"),
-    [
-        ("do you want to eat something", "en"),
-        ("hey are you there now", "en"),
-        ("Is the store open", "en"),
-        ("what r u doing tonight", "en"),
-        ("so what's your name", "en"),
-        ("How much is this", "en"),
-        ("뭐 해요", "ko"),
-        ("지금 어디 가", "ko"),
-        ("이거 얼마예요", "ko"),
-        ("밥 먹을까", "ko"),
-        ("식사하셨습니까", "ko"),
-        ("집에 갈까요", "ko"),
-        ("예약할 수 있나요", "ko"),
-    ],
-)
-def test_questions_without_their_mark(text: str, language: str) -> None:
-    assert asks(text, language)
-    assert not asks(f"{text}?", language)
-    assert not asks(f"{text}.", language)
-
-
-@pytest.mark.parametrize(
-    ("text", "language"),
-    [
-        ("do the dishes", "en"),
-        ("have a nice day", "en"),
-        ("what a day", "en"),
-        ("when I get home I sleep", "en"),
-        ("can you", "en"),
-        ("and is the best", "en"),
-        ("I know where you are", "en"),
-        ("비가 오니까", "ko"),
-        ("내일 만나요", "ko"),
-        ("소리가 나요", "ko"),
-        ("어떻게 하는지 알아요", "ko"),
-        ("언제 한번 밥 먹어요", "ko"),
-        ("나는 뭐든지 먹어", "ko"),
-        ("are you there now", "fr"),
-        ("", "ko"),
-    ],
-)
-def test_what_may_be_no_question(text: str, language: str) -> None:
-    assert not asks(text, language)
-
-
-@pytest.mark.parametrize(
     ("text", "read", "answer"),
     [
         ("Go home!!!! Now??!", ["Go home!", "Now?"], "GO HOME!!!! NOW??!"),
@@ -272,6 +226,81 @@ async def test_laughing_and_weeping_are_said_in_the_readers_letters(
     tokenizer = byte_tokenizer()
     assert [tokenizer.decode(each.prompt_ids).strip() for each in translate_lane.submitted] == read
     assert found["translation_text"].strip() == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "read", "answer"),
+    [
+        ("Where is it!?", ["Where is it?"], "WHERE IS IT?!"),
+        ("My city is #Seoul", ["My city is #Seoul"], "MY CITY IS #SEOUL"),
+        ("My city is Seoul. #Seoul", ["My city is Seoul."], "MY CITY IS SEOUL. #Seoul"),
+        ("#travel \U0001f30a #beach", [], "#travel \U0001f30a #beach"),
+        ("Stay (see :)", ["Stay (see :)"], "STAY (SEE :)"),
+        ("Booking.Com is great", None, "BOOKING.COM IS GREAT"),
+        ("He said no. 3 people left.", ["He said no. 3 people left."], "HE SAID NO. 3 PEOPLE LEFT."),
+        ("It is 30 min. he left", ["It is 30 min. he left"], "IT IS 30 MIN. HE LEFT"),
+        ("A 30 min. walk", ["A 30 minute walk"], "A 30 MINUTE WALK"),
+        ("Do you\u200b  know", ["Do you know?"], "DO YOU KNOW?"),
+    ],
+)
+async def test_what_only_looks_like_an_ending(
+    client: Client, translate_lane: FakeDecodeLane, text: str, read: list[str] | None, answer: str
+) -> None:
+    assert await translate(client, text, src_lang="en") == [{"translation_text": answer}]
+    tokenizer = byte_tokenizer()
+    submitted = [tokenizer.decode(each.prompt_ids).strip() for each in translate_lane.submitted]
+    assert read is None or submitted == read
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("가자.  그래.\n    - 나무\n        - 돌", "가자.  그래.\n    - 나무\n        - 돌"),
+        ("1  2    3", "1  2    3"),
+        ("ㅋㅋ", "haha"),
+        ("가자.\nㅠㅠ", "가자.\n:("),
+        ("ㅋㅋ \U0001f44d ㅋㅋ", "haha \U0001f44d haha"),
+        ("좋아 ㅎㅎ~ 내일 봐", "좋아 haha~ 내일 봐"),
+        ("가자ㅠㅠ!!", "가자 :(!!"),
+    ],
+)
+async def test_white_space_stays_into_english(client: Client, text: str, answer: str) -> None:
+    assert await translate(client, text, src_lang="ko", tgt_lang="en") == [{"translation_text": answer}]
+
+
+async def test_letters_in_parts_where_things_are_kept(client: Client, translate_lane: FakeDecodeLane) -> None:
+    tree = unicodedata.normalize("NFD", "나무")
+    kept = f"이것은 https://x.com/{tree} 와 `{tree}` 이다."
+    assert without_parts(f"{tree} {kept}").text == f"나무 {kept}"
+    html = '<img src="x">\u0338 onerror=alert(1) <b>hi you</b>'
+    (answer,) = await translate(client, html, src_lang="en", format="html")
+    assert answer["translation_text"].startswith('<img src="x">\u0338')
+    for term in ("카카오", unicodedata.normalize("NFD", "카카오")):
+        for text in ("나는 카카오를 쓴다.", unicodedata.normalize("NFD", "나는 카카오를 쓴다.")):
+            glossary = {term: "Kakao"}
+            (answer,) = await translate(client, text, src_lang="ko", tgt_lang="en", glossary=glossary)
+            assert "Kakao" in answer["translation_text"]
+
+
+@pytest.mark.parametrize(
+    ("text", "glossary"),
+    [("정거장 ABC", {"정거장": "station"}), ("KT report", {"KT": "KT Corp."}), ("5만 USD", {})],
+)
+async def test_a_sentence_with_something_to_translate_is_not_foreign(
+    client: Client, translate_lane: FakeDecodeLane, text: str, glossary: dict[str, str]
+) -> None:
+    await translate(client, text, src_lang="ko", tgt_lang="en", glossary=glossary)
+    assert translate_lane.submitted
+
+
+@pytest.mark.parametrize(
+    "text", ["ㅋ" * 19_999 + "a", "^" * 19_999 + "a", "a " + ":)" * 9_990, "#a " * 6_000]
+)
+def test_endings_are_found_in_little_time(text: str) -> None:
+    """Not one after the other: a run is looked through once."""
+    words, behind = set_apart(text)
+    assert words + behind == text
+    assert not _AFTER_SENTENCE.search(text)
 
 
 async def test_hangul_in_parts_is_read_as_whole(client: Client, translate_lane: FakeDecodeLane) -> None:

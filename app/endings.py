@@ -1,0 +1,56 @@
+"""What stands behind a sentence and is no part of it: faces, laughing, tags of a post, marks said again."""
+
+from __future__ import annotations
+
+import re
+
+_MOST = 20  # of tags and faces; what is before them is read
+_REACH = 40  # characters in which a face is looked for, so that no long run is looked through again and again
+
+_TAG = re.compile(r"#[^\W\d_]\w*")
+_FACE = re.compile(
+    r"(?:(?<![:\w])[:;]-?[DP]|(?<!:)(?:[:;]-?[)(]|:'\()|(?<!\^)\^_?\^{1,38}|(?<!\w)T[_.]T|[ㅋㅎㅠㅜ]{2,38}[.!?~]{0,9})$"
+)
+_MORE_MARKS = re.compile(r"(?<![!?])[!?]{2,}$")
+_ENDED = re.compile("[.!?…~)\u2600-\u27bf\U0001f000-\U0001faff\ufe0f]$")
+_FEELINGS = re.compile("(?<![가-힣A-Za-z0-9_])(?:[ㅠㅜ]{2,}|(?P<laughing>[ㅋㅎ]{2,}))")
+
+
+def set_apart(text: str) -> tuple[str, str]:
+    """A sentence as the model is to read it, and what comes behind its translation.
+
+    A single tag belongs to its sentence, unless that has ended before: it may be a word of it.
+    """
+    end, n_tags, has_face = len(text), 0, False
+    for _ in range(_MOST):
+        words = text[:end].rstrip()
+        start = words.rfind(" ") + 1
+        if _TAG.fullmatch(words, start):
+            n_tags += 1
+        elif (face := _FACE.search(words, max(0, len(words) - _REACH))) and not _closes_bracket(words):
+            start, has_face = face.start(), True
+        else:
+            break
+        end = len(words[:start].rstrip())
+    if n_tags == 1 and not has_face and end and not _ENDED.search(text[:end]):
+        end = len(text)
+    words, behind = text[:end], text[end:]
+    if marks := _MORE_MARKS.search(words):
+        run = marks.group()
+        mark = "?" if "?" in run else run[0]
+        words, behind = words[: marks.start()] + mark, run.replace(mark, "", 1) + behind
+    return words, behind
+
+
+def _closes_bracket(words: str) -> bool:
+    return words.endswith(")") and words.count("(") >= words.count(")")
+
+
+def in_words(signs: str, *, attached: bool) -> str:
+    """Signs for readers who know no Hangul, to whom ㅋㅋ says nothing; `attached` are those behind a word."""
+
+    def say(match: re.Match[str]) -> str:
+        before = signs[match.start() - 1] if match.start() else ("." if attached else " ")
+        return ("" if before.isspace() else " ") + ("haha" if match["laughing"] else ":(")
+
+    return _FEELINGS.sub(say, signs)
