@@ -241,7 +241,7 @@ def _branches(rests: Sequence[tuple[str, str]], depth: int = 0) -> str:
 def without_parts(text: str) -> "Edited":
     """A text whose letters are in one, but for addresses and code, which stay as they are."""
     kept = [match.span() for match in _KEPT.finditer(text)]
-    runs = [run for run in composing(text) if not any(start <= run[0] < stop for start, stop in kept)]
+    runs = [run for run in composing(text) if not any(start <= run[0] <= stop for start, stop in kept)]
     return replace_runs(text, runs)
 
 
