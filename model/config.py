@@ -210,7 +210,10 @@ class TransformerConfig:
         missing = [name for name in needed if name not in values]
         if missing:
             raise ConfigError(f"missing key: {', '.join(missing)} (a published model has a model_type)")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except TypeError as error:  # of what stands within a value
+            raise ConfigError(str(error)) from None
 
 
 def _is_name(value: Any) -> bool:

@@ -59,8 +59,12 @@ class Progress:
         """So many tokens complete it at most, when every one of them furthers it.
 
         The longest spellings count: beside what must stay apart only the one with a space may be possible.
+        What begins another counts once something else comes behind it, which is one token more.
         """
-        return sum(max(map(len, phrase.spellings)) for _, phrase in self._unmet()) - len(self.begun)
+        unmet = [phrase for _, phrase in self._unmet()]
+        tokens = sum(max(map(len, phrase.spellings)) for phrase in unmet)
+        begins = sum(any(_begins(phrase, other) for other in unmet) for phrase in unmet)
+        return tokens + begins - len(self.begun)
 
     def take(self, token: int) -> Progress:
         """After one more token."""
@@ -91,14 +95,18 @@ class Progress:
 
         What goes on with a longer phrase is none of them.
         """
-        found: set[int] = set()
+        again: set[int] = set()
+        beside: set[int] = set()
         for phrase in (self.phrases[i] for i in self.met):
             for spelling in phrase.spellings:
                 if phrase.once and _ends_with(tokens, spelling[:-1]):
-                    found.add(spelling[-1])
+                    again.add(spelling[-1])
                 if phrase.apart and _ends_with(tokens, spelling):
-                    found |= phrase.apart
-        return found - self.wanted() if self.begun else found
+                    beside |= phrase.apart
+        if not (again or beside):
+            return set()
+        wanted = self.wanted()
+        return (again - wanted) | (beside - wanted if self.begun else beside)
 
     def _unmet(self) -> Iterable[tuple[int, Phrase]]:
         return ((i, phrase) for i, phrase in enumerate(self.phrases) if i not in self.met)
@@ -114,6 +122,15 @@ class Progress:
         n = len(begun)
         spellings = (s for _, phrase in self._unmet() for s in _possible(phrase, before))
         return {s[n] for s in spellings if len(s) > n and s[:n] == begun}
+
+
+def _begins(phrase: Phrase, other: Phrase) -> bool:
+    """Does a spelling of one begin a longer one of the other?"""
+    return any(
+        len(short) < len(long) and long[: len(short)] == short
+        for short in phrase.spellings
+        for long in other.spellings
+    )
 
 
 def _possible(phrase: Phrase, before: int | None) -> Iterable[tuple[int, ...]]:

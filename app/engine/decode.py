@@ -572,7 +572,7 @@ class GenerateLane(DecodeLane[Drawn]):
             return None
         metrics.batch_rows.labels(self.name, "decode").observe(len(ids))
         for state in crew.states:
-            state.n_read += 1
+            self._count_read(state)
         return _Ahead(flight, crew, positions, [state.n_read >= state.n_prompt for state in crew.states])
 
     def _tell(self, drawing: Drawing, crew: _Crew, before: _Ahead | None) -> None:
@@ -656,12 +656,15 @@ class GenerateLane(DecodeLane[Drawn]):
         return self._rows[1]
 
     def _commit(self, chosen: dict[int, Drawn], running: list[Sequence]) -> None:
-        for state in (self._generations[sequence] for sequence in running):
-            # Of a prompt that is read by pieces a step in the middle counts for nothing: it is read again.
-            state.n_read += self._piece is None or state.n_unread == 0
+        for sequence in running:
+            self._count_read(self._generations[sequence])
         # A row in the middle of its prompt has read a token of it, and what was drawn is nobody's.
         ready = [s for s in running if self._generations[s].n_read >= s.n_prompt_tokens]
         self._take({s: chosen[s.rows[0]] for s in running}, ready)
+
+    def _count_read(self, state: _Generation) -> None:
+        """A step has read a row's next token; within a prompt that is read by pieces it is read again."""
+        state.n_read += self._piece is None or state.n_unread == 0
 
     def _take(self, drawn: dict[Sequence, Drawn], ready: list[Sequence]) -> None:
         """Hand over what was drawn for those that are ready, end what has ended."""

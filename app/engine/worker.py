@@ -149,6 +149,8 @@ class DeviceWorker:
     def _turn(self, lane: Lane) -> bool:
         if not lane.has_work():
             return False
+        if lane not in self._telling:  # its turn will not say when, and may be long
+            self._release()
         try:
             handovers = lane.turn()
             if lane in self._telling:

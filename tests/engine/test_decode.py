@@ -577,11 +577,12 @@ async def test_a_long_prompt_is_read_in_chunks_between_the_steps_of_others(
     await check_generations(causal_oracle, [running, long, short])
 
 
+@pytest.mark.parametrize("way", ["kernels", "ahead"])
 @pytest.mark.parametrize(
-    ("chunk", "together"), [(32, 0), (40, 0), (64, 0), (7, 0), (64, 160), (9, 160), (40, 32)]
+    ("chunk", "together"), [(32, 0), (40, 0), (64, 0), (7, 0), (64, 512), (9, 512), (40, 32)]
 )
 async def test_in_eight_bits_a_generation_hangs_on_nobody_else(
-    causal: Checkpoint, monkeypatch: pytest.MonkeyPatch, chunk: int, together: int
+    causal: Checkpoint, monkeypatch: pytest.MonkeyPatch, chunk: int, together: int, way: str
 ) -> None:
     """To the last bit: however prompts came together, were read in parts, or had been read before.
 
@@ -603,11 +604,11 @@ async def test_in_eight_bits_a_generation_hangs_on_nobody_else(
 
     alone = make()
     for sequence in alone:
-        lane = generate_lane(model, n_slots=6, prefill_tokens=64, chunk_tokens=chunk, n_blocks=0)
+        lane = generate_lane(model, n_slots=6, prefill_tokens=64, chunk_tokens=chunk, n_blocks=0, **WAYS[way])
         lane.submit([sequence])
         drive(lane)
     wanted = await outputs(alone)
-    lane = generate_lane(model, n_slots=6, prefill_tokens=64, chunk_tokens=chunk, n_blocks=4)
+    lane = generate_lane(model, n_slots=6, prefill_tokens=64, chunk_tokens=chunk, n_blocks=4, **WAYS[way])
     together, later = make(), make()
     lane.submit(together)
     drive(lane)

@@ -192,6 +192,26 @@ async def test_the_last_results_wait_for_nothing() -> None:
         await wait(ball.back)
 
 
+async def test_nothing_is_held_through_the_turn_of_a_lane_that_tells_nothing() -> None:
+    lane, slow, ball = Teller(), Juggler("translate"), Ball(9)
+    lane.loop = CountingLoop()
+    lane.throw([ball])
+    slow.throw([Ball(1_000_000)])
+    worker = DeviceWorker([lane, slow])
+    worker._loop = lane.loop  # type: ignore[assignment]
+    assert worker._turn(lane)
+    assert lane.loop.n_crossings == 0
+    crossed: list[int] = []
+
+    def turn() -> Handovers:
+        crossed.append(lane.loop.n_crossings)
+        return []
+
+    slow.turn = turn  # type: ignore[method-assign]
+    assert worker._turn(slow)
+    assert crossed == [1]
+
+
 async def test_what_is_held_comes_before_an_error() -> None:
     lane, ball = Teller(), Ball(9)
     lane.loop = CountingLoop()

@@ -103,3 +103,6 @@ def test_unknown_and_missing_keys() -> None:
     del values["vocab_size"]
     with pytest.raises(ConfigError, match="vocab_size"):
         TransformerConfig.from_dict(values)
+    for name, value in (("languages", {"en": "4"}), ("more_eos_ids", ["a", 1])):
+        with pytest.raises(ConfigError):
+            TransformerConfig.from_dict(tiny_config("translator").to_dict() | {name: value})

@@ -91,6 +91,9 @@ def test_words_that_begin_with_others() -> None:
     met = after(start, 1, 2, 9, 1)
     assert met.banned([1, 2, 9, 1]) == set()
     assert after(met, 2, 3, 4).complete
+    assert start.n_missing == 2 + 4 + 1  # the shorter one counts with the token behind it
+    one, two = Phrase(((7,),), once=True), Phrase(((7, 8),))
+    assert after(Progress((one, two)), 7, 9).banned([7, 9]) == set()
 
 
 @pytest.mark.parametrize("spellings", [(), ((),), ((1,), ())])
