@@ -92,7 +92,11 @@ class TranslateParameters(BeamParameters):
     )
     do_not_translate: Texts | None = Field(None, description="terms that stay as they are")
     generate_parameters: BeamParameters | None = None
-    return_alignment: bool | None = Field(None, description="cross-attention weights, sentence by sentence")
+    return_alignment: bool | None = Field(
+        None,
+        description="cross-attention weights, sentence by sentence, over the tokens that the model read: "
+        "what is kept, and a glossary's term, stands there as the word that stood for it",
+    )
     return_scores: bool | None = Field(
         None,
         description="mean log-probability of a token, over the sentences; with a shortlist among the tokens "
