@@ -40,7 +40,7 @@ def fill_mask(client: httpx.AsyncClient, number: int) -> Awaitable[httpx.Respons
 
 
 def generate(client: httpx.AsyncClient, number: int) -> Awaitable[httpx.Response]:
-    parameters = {"max_new_tokens": 32}
+    parameters = {"max_new_tokens": 32, "repetition_penalty": 1.0}
     return client.post("/generate", json={"inputs": sentence(number), "parameters": parameters})
 
 

@@ -65,7 +65,8 @@ def call(task: str, number: int, n_new: int, at: float = 0.0, sampling: dict[str
     parameters: dict[str, dict[str, Any]] = {
         "fill-mask": {"top_k": 5},
         "translate": {"tgt_lang": "ko", "num_beams": 4, "max_new_tokens": n_new},
-        "generate": {"max_new_tokens": n_new} | (sampling or {}),
+        # As the bare engine is asked: without the penalty that the model has of its own.
+        "generate": {"max_new_tokens": n_new, "repetition_penalty": 1.0} | (sampling or {}),
     }
     body: dict[str, Any] = {"inputs": text(task, number), "parameters": parameters[task]}
     if task == "generate":

@@ -104,6 +104,9 @@ class TransformerConfig:
     start_id: int | None = None  # what a translation begins with; None: with its language
     languages: dict[str, int] = field(default_factory=dict)
     length_penalty: float = 1.0  # of a translation's beam search, where none is asked for
+    # Of a generation that always takes the likeliest token, where no penalty is asked for: without it
+    # small models go round in circles.
+    repetition_penalty: float = 1.0
     labels: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -132,6 +135,8 @@ class TransformerConfig:
             raise ConfigError(f"dropout: {self.dropout} is not in [0, 1)")
         if not math.isfinite(self.length_penalty):
             raise ConfigError(f"length_penalty: {self.length_penalty} is not a number")
+        if not 0.0 < self.repetition_penalty < math.inf:
+            raise ConfigError(f"repetition_penalty: {self.repetition_penalty} is not a positive number")
         self._check_layers()
         self._check_labels()
         self._check_rotary()

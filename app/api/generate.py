@@ -31,6 +31,7 @@ from app.api.generation import (
     fit_new_tokens,
     max_new_tokens,
     sse_event,
+    with_own_penalty,
 )
 from app.dialects import Dialect, error_body
 from app.engine.registry import GeneratingLane, Task
@@ -53,7 +54,10 @@ class GenerateParameters(Strict):
     top_k: int | None = Field(None, description="0 is off")
     top_p: float | None = None
     typical_p: float | None = None
-    repetition_penalty: float | None = None
+    repetition_penalty: float | None = Field(
+        None,
+        description="by default the model's own (`config` in /info) without sampling, 1 with it; 1 is none",
+    )
     frequency_penalty: float | None = None
     stop: str | Texts | None = Field(None, description="the text ends with the first that appears")
     seed: int | None = None
@@ -137,7 +141,8 @@ async def admit(body: GenerateRequest, call: Call, *, streamed: bool) -> Generat
         _check_stream(parameters, texts)
     # A stream's events carry them, details too, and the best of several are found by them.
     scored = streamed or bool(parameters.details) or (parameters.best_of or 1) > 1
-    sampling = replace(_sampling(parameters), logprobs=scored)
+    sampling = with_own_penalty(_sampling(parameters), parameters.repetition_penalty, task)
+    sampling = replace(sampling, logprobs=scored)
     prompts = await prepare(sum(map(len, texts)), _encode_all, texts, parameters, task.tokenizer)
     generations = [
         _generations(name, prompt, sampling, parameters, stops, task, settings)

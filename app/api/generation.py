@@ -3,7 +3,7 @@
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -15,6 +15,7 @@ from app.engine.registry import GeneratingLane, Task
 from app.engine.sequence import FinishReason, Sequence, TokenEvent
 from app.errors import InvalidRequest
 from app.settings import Settings
+from model.sampling import SamplingParams
 from model.tokenizer import TextStream, Tokenizer
 
 T = TypeVar("T")
@@ -116,6 +117,19 @@ def max_new_tokens(settings: Settings, task: Task[GeneratingLane], n_prompt: int
     A translation's prompt is the encoder's, so that there it takes none of the room.
     """
     return min(settings.max_new_tokens, task.lane.limits.max_new_tokens - n_prompt)
+
+
+def with_own_penalty(
+    params: SamplingParams, asked: float | None, task: Task[GeneratingLane]
+) -> SamplingParams:
+    """With the model's own penalty on repetition, where the likeliest token is always taken.
+
+    Unless a penalty is asked for: `asked` is that on repetition.
+    """
+    is_asked = asked is not None or params.frequency_penalty or params.presence_penalty
+    if is_asked or params.temperature > 0.0:
+        return params
+    return replace(params, repetition_penalty=task.config.repetition_penalty)
 
 
 def fit_new_tokens(

@@ -37,6 +37,7 @@ from app.api.generation import (
     fit_new_tokens,
     max_new_tokens,
     sse_event,
+    with_own_penalty,
 )
 from app.dialects import Dialect, error_body
 from app.engine.registry import GeneratingLane, Task
@@ -556,7 +557,8 @@ def _choices(
     asked = None if body.max_tokens is None else max(body.max_tokens, 1)
     default = min(_DEFAULT_MAX_TOKENS, settings.max_new_tokens)
     n_new = fit_new_tokens(name, len(prompt.token_ids), "max_tokens", asked, default, task)
-    sampling = replace(_sampling(body), max_new_tokens=n_new)
+    sampling = with_own_penalty(_sampling(body), body.repetition_penalty, task)
+    sampling = replace(sampling, max_new_tokens=n_new)
     choices = []
     for i in range(body.best_of or body.n or 1):
         seed = None if body.seed is None else (body.seed + i) % (settings.max_seed + 1)

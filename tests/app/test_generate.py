@@ -216,6 +216,20 @@ async def test_a_full_queue_refuses_at_the_door(
     generate_lane.abort(held)
 
 
+async def test_the_penalty_on_repetition_is_the_models_own_unless_one_is_asked_for(
+    client: Client, app: FastAPI, generate_lane: FakeDecodeLane
+) -> None:
+    """And only where the likeliest token is always taken."""
+    task = app.state.services.tasks["generate"]
+    task.config = replace(task.config, repetition_penalty=1.3)
+    for parameters in ({}, {"repetition_penalty": 1.0}, {"frequency_penalty": 0.5}, {"do_sample": True}):
+        await client.post("/generate", json={"inputs": "ab", "parameters": parameters})
+    for more in ({"temperature": 0}, {}, {"temperature": 0, "presence_penalty": 1.0}):
+        await client.post("/v1/completions", json={"prompt": "ab", "max_tokens": 2} | more)
+    asked: list[Any] = [sequence.params for sequence in generate_lane.submitted]
+    assert [params.repetition_penalty for params in asked] == [1.3, 1.0, 1.0, 1.0, 1.3, 1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
