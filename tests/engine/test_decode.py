@@ -609,14 +609,14 @@ async def test_in_eight_bits_a_generation_hangs_on_nobody_else(
         drive(lane)
     wanted = await outputs(alone)
     lane = generate_lane(model, n_slots=6, prefill_tokens=64, chunk_tokens=chunk, n_blocks=4, **WAYS[way])
-    together, later = make(), make()
-    lane.submit(together)
+    at_once, later = make(), make()
+    lane.submit(at_once)
     drive(lane)
     for sequence in reversed(later):
         lane.submit([sequence])
         turn(lane)
     drive(lane)
-    assert await outputs(together) == wanted
+    assert await outputs(at_once) == wanted
     assert await outputs(later) == wanted
 
 
