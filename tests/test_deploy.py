@@ -313,14 +313,16 @@ def test_every_imported_package_is_a_dependency() -> None:
 
 
 def third_party(path: Path) -> set[str]:
-    """The distributions that a file imports; each has the name of its module here."""
+    """The distributions that a file imports; as a rule each has the name of its module here."""
     modules = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             modules |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             modules.add(node.module.split(".")[0])
-    return {canonical(module) for module in modules - sys.stdlib_module_names - {"app", "model"}}
+    others = {"dotenv": "python-dotenv"}
+    foreign = modules - sys.stdlib_module_names - {"app", "model"}
+    return {canonical(others.get(module, module)) for module in foreign}
 
 
 def canonical(name: str) -> str:
