@@ -99,8 +99,9 @@ async def scrape(request: Request) -> Response:
 
 def is_ready(lifecycle: Lifecycle, services: Services | None) -> bool:
     """Serving some model, and the device thread beats."""
-    serving = lifecycle.phase is Phase.SERVING and services is not None
-    return serving and services is not None and bool(services.tasks) and services.worker.fault is None
+    if lifecycle.phase is not Phase.SERVING or services is None:
+        return False
+    return bool(services.tasks) and services.worker.fault is None
 
 
 def _fault(lifecycle: Lifecycle, services: Services | None) -> str | None:
