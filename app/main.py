@@ -325,7 +325,10 @@ def create_app(
     app.include_router(pages.router)
     app.include_router(admin.router, responses=_DOOR_ERRORS)
     add_handlers(app)
-    app.add_middleware(GuardMiddleware, rules=make_rules(settings))
+    rules = make_rules(settings)
+    if rules.keys:
+        pages.document_keys(app, rules.open_paths)
+    app.add_middleware(GuardMiddleware, rules=rules)
     if settings.cors_origins:
         app.add_middleware(Cors, origins=settings.cors_origins)  # around the guard: pages may read why not
     # Added after what they stand around: the record sees every request and every answer.

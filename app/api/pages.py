@@ -3,11 +3,13 @@
 import base64
 import hashlib
 import re
+from collections.abc import Collection
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.responses import FileResponse, HTMLResponse, Response
 
@@ -18,6 +20,10 @@ _SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 # The interface's documentation as fastapi-offline packs it; its version, in constraints.txt, seldom changes.
 _ASSETS = Path(str(files("fastapi_offline") / "static"))
 _CACHED = {"cache-control": "public, max-age=3600"}
+_KEY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+}
 
 
 @router.head("/")
@@ -61,3 +67,19 @@ async def docs_script() -> Response:
 @router.get("/docs/swagger-ui.css")
 async def docs_style() -> Response:
     return FileResponse(_ASSETS / "swagger-ui.css", media_type="text/css", headers=_CACHED)
+
+
+def document_keys(app: FastAPI, open_paths: Collection[str]) -> None:
+    """Say in /openapi.json where a key goes, and which paths need none; /docs then asks for it."""
+    describe = app.openapi
+
+    def described() -> dict[str, Any]:
+        schema = describe()
+        schema["components"]["securitySchemes"] = _KEY_SCHEMES
+        schema["security"] = [{name: []} for name in _KEY_SCHEMES]
+        for path in schema["paths"].keys() & set(open_paths):
+            for operation in schema["paths"][path].values():
+                operation["security"] = []
+        return schema
+
+    app.openapi = described  # type: ignore[method-assign]  # as FastAPI's manual extends it

@@ -23,7 +23,7 @@ from model.tokenizer import Tokenizer
 from model.training import prepare
 from model.training.average import add_average_arguments, average_command
 from model.training.back_translate import add_back_translate_arguments, back_translate_command
-from model.training.batches import WIDTH_STEP
+from model.training.batches import WIDTH_STEP, weight_of
 from model.training.causal import CausalTask
 from model.training.classify import add_classify_arguments, classify_command
 from model.training.evaluate import add_evaluate_arguments, evaluate_command
@@ -220,7 +220,11 @@ def _shard(arguments: argparse.Namespace, data: dict[str, Any], tokenizer: Token
 
     def documents() -> Any:
         if ARCHITECTURES[arguments.command] == "translator":
-            yield from prepare.pair_documents(pairs, held=held)
+            # An epoch never holds what has no weight; most of the pairs that there are may be such.
+            used = {"": 1.0} if held else data["weights"]
+            for label, units in prepare.pair_documents(pairs, held=held):
+                if weight_of(label, used):
+                    yield label, units
             return
         chosen = {key: data[key] for key in ("share", "max_grade", "max_figures") if key in data}
         yield from prepare.passages(texts, held=held, **chosen)

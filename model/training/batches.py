@@ -57,10 +57,11 @@ def sample_by_weight(weights: NDArray[np.float64], rng: np.random.Generator) -> 
 def weights_by_label(
     labels: NDArray[np.uint8], names: Sequence[str], weights: Mapping[str, float]
 ) -> NDArray[np.float64]:
-    """How often an epoch holds each document; of the prefixes of its label's name the longest counts."""
+    """How often an epoch holds each document: the weight of its label's name."""
+    return np.array([weight_of(name, weights) for name in names], dtype=np.float64)[labels]
 
-    def weight(name: str) -> float:
-        fitting = [prefix for prefix in weights if name.startswith(prefix)]
-        return weights[max(fitting, key=len)] if fitting else 0.0
 
-    return np.array([weight(name) for name in names], dtype=np.float64)[labels]
+def weight_of(name: str, weights: Mapping[str, float]) -> float:
+    """The weight of the longest prefix that `name` begins with; 0 where it begins with none."""
+    fitting = [prefix for prefix in weights if name.startswith(prefix)]
+    return weights[max(fitting, key=len)] if fitting else 0.0

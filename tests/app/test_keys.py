@@ -109,6 +109,15 @@ class TestDoor:
         assert answer.headers["www-authenticate"] == "Bearer"
         assert "needs an API key" in answer.text
 
+    async def test_the_documentation_says_where_a_key_goes(self, client: Client) -> None:
+        described = (await client.get("/openapi.json")).json()
+        assert described["security"] == [{"bearer": []}, {"x-api-key": []}]
+        assert described["components"]["securitySchemes"].keys() == {"bearer", "x-api-key"}
+        assert described["paths"]["/health"]["get"]["security"] == []
+        assert "security" not in described["paths"]["/generate"]["post"]
+        without = create_app(make_settings()).openapi()
+        assert "security" not in without
+
     async def test_in_the_dialects(self, client: Client) -> None:
         theirs = await client.post("/generate", json={"inputs": "a"})
         assert (theirs.status_code, theirs.json()["error_type"]) == (401, "unauthorized")
