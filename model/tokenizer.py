@@ -117,6 +117,15 @@ class Tokenizer:
         backend.train_from_iterator(texts, trainer=trainer)
         return cls(backend)
 
+    def extended(self, words: Iterable[str]) -> Tokenizer:
+        """One more piece for each word, with the space before it where it has one; ids go on from the last.
+
+        They are found in a text before anything else: at each place the longest, whatever comes after it.
+        """
+        backend = Backend.from_str(self.backend.to_str())
+        backend.add_tokens([AddedToken(word, normalized=False) for word in words])
+        return Tokenizer(backend)
+
     def save(self, folder: Path | str) -> None:
         """Write tokenizer.json into a folder."""
         for name, text in self.files().items():
@@ -124,7 +133,7 @@ class Tokenizer:
 
     def files(self) -> dict[str, str]:
         """Contents by name of file: what `load` reads."""
-        return {TOKENIZER_FILE: self.backend.to_str(pretty=True)}
+        return {TOKENIZER_FILE: self.backend.to_str()}  # unindented: half the bytes
 
     @property
     def sources(self) -> list[str]:
@@ -242,9 +251,12 @@ class Tokenizer:
     def _bytes(self) -> list[bytes]:
         alphabet = byte_alphabet()
         table = [b""] * self.vocab_size
-        for token, token_id in self.backend.get_vocab(with_added_tokens=True).items():
+        for token, token_id in self.backend.get_vocab(with_added_tokens=False).items():
             if token_id not in self.special_ids:
                 table[token_id] = bytes(alphabet[character] for character in token)
+        for token_id, added in self.backend.get_added_tokens_decoder().items():
+            if not added.special:
+                table[token_id] = added.content.encode()  # as it is written
         return table
 
     def _id(self, token: str) -> int:

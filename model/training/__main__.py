@@ -27,6 +27,7 @@ from model.training.batches import WIDTH_STEP, weight_of
 from model.training.causal import CausalTask
 from model.training.classify import add_classify_arguments, classify_command
 from model.training.evaluate import add_evaluate_arguments, evaluate_command
+from model.training.extend import add_extend_arguments, extend_command
 from model.training.loop import Options, Task, Trainer
 from model.training.masked import MaskedTask
 from model.training.packs import find_pack
@@ -42,6 +43,7 @@ COMMANDS = {
     "back-translate": back_translate_command,
     "classify": classify_command,
     "evaluate": evaluate_command,
+    "extend": extend_command,
     "score-pairs": score_pairs_command,
 }
 ARCHITECTURES = {
@@ -102,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
             train.add_argument("--start-from", type=Path, help="a masked model's folder: take its encoder")
     add_classify_arguments(commands.add_parser("classify", help="teach a masked model's encoder labels"))
     add_average_arguments(commands.add_parser("average", help="one model out of several"))
+    add_extend_arguments(commands.add_parser("extend", help="whole words for a mask to be filled with"))
     add_back_translate_arguments(commands.add_parser("back-translate", help="pairs out of text"))
     add_score_pairs_arguments(
         commands.add_parser("score-pairs", help="drop the pairs that a model finds absurd")
@@ -205,7 +208,8 @@ def make_task(
         return TranslateTask(shard, tokenizer, weights=weights, noise=noise, **common, **width)
     common["weights"] = None if held else data.get("weights")
     if arguments.command == "masked":
-        return MaskedTask(shard, tokenizer, mask_ratio=data.get("mask_ratio", 0.15), **common, **width)
+        chosen = {key: data[key] for key in ("mask_ratio", "split_particles", "stems") if key in data}
+        return MaskedTask(shard, tokenizer, **chosen, **common, **width)
     return CausalTask(shard, tokenizer, **common)
 
 

@@ -27,6 +27,7 @@ from model.training.shards import Shard
 Batch = dict[str, Tensor]
 Passage = tuple[int, int, int, int, int]
 IGNORE = -100
+STEM_NOISE = 0.3  # a stem before its particle is masked about three times as often as its neighbours
 
 
 class MaskedTask:
@@ -47,6 +48,7 @@ class MaskedTask:
         whole_word: float = 0.5,
         short: float = 0.3,
         split_particles: float = 0.4,
+        stems: float = 0.0,
         weights: Mapping[str, float] | None = None,
         width_step: int = WIDTH_STEP,
         seed: int = 0,
@@ -55,6 +57,7 @@ class MaskedTask:
         self.width_step = width_step
         self.mask_ratio, self.whole_word, self.short, self.seed = mask_ratio, whole_word, short, seed
         self.split_particles, self.particles = split_particles, particle_splits(tokenizer)
+        self.stems, self.particle_ids = stems, particle_ids(tokenizer)
         self.sizes = np.diff(np.asarray(shard.units))
         self.weights = weights_by_label(np.asarray(shard.labels), shard.label_names, weights or {"": 1.0})
         self.newline = tokenizer.encode("\n")[0]
@@ -144,6 +147,8 @@ class MaskedTask:
         noise = np.where(real, rng.random(token_ids.shape), 2.0)
         whole = rng.random(len(token_ids)) < self.whole_word
         noise[whole] = self._word_noise(token_ids[whole], noise[whole])
+        asked = (rng.random(len(token_ids)) < self.stems)[:, None]
+        noise = np.where(asked & self._stems(token_ids), noise * STEM_NOISE, noise)
         counts = np.maximum(1, np.round(real.sum(1) * self.mask_ratio)).astype(np.int64)
         width = padded_width(int(counts.max()), self.width_step)
         # Ties share a word: a stable sort keeps a word's pieces together, in order.
@@ -166,6 +171,15 @@ class MaskedTask:
         starts = np.where(self.starts_word[token_ids] | special | after_special, positions, 0)
         first = np.maximum.accumulate(starts, axis=1)
         return np.where(special, noise, np.take_along_axis(noise, first, 1))
+
+    def _stems(self, token_ids: Indices) -> NDArray[np.bool_]:
+        """Is a token a word's whole stem, with nothing but a particle between it and the next word?"""
+        special = np.isin(token_ids, list(self.tokenizer.special_ids))
+        begins = self.starts_word[token_ids] | special
+        after = np.pad(np.isin(token_ids, self.particle_ids)[:, :-1] & begins[:, 1:], ((0, 0), (0, 1)))
+        stem = np.zeros_like(special)
+        stem[:, :-1] = begins[:, :-1] & ~special[:, :-1] & after[:, 1:]
+        return stem
 
     def loss(self, model: MaskedLM, batch: Batch) -> tuple[Tensor, int]:
         """Mean cross-entropy of masked tokens plus that of next sentence, and the tokens read."""
@@ -208,6 +222,12 @@ def particle_splits(tokenizer: Tokenizer) -> dict[int, tuple[int, int]]:
                 splits[token_id] = (ids[stem], ids[tail])
                 break
     return splits
+
+
+def particle_ids(tokenizer: Tokenizer) -> list[int]:
+    """The pieces that are a particle and nothing else."""
+    raws = {particle.encode() for particle in PARTICLES}
+    return [i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) in raws]
 
 
 def word_starts(tokenizer: Tokenizer) -> NDArray[np.bool_]:
