@@ -104,6 +104,9 @@ class TransformerConfig:
     start_id: int | None = None  # what a translation begins with; None: with its language
     languages: dict[str, int] = field(default_factory=dict)
     length_penalty: float = 1.0  # of a translation's beam search, where none is asked for
+    # What the way back counts in ordering a translation's hypotheses (model/round_trip.py), where nothing is
+    # asked for.
+    round_trip: float = 0.0
     # Of a generation that always takes the likeliest token, where no penalty is asked for: without it
     # small models go round in circles.
     repetition_penalty: float = 1.0
@@ -135,6 +138,8 @@ class TransformerConfig:
             raise ConfigError(f"dropout: {self.dropout} is not in [0, 1)")
         if not math.isfinite(self.length_penalty):
             raise ConfigError(f"length_penalty: {self.length_penalty} is not a number")
+        if not 0.0 <= self.round_trip < math.inf:
+            raise ConfigError(f"round_trip: {self.round_trip} is not a number of at least 0")
         if not 0.0 < self.repetition_penalty < math.inf:
             raise ConfigError(f"repetition_penalty: {self.repetition_penalty} is not a positive number")
         self._check_layers()

@@ -33,6 +33,7 @@ _FREE = {
     *("architecture", "vocab_size", "d_model", "n_heads", "d_ff", "n_encoder_layers", "n_decoder_layers"),
     *("max_len", "dropout", "norm_eps", "languages", "labels", "nsp_head", "pool_activation"),
     "length_penalty",
+    "round_trip",
     "repetition_penalty",
     *("pad_id", "bos_id", "eos_id", "mask_id", "cls_id", "sep_id"),
 }

@@ -40,6 +40,9 @@ class BeamParams:
     of the transformers library, by which hypotheses cut at the maximum length compete with those that ended:
     False otherwise the same, "never" with the score that a beam might have at the maximum length, True no
     longer than until num_beams have ended.
+
+    With `round_trip` those that have ended are put in order once more (`model.round_trip`), by the mean
+    log-probability of their tokens plus so much of that of the source's tokens, given them.
     """
 
     num_beams: int = 4
@@ -52,6 +55,7 @@ class BeamParams:
     return_alignment: bool = False
     early_stopping: bool | Literal["never"] | None = None
     required: tuple[Phrase, ...] = ()
+    round_trip: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_return_sequences <= self.num_beams:

@@ -223,6 +223,7 @@ def _search(n_alternatives: int, settings: Settings, task: Task[GeneratingLane])
         num_beams=num_beams,
         num_return_sequences=n_best,
         length_penalty=task.config.length_penalty,
+        round_trip=task.config.round_trip,
         max_new_tokens=limit,
     )
     return Search(beams, None, limit, settings.default_beams)

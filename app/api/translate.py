@@ -50,10 +50,14 @@ from app.engine.sequence import FinishReason, Hypothesis, Sequence
 from app.errors import NO_OBJECT, ErrorBody, InvalidRequest, Json, brief
 from app.protection import Glossary, is_translatable
 from app.settings import Settings
+from model.adopted import AdoptedTokenizer
+from model.round_trip import ways_back
 from model.sampling import BeamParams
 from model.tokenizer import TextStream, Tokenizer
 
 router = APIRouter(route_class=BodyRoute)
+
+_MAX_ROUND_TRIP = 10.0
 
 
 class BeamParameters(Strict):
@@ -92,6 +96,11 @@ class TranslateParameters(BeamParameters):
     )
     do_not_translate: Texts | None = Field(None, description="terms that stay as they are")
     generate_parameters: BeamParameters | None = None
+    round_trip: float | None = Field(
+        None,
+        description="of what a search has found, prefer what would give the source again: how much that "
+        "counts beside the translation's own probability; 0 is off; by default as the model has it",
+    )
     return_alignment: bool | None = Field(
         None,
         description="cross-attention weights, sentence by sentence, over the tokens that the model read: "
@@ -284,6 +293,7 @@ def _resolve(parameters: TranslateParameters, settings: Settings, task: Task[Gen
     given["num_beams"] = num_beams
     beams = BeamParams(
         return_alignment=bool(parameters.return_alignment),
+        round_trip=_round_trip(parameters, task),
         **({"max_new_tokens": limit, "length_penalty": task.config.length_penalty} | given),
     )
     check_count("max_new_tokens", beams.max_new_tokens, 1, limit)
@@ -293,6 +303,16 @@ def _resolve(parameters: TranslateParameters, settings: Settings, task: Task[Gen
     check_count("no_repeat_ngram_size", beams.no_repeat_ngram_size, 0, settings.max_ngram_size)
     check_penalty("repetition_penalty", beams.repetition_penalty, settings)
     return Search(beams, asked.max_new_tokens, limit, settings.default_beams)
+
+
+def _round_trip(parameters: TranslateParameters, task: Task[GeneratingLane]) -> float:
+    asked = parameters.round_trip
+    if asked is None:
+        return task.config.round_trip
+    check_range("round_trip", asked, 0.0, _MAX_ROUND_TRIP)
+    if asked and (isinstance(task.tokenizer, AdoptedTokenizer) or not ways_back(task.config)):
+        raise InvalidRequest(f"round_trip is {brief(asked)}, but model {task.name} knows no way back")
+    return asked
 
 
 def _check_languages(parameters: TranslateParameters, tokenizer: Tokenizer) -> None:

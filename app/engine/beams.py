@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from model.constraints import LEAST_LOGPROB, Progress, share_out
 from model.decoding import may_stop, normalise, repeated_ngram_tokens
+from model.round_trip import best_first
 from model.sampling import BeamParams
 
 Candidate = tuple[int, float]  # token id, log-probability
@@ -147,6 +148,11 @@ class BeamGroup:
         if free:
             return going_on[:width]
         return share_out(((option.progress.rank, option) for option in going_on), width)
+
+    def put_in_order(self, returned: Sequence[float]) -> None:
+        """Rank what has ended anew, knowing how likely each makes its source."""
+        found = [(ended.score, len(ended.tokens) + ended.finished) for ended in self.ended]
+        self.ended = best_first(self.ended, found, returned, self.params)
 
     def results(self) -> list[Ended]:
         """The best `num_return_sequences`, finished ones first, then those that have met most phrases.

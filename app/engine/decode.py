@@ -36,6 +36,7 @@ from app.engine.sequence import FinishReason, Hypothesis, Outcome, Sequence, Seq
 from model.checkpoint import Checkpoint
 from model.kernel_blocks import tell_before_blocks
 from model.models import Translator
+from model.round_trip import can_return
 from model.sampling import BeamParams, SamplingParams, SamplingRows
 
 _NEVER = itertools.repeat(False)
@@ -853,12 +854,25 @@ class TranslateLane(DecodeLane[Ranked]):
 
     def _outcome(self, sequence: Sequence) -> Outcome:
         """The hypotheses, with alignments where they were asked for."""
+        self._look_back(sequence)
         hypotheses = [self._hypothesis(sequence, ended) for ended in self._groups[sequence].results()]
         sequence.n_generated_tokens = sum(len(hypothesis.token_ids) for hypothesis in hypotheses)
         metrics.generated_tokens_total.labels(self.name, self.runner.model_name).inc(
             sequence.n_generated_tokens
         )
         return hypotheses
+
+    def _look_back(self, sequence: Sequence) -> None:
+        """Put hypotheses in order by the way back, where that is wanted and possible.
+
+        One sentence at a time, so that nothing hangs on who ends beside it.
+        """
+        group = self._groups[sequence]
+        tokens = [ended.tokens for ended in group.ended]
+        if not group.params.round_trip or len(tokens) < 2:
+            return
+        if can_return(self.runner.config, sequence.prompt_ids, tokens):
+            group.put_in_order(self.runner.return_logprobs(sequence.prompt_ids, tokens))
 
     def _hypothesis(self, sequence: Sequence, ended: Ended) -> Hypothesis:
         assert isinstance(sequence.params, BeamParams)

@@ -25,6 +25,7 @@ from model.kernel_blocks import KernelDecoder
 from model.masks import Mask, MaskParts, RowSpans, length_mask, position_mask, split_by_length
 from model.models import CausalLM, Classifier, MaskedLM, Translator, make_cache
 from model.quantize import Int8Linear, KernelInt8Linear, Selected
+from model.round_trip import return_logprobs
 from model.sampling import SamplingRows, penalise, sample, top_tokens
 from model.tokenizer import Tokenizer
 from model.transfer import to_device
@@ -564,6 +565,10 @@ class TranslateRunner(DecodeRunner):
         for (row, token), logprob in zip(pairs, logprobs, strict=True):
             found[row].append((token, logprob))
         return found
+
+    def return_logprobs(self, source: Sequence[int], hypotheses: Sequence[Sequence[int]]) -> list[float]:
+        """As `model.round_trip.return_logprobs`, of hypotheses of one source."""
+        return return_logprobs(self.model, [(source, tokens) for tokens in hypotheses])
 
     def align(self, source: Sequence[int], target: Sequence[int]) -> list[list[float]]:
         """Cross-attention of the last layer, the mean over its heads: a row per target token, (T, S).

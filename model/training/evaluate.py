@@ -98,6 +98,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="examples of each text; 0 is all")
     parser.add_argument("--beams", type=int, default=4)
     parser.add_argument("--length-penalty", type=float, help="else the model's own")
+    parser.add_argument("--round-trip", type=float, help="what the way back counts; else the model's own")
     parser.add_argument("--no-repeat-ngram-size", type=int, default=0, metavar="N")
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -179,6 +180,8 @@ def _translator_rows(
 
 def _search(params: BeamParams) -> str:
     named = [f"{params.num_beams} beams", f"length penalty {params.length_penalty:g}"]
+    if params.round_trip:
+        named.append(f"way back {params.round_trip:g}")
     if params.no_repeat_ngram_size:
         named.append(f"no {params.no_repeat_ngram_size}-gram twice")
     if params.repetition_penalty != 1.0:
@@ -199,6 +202,7 @@ def _beam_params(arguments: argparse.Namespace, checkpoint: Checkpoint) -> BeamP
         no_repeat_ngram_size=arguments.no_repeat_ngram_size,
         repetition_penalty=arguments.repetition_penalty,
         max_new_tokens=longest,
+        round_trip=checkpoint.config.round_trip if arguments.round_trip is None else arguments.round_trip,
     )
 
 

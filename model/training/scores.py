@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +16,9 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from torch.nn import functional as F
 
+from model.decoding import Decoded
 from model.models import CausalLM, MaskedLM, Translator
+from model.round_trip import best_first, can_return, return_logprobs
 from model.sampling import BeamParams
 from model.tokenizer import Tokenizer
 from model.training.masked import IGNORE, MaskedTask
@@ -69,14 +71,37 @@ def translate_all(
     room = model.config.max_len - len(tokenizer.source_ids([], language))
     encoded = [tokenizer.encode(text) for text in texts]
     sources = [tokenizer.source_ids(ids[:room], language) for ids in encoded]
-    search = BeamTranslator(model, params, tokenizer.special_ids - {tokenizer.eos_id})
+    wanted = replace(params, num_return_sequences=params.num_beams) if params.round_trip else params
+    search = BeamTranslator(model, wanted, tokenizer.special_ids - {tokenizer.eos_id})
     found: dict[int, Translation] = {}
     for batch in by_length(sources, max(1, max_rows // params.num_beams)):
         prompts = [tokenizer.languages[language]] * len(batch)
-        for i, (best, *_) in zip(batch, search.search([sources[i] for i in batch], prompts), strict=True):
+        results = search.search([sources[i] for i in batch], prompts)
+        if params.round_trip:
+            results = _look_back(model, [sources[i] for i in batch], results, params)
+        for i, (best, *_) in zip(batch, results, strict=True):
             text = tokenizer.decode(best.token_ids).strip()
             found[i] = Translation(text, best.finished, len(encoded[i]) > room, best.score)
     return [found[i] for i in range(len(texts))]
+
+
+def _look_back(
+    model: Translator, sources: Sequence[list[int]], results: list[list[Decoded]], params: BeamParams
+) -> list[list[Decoded]]:
+    """What has ended of each source, in order by the way back, as the service does it."""
+    ended = [[each for each in found if each.finished] for found in results]
+    able = [
+        i
+        for i, found in enumerate(ended)
+        if len(found) > 1 and can_return(model.config, sources[i], [each.token_ids for each in found])
+    ]
+    pairs = [(sources[i], each.token_ids) for i in able for each in ended[i]]
+    returned = return_logprobs(model, pairs) if pairs else []
+    for i in able:
+        own, returned = returned[: len(ended[i])], returned[len(ended[i]) :]
+        found = [(each.score, len(each.token_ids) + 1) for each in ended[i]]
+        results[i] = best_first(ended[i], found, own, params)
+    return results
 
 
 def score_corpus(corpus: Corpus, translations: Sequence[Translation]) -> Row:

@@ -457,6 +457,21 @@ async def test_the_length_penalty_is_the_models_own_unless_one_is_asked_for(
     assert [params.length_penalty for params in asked] == [1.5, 1.0, 1.5]
 
 
+async def test_the_way_back_counts_as_the_model_has_it_unless_something_is_asked_for(
+    client: Client, app: FastAPI, translate_lane: FakeDecodeLane
+) -> None:
+    task = app.state.services.tasks["translate"]
+    task.config = replace(task.config, round_trip=0.5, languages={"en": 6, "ko": 7})
+    await translate(client, "abc")
+    await translate(client, "abc", round_trip=0)
+    await translate(client, "abc", round_trip=2.5)
+    await client.post("/translate", json={"q": "abc", "source": "en", "target": "ko"})
+    asked: list[Any] = [sequence.params for sequence in translate_lane.submitted]
+    assert [params.round_trip for params in asked] == [0.5, 0, 2.5, 0.5]
+    task.config = replace(task.config, round_trip=0.0, languages={"en": 6, "ko": 7, "fr": 8})
+    assert "knows no way back" in await refusal(client, "abc", round_trip=1)
+
+
 async def test_default_beams_and_length(client: Client, translate_lane: FakeDecodeLane) -> None:
     await translate(client, "abc. " + "d" * 40)
     params: list[Any] = [sequence.params for sequence in translate_lane.submitted]
@@ -497,6 +512,7 @@ async def test_alignment_of_each_sentence(client: Client) -> None:
             "num_return_sequences is 3, the limit is num_beams, which is 2",
         ),
         ({"length_penalty": 6.0}, "length_penalty is 6, the limit is -5 to 5"),
+        ({"round_trip": -0.5}, "round_trip is -0.5, the limit is 0 to 10"),
         ({"max_new_tokens": 101}, "max_new_tokens is 101, the limit is 1 to 100"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0, the limit is 1 to 100"),
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1, the limit is 0 to 16"),

@@ -27,6 +27,7 @@ from model.inference import optimise
 from model.kernels import compiled
 from model.models import CausalLM, Translator
 from model.quantize import KernelInt8Linear
+from model.round_trip import best_first, return_logprobs
 from model.sampling import BeamParams, SamplingParams, SamplingRows, penalise, sample
 
 # Sums in another order move a probability in its last bits; with large weights and a low temperature by more.
@@ -290,6 +291,10 @@ class FailingTranslateRunner(TranslateRunner):
         self.fault("copy_beams", [])
         super().copy_beams(copies, length)
 
+    def return_logprobs(self, source: Items[int], hypotheses: Items[Items[int]]) -> list[float]:
+        self.fault("return", list(source))
+        return super().return_logprobs(source, hypotheses)
+
     def align(self, source: Items[int], target: Items[int]) -> list[list[float]]:
         self.fault("align", list(source))
         return super().align(source, target)
@@ -400,11 +405,17 @@ def expected_translation(checkpoint: Checkpoint, sequence: Sequence) -> list[Dec
     """What the oracle of beam search says."""
     assert isinstance(checkpoint.model, Translator)
     assert isinstance(sequence.params, BeamParams)
-    score = translator_scorer(checkpoint.model, [sequence.prompt_ids])
+    params, score = sequence.params, translator_scorer(checkpoint.model, [sequence.prompt_ids])
+    all_of_them = replace(params, num_return_sequences=params.num_beams)
     (decoded,) = beam_search(
-        score, [[sequence.prompt_ids[1]]], checkpoint.config.eos_id, sequence.params, suppressed(checkpoint)
+        score, [[sequence.prompt_ids[1]]], checkpoint.config.eos_id, all_of_them, suppressed(checkpoint)
     )
-    return decoded
+    ended = [each for each in decoded if each.finished]
+    if params.round_trip and ended:
+        back = return_logprobs(checkpoint.model, [(sequence.prompt_ids, each.token_ids) for each in ended])
+        found = [(each.score, len(each.token_ids) + 1) for each in ended]
+        decoded[: len(ended)] = best_first(ended, found, back, params)
+    return decoded[: params.num_return_sequences]
 
 
 def random_generation(checkpoint: Checkpoint, rng: random.Random) -> Sequence:
@@ -451,6 +462,8 @@ def random_translation(checkpoint: Checkpoint, rng: random.Random, **changes: ob
         "repetition_penalty": rng.choice([1.0, 1.0, 1.3]),
         "early_stopping": rng.choice([None, None, True, False, "never"]),
     }
+    if values["early_stopping"] is None:  # else what was cut competes, too, and the oracle does not tell it
+        values["round_trip"] = rng.choice([0.0, 0.0, 0.7])
     ids = ordinary_ids(checkpoint)
     text = [rng.choice(ids) for _ in range(rng.randint(1, 20))]
     language = rng.choice(sorted(checkpoint.tokenizer.languages))

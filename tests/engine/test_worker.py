@@ -547,17 +547,19 @@ async def test_out_of_memory_is_tried_again_with_less(
     await check_translations(translator_oracle, translations)
 
 
-@pytest.mark.parametrize("place", ["encode", "align"])
+@pytest.mark.parametrize("place", ["encode", "align", "return"])
 async def test_only_the_culprit_of_translations_fails(
     translator: Checkpoint, translator_oracle: Checkpoint, place: str
 ) -> None:
     rng, lane = random.Random(1), translate_lane(translator, n_slots=16, prefill_tokens=1000)
     assert isinstance(lane.runner, FailingTranslateRunner)
     lane.runner.fault = fails_on(BAD, place)
-    innocent = [random_translation(translator, rng, return_alignment=True) for _ in range(8)]
+    wishes: dict[str, object] = {"return_alignment": True, "early_stopping": None}
+    innocent = [random_translation(translator, rng, **wishes) for _ in range(8)]
     innocent = [sequence for sequence in innocent if BAD not in sequence.prompt_ids]
     source = translator.tokenizer.source_ids([300, BAD], "en")
-    culprit = Sequence(source, BeamParams(num_beams=3, max_new_tokens=8, return_alignment=True))
+    asked = BeamParams(3, max_new_tokens=8, return_alignment=True, early_stopping=True, round_trip=0.5)
+    culprit = Sequence(source, asked)
     lane.submit([*innocent[:2], culprit, *innocent[2:]])
     drive(lane)
     assert isinstance(await outcome(culprit), StepFailed)

@@ -112,7 +112,7 @@ def test_translations_keep_their_order_and_do_not_depend_on_the_batch(tokenizer:
     model = build_model(fitting_config("translator", tokenizer)).eval()
     assert isinstance(model, Translator)
     texts = [en for en, _ in PAIRS] + ["a" * 200]
-    params = BeamParams(2, max_new_tokens=8)
+    params = BeamParams(2, max_new_tokens=8, round_trip=0.5)
     together = translate_all(model, tokenizer, texts, "ko", params)
     alone = [translate_all(model, tokenizer, [text], "ko", params, 1)[0] for text in texts]
     for one, other in zip(alone, together, strict=True):

@@ -1,0 +1,85 @@
+"""Reranking by the way back: which of a translator's hypotheses would give the source again?
+
+Beam search looks for the likeliest translation, and small models lose words or take them in another sense
+where that reads well. The same model, asked the other way round, notices: hypotheses are ordered by the mean
+log-probability of their tokens plus a share of that of the source's tokens, given the hypothesis (Yee et al.
+2019, "Simple and Effective Noisy Channel Modeling for Neural Machine Translation", without a language model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from model.config import TransformerConfig
+from model.models import Translator
+from model.sampling import BeamParams
+
+_ROWS = 64  # of logits at a time: those of a long sentence with all its hypotheses are large
+
+T = TypeVar("T")
+Pair = tuple[Sequence[int], Sequence[int]]  # an encoder's input, and what was made of it
+
+
+def ways_back(config: TransformerConfig) -> dict[int, int]:
+    """The token of each language, and that of the one it came from; empty where that is not certain."""
+    tokens = list(config.languages.values())
+    return dict(zip(tokens, reversed(tokens), strict=True)) if len(tokens) == 2 else {}
+
+
+def can_return(config: TransformerConfig, source: Sequence[int], hypotheses: Sequence[Sequence[int]]) -> bool:
+    """Is a source of the form tag, target language, text, end, and everything short enough to be read?"""
+    longest = max(map(len, hypotheses), default=0) + 3
+    known = len(source) > 3 and source[1] in ways_back(config)
+    return known and max(longest, len(source)) <= config.max_len
+
+
+def best_first(
+    hypotheses: Sequence[T], found: Sequence[tuple[float, int]], returned: Sequence[float], params: BeamParams
+) -> list[T]:
+    """Hypotheses in order by both ways; `found` has of each its search's score, and its number of tokens."""
+    scores = [
+        score * n_tokens ** (params.length_penalty - 1) + params.round_trip * back
+        for (score, n_tokens), back in zip(found, returned, strict=True)
+    ]
+    return [hypotheses[i] for i in sorted(range(len(scores)), key=lambda i: -scores[i])]
+
+
+@torch.no_grad()
+def return_logprobs(model: Translator, pairs: Sequence[Pair]) -> list[float]:
+    """Per pair the mean log-probability of the source's tokens, the end among them, given the hypothesis.
+
+    Pairs must be such as `can_return` says.
+    """
+    back, config = ways_back(model.config), model.config
+    device = model.embeddings.tokens.weight.device
+    src, tgt = [], []
+    for (tag, language, *text, end), hypothesis in pairs:
+        src.append([tag, back[language], *hypothesis, end])
+        tgt.append([back[language], *text, end])
+    inputs = _padded(tgt, config.pad_id, device)
+    hidden = model.decode(inputs[:, :-1], *model.encode(_padded(src, config.pad_id, device)))
+    labels = inputs[:, 1:]
+    real = labels != config.pad_id
+    logprobs = torch.zeros(labels.shape, device=device)
+    logprobs[real] = _chosen_logprobs(model, hidden[real], labels[real])
+    means: list[float] = (logprobs.sum(1) / real.sum(1)).tolist()
+    return means
+
+
+def _chosen_logprobs(model: Translator, hidden: Tensor, labels: Tensor) -> Tensor:
+    """hidden (N, D), labels (N,) -> (N,)."""
+    parts = []
+    for start in range(0, len(hidden), _ROWS):
+        logits = model.head(hidden[start : start + _ROWS]).float()
+        own = logits.gather(1, labels[start : start + _ROWS, None])[:, 0]
+        parts.append(own - logits.logsumexp(-1))
+    return torch.cat(parts)
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], device=device)
