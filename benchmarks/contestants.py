@@ -158,7 +158,9 @@ class Bare:
             return Sequence(tokenizer.encode(text), SamplingParams(max_new_tokens=n_new, **sampling))
         if self._name == "translate":
             source = tokenizer.source_ids(tokenizer.encode(text), "ko")
-            return Sequence(source, BeamParams(num_beams=4, max_new_tokens=n_new))
+            own = self._task.config  # as the service asks where a client does not
+            asked = {"length_penalty": own.length_penalty, "round_trip": own.round_trip}
+            return Sequence(source, BeamParams(num_beams=4, max_new_tokens=n_new, **asked))
         ids, spaced = tokenizer.encode_masked(text)
         ids = [tokenizer.cls_id, *ids, tokenizer.sep_id]
         return BatchItem(

@@ -57,7 +57,10 @@ def compare_translations(data: Path, limit: int, beams: int) -> None:
     """chrF and BLEU in both number formats, and how many translations are the same."""
     checkpoints = [loaded(SHIPPED["translate"], kind) for kind in _KINDS]
     table = Table("text", "direction", "n", "chrF float32", "chrF int8", "BLEU float32", "BLEU int8", "same")
-    params = BeamParams(beams, max_new_tokens=96)
+    own = checkpoints[0].config
+    params = BeamParams(
+        beams, max_new_tokens=96, length_penalty=own.length_penalty, round_trip=own.round_trip
+    )
     for corpus in corpora(data, limit):
         language, said = corpus.direction[-2:], []
         for checkpoint in checkpoints:
@@ -101,7 +104,9 @@ def compare_shortlist(data: Path, limit: int, beams: int) -> None:
     """chrF and BLEU of the engine in 8 bits, choosing among all tokens and among a shortlist's."""
     folder = SHIPPED["translate"]
     config, tokenizer = load_config(folder), Tokenizer.load(folder)
-    chosen = BeamParams(beams, max_new_tokens=96, length_penalty=config.length_penalty)
+    chosen = BeamParams(
+        beams, max_new_tokens=96, length_penalty=config.length_penalty, round_trip=config.round_trip
+    )
     room = config.max_len - len(tokenizer.source_ids([], "ko"))
     engines = [
         Engine(folder, "translate", {"quantization": "int8", "use_shortlist": use, **_QUEUE})
