@@ -149,6 +149,11 @@ class Settings(BaseSettings):
     compile_kernels: bool = Field(
         True, description="kernels in C for the CPU, compiled at the start where a compiler is; else torch's"
     )
+    use_round_trip: bool = Field(
+        True,
+        description="order a translation's hypotheses by the way back, where its model wants it and no "
+        "request says otherwise; that costs more than half of the translations a second",
+    )
     use_shortlist: bool = Field(
         True,
         description="in 8 bits on the CPU, with kernels, choose a translation's tokens among those that the "

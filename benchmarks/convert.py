@@ -38,6 +38,7 @@ _FREE = {
     ),
     *("pad_id", "bos_id", "eos_id", "mask_id", "cls_id", "sep_id", "languages"),
     *("norm_first", "activation", "rotary_base"),
+    *("repetition_penalty", "round_trip"),  # of the service's search, which is not what is compared
     "length_penalty",  # which a benchmark says itself
 }
 

@@ -8,7 +8,8 @@ log-probability of their tokens plus a share of that of the source's tokens, giv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from model.sampling import BeamParams
 _ROWS = 64  # of logits at a time: those of a long sentence with all its hypotheses are large
 
 T = TypeVar("T")
+Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
 Pair = tuple[Sequence[int], Sequence[int]]  # an encoder's input, and what was made of it
 
 
@@ -40,20 +42,26 @@ def can_return(config: TransformerConfig, source: Sequence[int], hypotheses: Seq
 def best_first(
     hypotheses: Sequence[T], found: Sequence[tuple[float, int]], returned: Sequence[float], params: BeamParams
 ) -> list[T]:
-    """Hypotheses in order by both ways; `found` has of each its search's score, and its number of tokens."""
+    """Hypotheses in order by both ways; `found` has of each its search's score, and its number of tokens.
+
+    As they are where a number is none.
+    """
     scores = [
         score * n_tokens ** (params.length_penalty - 1) + params.round_trip * back
         for (score, n_tokens), back in zip(found, returned, strict=True)
     ]
+    if not all(map(math.isfinite, scores)):
+        return list(hypotheses)
     return [hypotheses[i] for i in sorted(range(len(scores)), key=lambda i: -scores[i])]
 
 
 @torch.no_grad()
-def return_logprobs(model: Translator, pairs: Sequence[Pair]) -> list[float]:
+def return_logprobs(model: Translator, pairs: Sequence[Pair], decode: Decode | None = None) -> list[float]:
     """Per pair the mean log-probability of the source's tokens, the end among them, given the hypothesis.
 
-    Pairs must be such as `can_return` says.
+    Pairs must be such as `can_return` says. `decode` may take the place of `Translator.decode`.
     """
+    decode = decode or model.decode
     back, config = ways_back(model.config), model.config
     device = model.embeddings.tokens.weight.device
     src, tgt = [], []
@@ -61,7 +69,7 @@ def return_logprobs(model: Translator, pairs: Sequence[Pair]) -> list[float]:
         src.append([tag, back[language], *hypothesis, end])
         tgt.append([back[language], *text, end])
     inputs = _padded(tgt, config.pad_id, device)
-    hidden = model.decode(inputs[:, :-1], *model.encode(_padded(src, config.pad_id, device)))
+    hidden = decode(inputs[:, :-1], *model.encode(_padded(src, config.pad_id, device)))
     labels = inputs[:, 1:]
     real = labels != config.pad_id
     logprobs = torch.zeros(labels.shape, device=device)

@@ -42,7 +42,8 @@ class BeamParams:
     longer than until num_beams have ended.
 
     With `round_trip` those that have ended are put in order once more (`model.round_trip`), by the mean
-    log-probability of their tokens plus so much of that of the source's tokens, given them.
+    log-probability of their tokens plus so much of that of the source's tokens, given them. It goes by the
+    rule of None alone.
     """
 
     num_beams: int = 4
@@ -62,6 +63,8 @@ class BeamParams:
             raise ValueError(
                 f"num_return_sequences {self.num_return_sequences} is not in 1..num_beams {self.num_beams}"
             )
+        if self.round_trip and self.early_stopping is not None:
+            raise ValueError("round_trip and early_stopping exclude each other")
 
 
 def penalise(

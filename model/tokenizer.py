@@ -118,9 +118,10 @@ class Tokenizer:
         return cls(backend)
 
     def extended(self, words: Iterable[str]) -> Tokenizer:
-        """One more piece for each word, with the space before it where it has one; ids go on from the last.
+        """One more piece for each word that is none yet, with the space before it where it has one.
 
-        They are found in a text before anything else: at each place the longest, whatever comes after it.
+        Ids go on from the last. They are found in a text before anything else: at each place the longest,
+        whatever comes after it.
         """
         backend = Backend.from_str(self.backend.to_str())
         backend.add_tokens([AddedToken(word, normalized=False) for word in words])

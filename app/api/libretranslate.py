@@ -18,6 +18,7 @@ from app.api.translation import (
     Plan,
     Search,
     TextForm,
+    default_round_trip,
     known_language,
     named_language,
     plan_texts,
@@ -223,7 +224,7 @@ def _search(n_alternatives: int, settings: Settings, task: Task[GeneratingLane])
         num_beams=num_beams,
         num_return_sequences=n_best,
         length_penalty=task.config.length_penalty,
-        round_trip=task.config.round_trip,
+        round_trip=default_round_trip(settings, task),
         max_new_tokens=limit,
     )
     return Search(beams, None, limit, settings.default_beams)

@@ -39,6 +39,7 @@ from app.api.translation import (
     Search,
     TextForm,
     counterpart,
+    default_round_trip,
     known_language,
     named_language,
     plan_texts,
@@ -99,7 +100,8 @@ class TranslateParameters(BeamParameters):
     round_trip: float | None = Field(
         None,
         description="of what a search has found, prefer what would give the source again: how much that "
-        "counts beside the translation's own probability; 0 is off; by default as the model has it",
+        "counts beside the translation's own probability; 0 is off; by default as the model has it, and "
+        "none with early_stopping. Nothing happens with one beam, nor to a sentence that is too long",
     )
     return_alignment: bool | None = Field(
         None,
@@ -109,7 +111,7 @@ class TranslateParameters(BeamParameters):
     return_scores: bool | None = Field(
         None,
         description="mean log-probability of a token, over the sentences; with a shortlist among the tokens "
-        "of that, so that it lies a little higher",
+        "of that, so that it lies a little higher. It does not count the way back: see round_trip",
     )
     # Clients of the Hugging Face form may send these; the only behaviour there is has these values.
     clean_up_tokenization_spaces: Literal[False] | None = None
@@ -293,7 +295,7 @@ def _resolve(parameters: TranslateParameters, settings: Settings, task: Task[Gen
     given["num_beams"] = num_beams
     beams = BeamParams(
         return_alignment=bool(parameters.return_alignment),
-        round_trip=_round_trip(parameters, task),
+        round_trip=_round_trip(parameters, settings, task, stops_as_asked=asked.early_stopping is not None),
         **({"max_new_tokens": limit, "length_penalty": task.config.length_penalty} | given),
     )
     check_count("max_new_tokens", beams.max_new_tokens, 1, limit)
@@ -305,11 +307,15 @@ def _resolve(parameters: TranslateParameters, settings: Settings, task: Task[Gen
     return Search(beams, asked.max_new_tokens, limit, settings.default_beams)
 
 
-def _round_trip(parameters: TranslateParameters, task: Task[GeneratingLane]) -> float:
+def _round_trip(
+    parameters: TranslateParameters, settings: Settings, task: Task[GeneratingLane], *, stops_as_asked: bool
+) -> float:
     asked = parameters.round_trip
     if asked is None:
-        return task.config.round_trip
+        return 0.0 if stops_as_asked else default_round_trip(settings, task)
     check_range("round_trip", asked, 0.0, _MAX_ROUND_TRIP)
+    if asked and stops_as_asked:
+        raise InvalidRequest("round_trip and early_stopping: one rule or the other says which is best")
     if asked and (isinstance(task.tokenizer, AdoptedTokenizer) or not ways_back(task.config)):
         raise InvalidRequest(f"round_trip is {brief(asked)}, but model {task.name} knows no way back")
     return asked

@@ -42,6 +42,7 @@ from app.protection import (
 )
 from app.questions import asks
 from app.sentences import Part, split_text
+from app.settings import Settings
 from app.spaces import composed
 from app.spelling import narrow, plain_signs, respelt
 from model.constraints import Phrase
@@ -208,6 +209,11 @@ class Joined:
     def unmet(self) -> list[str]:
         """What had to be kept, or said, and is not there."""
         return [source for piece in self.pieces for source in piece.unmet]
+
+
+def default_round_trip(settings: Settings, task: Task[GeneratingLane]) -> float:
+    """What the way back counts where a request does not say."""
+    return task.config.round_trip if settings.use_round_trip else 0.0
 
 
 async def plan_texts(

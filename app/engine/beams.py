@@ -151,7 +151,7 @@ class BeamGroup:
 
     def put_in_order(self, returned: Sequence[float]) -> None:
         """Rank what has ended anew, knowing how likely each makes its source."""
-        found = [(ended.score, len(ended.tokens) + ended.finished) for ended in self.ended]
+        found = [(ended.score, len(ended.tokens) + 1) for ended in self.ended]
         self.ended = best_first(self.ended, found, returned, self.params)
 
     def results(self) -> list[Ended]:

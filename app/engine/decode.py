@@ -147,6 +147,7 @@ class DecodeLane(ABC, Generic[Choice]):
         self._read_prompts(admitted)
         if self.scheduler.running:
             self._step()
+        self._finish()
         return self._take_out()
 
     def fail_all(self, error: Callable[[], EngineError]) -> Handovers:
@@ -191,16 +192,26 @@ class DecodeLane(ABC, Generic[Choice]):
         self._commit(chosen, [sequence for sequence in self.scheduler.running if sequence not in lost])
         self._end(lost, _step_failed)
 
+    def _finish(self) -> None:
+        """What is to be done for those whose steps are over."""
+
     def _end(self, sequences: Iterable[Sequence], outcome: Callable[[Sequence], Outcome]) -> None:
         """Hand over the outcomes of sequences, those that have ended before left out, and free their rows."""
         ending = [s for s in dict.fromkeys(sequences) if s.status is not SequenceStatus.ENDED]
         if not ending:
             return
-        length = max((self._row_length(s) for s in self.scheduler.running), default=0)
+        length = self._longest_row()
         # First the outcomes: whatever happens to the rows, nobody is left waiting.
         for sequence in ending:
             self._conclude(sequence, outcome)
-        moves = self.scheduler.release(ending)
+        self._free_rows(ending, length)
+
+    def _longest_row(self) -> int:
+        return max((self._row_length(s) for s in self.scheduler.running), default=0)
+
+    def _free_rows(self, sequences: Items[Sequence], length: int) -> None:
+        """Give back rows, of which `length` positions at most are in use."""
+        moves = self.scheduler.release(sequences)
         lost = self._copy(moves, lambda part: self.runner.move(part, length))
         self.runner.let_go(self.scheduler.n_active)
         self._end(lost, _step_failed)
@@ -722,6 +733,16 @@ class Ranked(NamedTuple):
     wanted: list[Candidate]
 
 
+@dataclass(eq=False)
+class _Looking:
+    """A sentence whose search is over, and what its hypotheses say of the way back so far."""
+
+    sequence: Sequence
+    group: BeamGroup
+    n_asked: int = 0  # of the hypotheses that have ended, in their order
+    returned: dict[int, float] = field(default_factory=dict)  # by place in that order; none where it failed
+
+
 class TranslateLane(DecodeLane[Ranked]):
     """Beam search under continuous batching: a sentence takes a row per beam, gives all back at its end."""
 
@@ -732,6 +753,24 @@ class TranslateLane(DecodeLane[Ranked]):
         super().__init__(name, runner, limits, prefill_tokens)
         self._languages = {token: name for name, token in runner.config.languages.items()}
         self._groups: dict[Sequence, BeamGroup] = {}
+        self._looking: list[_Looking] = []
+
+    def has_work(self) -> bool:
+        return super().has_work() or bool(self._looking)
+
+    def fail_all(self, error: Callable[[], EngineError]) -> Handovers:
+        """As its base class, with those that have no rows any more."""
+        for looking in self._looking:
+            self._conclude(looking.sequence, lambda _: error())
+        self._looking.clear()
+        return super().fail_all(error)
+
+    def _forget_departed(self) -> None:
+        if self._departures:
+            gone = [looking.sequence for looking in self._looking if looking.sequence.aborted]
+            self._looking = [looking for looking in self._looking if not looking.sequence.aborted]
+            self._end(gone, lambda _: Aborted())
+        super()._forget_departed()
 
     def _check_length(self, sequence: Sequence) -> None:
         if sequence.n_prompt_tokens > self.limits.max_prompt_tokens:
@@ -835,9 +874,58 @@ class TranslateLane(DecodeLane[Ranked]):
         sound = [s for s in running if s not in broken]
         lost = self._copy_beams({s: self._advance(s, ranked[s]) for s in sound})
         done = [s for s in sound if self._groups[s].done]
+        looking = self._look_back(done)
+        ended = [s for s in done if s not in looking]
         self._wipe(broken)
-        self._end([*broken, *done], lambda s: self._outcome(s) if s in done else _no_number())
+        self._end([*broken, *ended], lambda s: self._outcome(s) if s in ended else _no_number())
         self._end(lost, _step_failed)
+
+    def _look_back(self, done: list[Sequence]) -> list[Sequence]:
+        """Set those aside whose hypotheses the way back is to put in order, and return them.
+
+        They need no rows any more.
+        """
+        looking = [sequence for sequence in done if self._may_return(sequence)]
+        if looking:
+            self._looking += [_Looking(sequence, self._groups[sequence]) for sequence in looking]
+            self._free_rows(looking, self._longest_row())
+        return looking
+
+    def _may_return(self, sequence: Sequence) -> bool:
+        group = self._groups[sequence]
+        hypotheses = [ended.tokens for ended in group.ended]
+        if not group.params.round_trip or len(hypotheses) < 2:
+            return False
+        return can_return(self.runner.config, sequence.prompt_ids, hypotheses)
+
+    def _finish(self) -> None:
+        """Ask some way back: no more a turn than may be read of sources, because everybody waits for it."""
+        chosen: list[tuple[_Looking, int]] = []
+        budget = self.scheduler.prefill_tokens
+        for looking in self._looking:
+            for rank in range(looking.n_asked, len(looking.group.ended)):
+                budget -= looking.sequence.n_prompt_tokens + len(looking.group.ended[rank].tokens)
+                if chosen and budget < 0:
+                    break
+                chosen.append((looking, rank))
+                looking.n_asked += 1
+        if chosen:
+            halving(chosen, self._ask_back, self.failures.note)
+            asked = [each for each in self._looking if each.n_asked == len(each.group.ended)]
+            self._looking = [each for each in self._looking if each not in asked]
+            self._conclude_asked(asked)
+
+    def _ask_back(self, part: Items[tuple[_Looking, int]]) -> None:
+        pairs = [(each.sequence.prompt_ids, each.group.ended[rank].tokens) for each, rank in part]
+        for (looking, rank), returned in zip(part, self.runner.return_logprobs(pairs), strict=True):
+            looking.returned[rank] = returned
+
+    def _conclude_asked(self, asked: list[_Looking]) -> None:
+        """Hand over what is found; where a way back failed the order of the search stays."""
+        for looking in asked:
+            if len(looking.returned) == looking.n_asked:
+                looking.group.put_in_order([looking.returned[rank] for rank in range(looking.n_asked)])
+        self._end([looking.sequence for looking in asked], self._outcome)
 
     def _advance(self, sequence: Sequence, ranked: dict[int, Ranked]) -> Moves:
         best = [own.best for own in ranked.values()]
@@ -854,25 +942,12 @@ class TranslateLane(DecodeLane[Ranked]):
 
     def _outcome(self, sequence: Sequence) -> Outcome:
         """The hypotheses, with alignments where they were asked for."""
-        self._look_back(sequence)
         hypotheses = [self._hypothesis(sequence, ended) for ended in self._groups[sequence].results()]
         sequence.n_generated_tokens = sum(len(hypothesis.token_ids) for hypothesis in hypotheses)
         metrics.generated_tokens_total.labels(self.name, self.runner.model_name).inc(
             sequence.n_generated_tokens
         )
         return hypotheses
-
-    def _look_back(self, sequence: Sequence) -> None:
-        """Put hypotheses in order by the way back, where that is wanted and possible.
-
-        One sentence at a time, so that nothing hangs on who ends beside it.
-        """
-        group = self._groups[sequence]
-        tokens = [ended.tokens for ended in group.ended]
-        if not group.params.round_trip or len(tokens) < 2:
-            return
-        if can_return(self.runner.config, sequence.prompt_ids, tokens):
-            group.put_in_order(self.runner.return_logprobs(sequence.prompt_ids, tokens))
 
     def _hypothesis(self, sequence: Sequence, ended: Ended) -> Hypothesis:
         assert isinstance(sequence.params, BeamParams)

@@ -566,9 +566,27 @@ class TranslateRunner(DecodeRunner):
             found[row].append((token, logprob))
         return found
 
-    def return_logprobs(self, source: Sequence[int], hypotheses: Sequence[Sequence[int]]) -> list[float]:
-        """As `model.round_trip.return_logprobs`, of hypotheses of one source."""
-        return return_logprobs(self.model, [(source, tokens) for tokens in hypotheses])
+    def return_logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
+        """As `model.round_trip.return_logprobs`; where a kernel decodes, whatever stands beside a pair."""
+        in_one_call = isinstance(self.model.decoder, KernelDecoder)
+        return return_logprobs(self.model, pairs, self._decode_whole if in_one_call else None)
+
+    def _decode_whole(self, tgt: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
+        """As `Translator.decode`, each token as if it were alone: tgt (B, T) -> (B, T, D)."""
+        n_texts, length = tgt.shape
+        cache = make_cache(self.config, n_texts, length, self.device, self.dtype)
+        places = torch.arange(length).repeat(n_texts)
+        rows = torch.arange(n_texts).repeat_interleave(length)
+        kvs = self.model.decoder.project_memory(memory)
+        hidden: Tensor = self.model.decoder(
+            tgt.reshape(-1, 1),
+            places[:, None],
+            RowSpans(places, rows=rows),
+            cache.whole(),
+            [(k.contiguous(), v.contiguous()) for k, v in kvs],
+            RowSpans(memory_mask.view(n_texts, -1).sum(1) - 1),
+        )
+        return hidden.view(n_texts, length, -1)
 
     def align(self, source: Sequence[int], target: Sequence[int]) -> list[list[float]]:
         """Cross-attention of the last layer, the mean over its heads: a row per target token, (T, S).

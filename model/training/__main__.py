@@ -215,20 +215,20 @@ def make_task(
 
 def _shard(arguments: argparse.Namespace, data: dict[str, Any], tokenizer: Tokenizer, *, held: bool) -> Shard:
     folder = arguments.run / ("held" if held else "train")
+    used = {"": 1.0} if held else data.get("weights", {"": 1.0})
     while int(os.environ.get("LOCAL_RANK", 0)) and not (folder / "meta.json").exists():
         time.sleep(1)  # of several processes the first writes
     if (folder / "meta.json").exists():
-        return Shard(folder)
+        shard = Shard(folder)
+        if missing := [label for label in shard.left_out if weight_of(label, used)]:
+            raise SystemExit(f"{folder} was written when {', '.join(missing)} had no weight: remove it")
+        return shard
     pairs = [find_pack(arguments.data, name) for name in data.get("pairs", [])]
     texts = [find_pack(arguments.data, name) for name in data.get("documents", [])]
 
     def documents() -> Any:
         if ARCHITECTURES[arguments.command] == "translator":
-            # An epoch never holds what has no weight; most of the pairs that there are may be such.
-            used = {"": 1.0} if held else data["weights"]
-            for label, units in prepare.pair_documents(pairs, held=held):
-                if weight_of(label, used):
-                    yield label, units
+            yield from prepare.pair_documents(pairs, held=held)
             return
         chosen = {key: data[key] for key in ("share", "max_grade", "max_figures") if key in data}
         yield from prepare.passages(texts, held=held, **chosen)
@@ -237,6 +237,9 @@ def _shard(arguments: argparse.Namespace, data: dict[str, Any], tokenizer: Token
         if shares:
             yield from prepare.single_sentences(pairs, held=held, shares=shares)
 
+    if ARCHITECTURES[arguments.command] == "translator":
+        # An epoch never holds what has no weight; most of the pairs that there are may be such.
+        return write_shard(folder, tokenizer, documents(), lambda label: weight_of(label, used) > 0)
     return write_shard(folder, tokenizer, documents())
 
 

@@ -45,6 +45,7 @@ OWN_PACKS = (  # that come with the code
     "more-4.en-ko.tsv.xz",
     "more-5.en-ko.tsv.xz",
     "more-6.en-ko.tsv.xz",
+    "more-7.en-ko.tsv.xz",
     "phrases.en-ko.tsv.xz",
     STORIES,
 )

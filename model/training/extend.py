@@ -30,8 +30,9 @@ from model.training.shards import held_out
 _PARTICLES = sorted(
     {*PARTICLES, *("에서도", "에게서", "에도", "한테", "이다", "입니다", "이에요", "예요")}, key=len
 )[::-1]
-_HANGUL = re.compile(r"(?:^|(?<=[ \"'(]))[가-힣]+")
-_LATIN = re.compile(r"(?:^|(?<=[ \"'(]))[a-z]+")
+# Whole words: no halves of mustn't or well-being.
+_HANGUL = re.compile(r"(?:^|(?<=[ \"'(]))[가-힣]+(?![\w'’-])")
+_LATIN = re.compile(r"(?:^|(?<=[ \"'(]))[a-z]+(?![\w'’-])")
 _FEWEST_PARTICLES = 4
 _FEWEST = 8  # sightings outside the stories, whose heroes' names nobody asks for
 _SHARE = 0.4  # of the words that begin like it; else the rest of them would be cut where no stem ends
@@ -122,6 +123,8 @@ def extend(found: Checkpoint, words: list[str]) -> tuple[MaskedLM, Tokenizer]:
     if not isinstance(found.model, MaskedLM) or not isinstance(found.tokenizer, Tokenizer):
         raise TypeError(f"{found.name} is no masked model of this project")
     tokenizer = found.tokenizer.extended(words)
+    if tokenizer.vocab_size != found.tokenizer.vocab_size + len(words):
+        raise ValueError("a word is twice among the new ones, or a piece already")
     model = build_model(replace(found.config, vocab_size=tokenizer.vocab_size))
     assert isinstance(model, MaskedLM)
     pieces = [found.tokenizer.encode(word) for word in words]
@@ -157,6 +160,7 @@ def extend_command(arguments: argparse.Namespace) -> int:
     pairs = (pair for pack in packs for pair in read_pairs(pack) if not held_out(pair.en))
     try:
         found = checkpoint.load(arguments.model)
+        extend(found, [])  # before the packs are counted: is it a masked model?
         words = missing_words(pairs, found.tokenizer, arguments.korean, arguments.at_start, arguments.english)
         model, tokenizer = extend(found, words)
     except (CheckpointError, OSError, TypeError, ValueError) as error:

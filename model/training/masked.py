@@ -61,7 +61,7 @@ class MaskedTask:
         self.sizes = np.diff(np.asarray(shard.units))
         self.weights = weights_by_label(np.asarray(shard.labels), shard.label_names, weights or {"": 1.0})
         self.newline = tokenizer.encode("\n")[0]
-        self.starts_word = word_starts(tokenizer)
+        self.starts_word, self.is_mark = word_starts(tokenizer), marks(tokenizer)
         self.of_label = [np.flatnonzero(np.asarray(shard.labels) == i) for i in range(len(shard.label_names))]
 
     def batches(self, epoch: int) -> list[Indices]:
@@ -175,7 +175,9 @@ class MaskedTask:
     def _stems(self, token_ids: Indices) -> NDArray[np.bool_]:
         """Is a token a word's whole stem, with nothing but a particle between it and the next word?"""
         special = np.isin(token_ids, list(self.tokenizer.special_ids))
-        begins = self.starts_word[token_ids] | special
+        # Behind a mark that begins or opens a text, or what is in brackets, a word has no space before it.
+        after_mark = np.pad(special | self.is_mark[token_ids], ((0, 0), (1, 0)))[:, :-1]
+        begins = self.starts_word[token_ids] | special | after_mark
         after = np.pad(np.isin(token_ids, self.particle_ids)[:, :-1] & begins[:, 1:], ((0, 0), (0, 1)))
         stem = np.zeros_like(special)
         stem[:, :-1] = begins[:, :-1] & ~special[:, :-1] & after[:, 1:]
@@ -228,6 +230,12 @@ def particle_ids(tokenizer: Tokenizer) -> list[int]:
     """The pieces that are a particle and nothing else."""
     raws = {particle.encode() for particle in PARTICLES}
     return [i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) in raws]
+
+
+def marks(tokenizer: Tokenizer) -> NDArray[np.bool_]:
+    """Per token: does it end with neither a letter nor a digit nor a space?"""
+    last = [tokenizer.token_bytes(i)[-1:] for i in range(tokenizer.vocab_size)]
+    return np.array([raw.isascii() and raw.strip() != b"" and not raw.isalnum() for raw in last])
 
 
 def word_starts(tokenizer: Tokenizer) -> NDArray[np.bool_]:

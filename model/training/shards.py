@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -29,6 +29,7 @@ class Shard:
         self.folder = folder
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.label_names: list[str] = meta["labels"]
+        self.left_out: list[str] = meta.get("left out", [])
         self.units: NDArray[np.int64] = np.load(folder / "units.npy", mmap_mode="r")
         self.docs: NDArray[np.int64] = np.load(folder / "docs.npy", mmap_mode="r")
         self.labels: NDArray[np.uint8] = np.load(folder / "labels.npy", mmap_mode="r")
@@ -52,16 +53,33 @@ class Shard:
         return [self.unit(u) for u in range(self.docs[index], self.docs[index + 1])]
 
 
-def write_shard(folder: Path, tokenizer: Tokenizer, documents: Iterable[Document]) -> Shard:
-    """Tokenise documents into a shard; meta.json comes last, so that a half-written shard is none."""
+def write_shard(
+    folder: Path,
+    tokenizer: Tokenizer,
+    documents: Iterable[Document],
+    wanted: Callable[[str], bool] = lambda _: True,
+) -> Shard:
+    """Tokenise documents, those with a wanted label, into a shard, which remembers the other labels.
+
+    meta.json comes last, so that a half-written shard is none.
+    """
     if tokenizer.vocab_size > 2**16:
         raise ValueError(f"vocabulary of {tokenizer.vocab_size} does not fit 16 bits")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
     names: dict[str, int] = {}
+    left_out: dict[str, None] = {}
+
+    def chosen() -> Iterator[Document]:
+        for label, texts in documents:
+            if wanted(label):
+                yield label, texts
+            else:
+                left_out[label] = None
+
     labels, docs, units, total = [], [0], [0], 0
     with (folder / "tokens.bin").open("wb") as file:
-        for batch in _batches(documents):
+        for batch in _batches(chosen()):
             encoded = iter(tokenizer.encode_batch([text for _, texts in batch for text in texts]))
             for label, texts in batch:
                 labels.append(names.setdefault(label, len(names)))

@@ -291,9 +291,9 @@ class FailingTranslateRunner(TranslateRunner):
         self.fault("copy_beams", [])
         super().copy_beams(copies, length)
 
-    def return_logprobs(self, source: Items[int], hypotheses: Items[Items[int]]) -> list[float]:
-        self.fault("return", list(source))
-        return super().return_logprobs(source, hypotheses)
+    def return_logprobs(self, pairs: Items[tuple[Items[int], Items[int]]]) -> list[float]:
+        self.fault("return", [token for source, _ in pairs for token in source])
+        return super().return_logprobs(pairs)
 
     def align(self, source: Items[int], target: Items[int]) -> list[list[float]]:
         self.fault("align", list(source))

@@ -42,6 +42,11 @@ def test_a_stem_that_other_words_begin_with_is_none(tokenizer: Tokenizer) -> Non
     assert missing_words([*seen("우산"), *others], tokenizer, 10, 0, 0) == []
 
 
+def test_halves_of_words_are_none(tokenizer: Tokenizer) -> None:
+    texts = [Pair("written", "We mustn't wait, it isn’t well-known.", "우산-가 집") for _ in range(20)]
+    assert missing_words(texts, tokenizer, 10, 10, 10) == [" wait"]
+
+
 def test_a_text_comes_back_from_an_extended_tokenizer(tokenizer: Tokenizer) -> None:
     longer = tokenizer.extended([" 우산", "엄마", " 우산꽂이"])
     assert longer.vocab_size == tokenizer.vocab_size + 3
@@ -62,12 +67,16 @@ def test_the_command(tiny_folders: TinyFolders, tmp_path: Path) -> None:
     command = ["extend", "--data", str(tmp_path), "--pairs", "some.en-ko.tsv.xz", "--out", str(out)]
     assert main([*command, "--model", str(tiny_folders.fill_mask)]) == 0
     before, after = checkpoint.load(tiny_folders.fill_mask), checkpoint.load(out)
+    assert isinstance(before.model, MaskedLM)
     assert isinstance(after.model, MaskedLM)
     n = before.config.vocab_size
     assert json.loads((out / "config.json").read_text())["vocab_size"] > n
-    word = after.tokenizer.decode([n])
-    pieces = before.tokenizer.encode(word)
+    words = [after.tokenizer.decode([i]) for i in range(n, after.config.vocab_size)]
+    pieces = [before.tokenizer.encode(word) for word in words]
+    assert len(words) > 1
     old, new = before.model.embeddings.tokens.weight, after.model.embeddings.tokens.weight
-    expected = torch.cat([old, old[pieces].mean(0, keepdim=True)])
-    torch.testing.assert_close(new[: n + 1], expected, rtol=0.01, atol=0.01)  # stored in 16 bit
+    bias, new_bias = before.model.mlm_head.bias, after.model.mlm_head.bias
+    for table, grown in ((old, new), (bias, new_bias)):
+        means = torch.stack([table[each].mean(0) for each in pieces])
+        torch.testing.assert_close(grown, torch.cat([table, means]), rtol=0.01, atol=0.01)  # in 16 bit
     assert main([*command, "--model", str(tiny_folders.translate)]) == 1

@@ -175,19 +175,23 @@ def test_particles_part() -> None:
 
 def test_stems_before_particles_are_masked_more_often(passages_shard: Shard) -> None:
     korean = ["나는 집에 간다", "집을 본다", "집 앞", "나 를", "나를 본다 에 을 는"] * 50
-    small = Tokenizer.train(korean, 320).extended([" 우산"])
+    small = Tokenizer.train(korean, 320).extended([" 우산", "엄마", "아기"])
     never, always = (
         MaskedTask(passages_shard, small, budget=1024, whole_word=0.0, stems=stems) for stems in (0.0, 1.0)
     )
-    row = [small.cls_id, *small.encode("나는 우산을 본다 집 앞 간다 우산 본다"), small.sep_id]
+    row = [small.cls_id, *small.encode("엄마을 우산을 본다. (아기을 집 앞 간다 우산 본다"), small.sep_id]
     stem = always._stems(np.array([row]))[0]
-    assert [small.token_text(i) for i, is_stem in zip(row, stem, strict=True) if is_stem] == [" 우산"]
+    assert [small.token_text(i) for i, is_stem in zip(row, stem, strict=True) if is_stem] == [
+        "엄마",
+        " 우산",
+        "아기",
+    ]
 
     def hits(task: MaskedTask) -> int:
         chosen = (task.mask(np.array([row]), rng(seed)) for seed in range(200))
         return sum(int(stem[slots[labels != IGNORE]].sum()) for slots, labels in chosen)
 
-    assert hits(always) > 1.5 * hits(never)
+    assert hits(always) > 1.3 * hits(never)
 
 
 def test_masked_loss_is_finite_where_no_next_sentence_is_known(
