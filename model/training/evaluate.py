@@ -13,6 +13,8 @@ import sacrebleu
 import torch
 
 from model.checkpoint import Checkpoint, CheckpointError, load
+from model.inference import optimise
+from model.kernels import compiled
 from model.models import CausalLM, Classifier, MaskedLM, Translator
 from model.sampling import BeamParams
 from model.training import prepare
@@ -105,6 +107,9 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--rows", type=int, default=128, help="beams that are decoded at once")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--quantization", choices=("none", "int8"), default="none", help="int8: as a CPU serves it"
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N translations of each text")
     parser.add_argument(
@@ -130,6 +135,8 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> str:
     """The table with a line below that says how it was measured."""
     checkpoint = load(arguments.model, arguments.device)
+    if arguments.quantization != "none":
+        optimise(checkpoint.model, arguments.quantization, compiled())
     started = time.monotonic()
     more: list[list[Row]] = []
     if isinstance(checkpoint.model, Translator):
@@ -147,7 +154,8 @@ def _report(arguments: argparse.Namespace) -> str:
         )
     seconds = time.monotonic() - started
     tables = "\n\n".join(markdown_table(table) for table in (rows, *more))
-    return f"{tables}\n\n{note} Weights {checkpoint.sha256[:12]}, measured in {seconds:.0f} s.\n"
+    how = "" if arguments.quantization == "none" else f" in {arguments.quantization}"
+    return f"{tables}\n\n{note} Weights {checkpoint.sha256[:12]}{how}, measured in {seconds:.0f} s.\n"
 
 
 # --- the three kinds --------------------------------------------------------------------------

@@ -78,14 +78,14 @@ def translate_all(
         prompts = [tokenizer.languages[language]] * len(batch)
         results = search.search([sources[i] for i in batch], prompts)
         if params.round_trip:
-            results = _look_back(model, [sources[i] for i in batch], results, params)
+            results = look_back(model, [sources[i] for i in batch], results, params)
         for i, (best, *_) in zip(batch, results, strict=True):
             text = tokenizer.decode(best.token_ids).strip()
             found[i] = Translation(text, best.finished, len(encoded[i]) > room, best.score)
     return [found[i] for i in range(len(texts))]
 
 
-def _look_back(
+def look_back(
     model: Translator, sources: Sequence[list[int]], results: list[list[Decoded]], params: BeamParams
 ) -> list[list[Decoded]]:
     """What has ended of each source, in order by the way back, as the service does it."""

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.decoding import Decoded
 from model.models import CausalLM, MaskedLM, Translator, build_model
+from model.round_trip import return_logprobs
 from model.sampling import BeamParams
 from model.tokenizer import Tokenizer
 from model.training.evaluate import (
@@ -28,6 +30,7 @@ from model.training.scores import (
     Translation,
     bleu_tokenizer,
     has_loop,
+    look_back,
     markdown_table,
     score_causal,
     score_corpus,
@@ -249,3 +252,21 @@ def test_table() -> None:
         "| a    |  12 |",
         "| long |   - |",
     ]
+
+
+def test_what_has_ended_is_ordered_by_the_way_back(tokenizer: Tokenizer) -> None:
+    torch.manual_seed(4)
+    model = build_model(fitting_config("translator", tokenizer)).eval()
+    assert isinstance(model, Translator)
+    sources = [tokenizer.source_ids(tokenizer.encode(en), "ko") for en, _ in PAIRS[:2]]
+    said = [tokenizer.encode(ko) for _, ko in PAIRS[:4]]
+    results = [
+        [Decoded(said[0], -0.5, True), Decoded(said[1], -0.5, True), Decoded(said[2], -0.1, False)],
+        [Decoded(said[3], -0.5, True)],
+    ]
+    back = return_logprobs(model, [(sources[0], said[0]), (sources[0], said[1])])
+    params = BeamParams(3, num_return_sequences=3, length_penalty=0.0, round_trip=100.0)
+    ordered = look_back(model, sources, [list(found) for found in results], params)
+    first = 0 if back[0] > back[1] else 1
+    assert [each.token_ids for each in ordered[0]] == [said[first], said[1 - first]]
+    assert ordered[1] == results[1]
