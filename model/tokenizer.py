@@ -189,6 +189,18 @@ class Tokenizer:
             pieces.append(Piece(self.mask_id, text[mask_start:start], mask_start, start))
         return pieces + _shift(self.encode_with_offsets(last), start)
 
+    def may_fill(self, token_id: int, spaced: bool | None) -> bool:
+        """Can a token fill a mask? It must be whole, visible characters.
+
+        `spaced` says whether it begins with a space; None is either.
+        """
+        if not self.parts_words:  # what may stand there is the model's affair
+            return True
+        text = self.token_text(token_id)
+        if token_id in self.special_ids or "\ufffd" in text or not text.strip():
+            return False
+        return spaced is None or text.startswith(" ") == spaced
+
     @property
     def prompt_prefix(self) -> list[int]:
         """The tokens that stand before every prompt."""

@@ -744,15 +744,5 @@ def _suppressed(tokenizer: Tokenizer, config: TransformerConfig) -> frozenset[in
 
 
 def _fillable(tokenizer: Tokenizer, spaced: bool | None) -> Tensor:
-    """(V,) True for what can fill a mask: whole, visible characters, begun with a space or not."""
-
-    if not tokenizer.parts_words:  # what may stand there is the model's affair
-        return torch.ones(tokenizer.vocab_size, dtype=torch.bool)
-
-    def fits(token_id: int) -> bool:
-        text = tokenizer.token_text(token_id)
-        if token_id in tokenizer.special_ids or "\ufffd" in text or not text.strip():
-            return False
-        return spaced is None or text.startswith(" ") == spaced
-
-    return torch.tensor([fits(token_id) for token_id in range(tokenizer.vocab_size)])
+    """(V,) True for what can fill a mask."""
+    return torch.tensor([tokenizer.may_fill(token_id, spaced) for token_id in range(tokenizer.vocab_size)])

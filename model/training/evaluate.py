@@ -18,6 +18,7 @@ from model.kernels import compiled
 from model.models import CausalLM, Classifier, MaskedLM, Translator
 from model.sampling import BeamParams
 from model.training import prepare
+from model.training.cloze import cloze_rows, read_cloze
 from model.training.failures import copying_rows, everyday_rows, failure_rows, read_copying
 from model.training.labelled import Labelled, probabilities, read_labelled, score_labels
 from model.training.ngram import NGram, shard_sequences
@@ -95,6 +96,11 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "--everyday", action="store_true", help="a translator's versions of a hundred sentences, to be read"
     )
     parser.add_argument(
+        "--cloze",
+        action="store_true",
+        help="how often a masked model's filling makes sense (texts/cloze.tsv)",
+    )
+    parser.add_argument(
         "--failures", type=int, default=0, metavar="N",
         help="count a translator's failures on N held-out sentences of all packs in --data",
     )  # fmt: skip
@@ -144,6 +150,8 @@ def _report(arguments: argparse.Namespace) -> str:
         more = _failure_tables(arguments, checkpoint, checkpoint.model)
     elif isinstance(checkpoint.model, MaskedLM):
         rows, note = _masked_rows(arguments, checkpoint, checkpoint.model)
+        if arguments.cloze:
+            more.append(cloze_rows(checkpoint.model, checkpoint.tokenizer, read_cloze()))
     elif isinstance(checkpoint.model, Classifier):
         rows, note = _classifier_rows(arguments, checkpoint, checkpoint.model)
     else:
