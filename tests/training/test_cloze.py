@@ -22,7 +22,7 @@ def test_the_sentences_that_come_with_the_code() -> None:
 @pytest.mark.parametrize("line", ["en\ta [MASK] b", "en\ta b\tc", "fr\ta [MASK]\tb", "en\t[MASK] [MASK]\tb"])
 def test_other_lines_are_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / "cloze.tsv").write_text(f"en\tI [MASK] home.\tgo|Went\n{line}\n")
-    with pytest.raises(PackError, match="cloze.tsv:2"):
+    with pytest.raises(PackError, match=r"cloze\.tsv:2"):
         read_cloze(tmp_path / "cloze.tsv")
 
 
