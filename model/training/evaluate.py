@@ -49,6 +49,7 @@ OWN_PACKS = (  # that come with the code
     "more-5.en-ko.tsv.xz",
     "more-6.en-ko.tsv.xz",
     "more-7.en-ko.tsv.xz",
+    "more-8.en-ko.tsv.xz",
     "phrases.en-ko.tsv.xz",
     STORIES,
 )
