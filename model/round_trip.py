@@ -19,6 +19,9 @@ from model.config import TransformerConfig
 from model.models import Translator
 from model.sampling import BeamParams
 
+# Tokens of a text. Of a word the way back says which translation means nothing else, not which is usual:
+# "Hello" would be what is said on the telephone.
+_FEWEST = 4
 _ROWS = 64  # of logits at a time: those of a long sentence with all its hypotheses are large
 
 T = TypeVar("T")
@@ -33,9 +36,9 @@ def ways_back(config: TransformerConfig) -> dict[int, int]:
 
 
 def can_return(config: TransformerConfig, source: Sequence[int], hypotheses: Sequence[Sequence[int]]) -> bool:
-    """Is a source of the form tag, target language, text, end, and everything short enough to be read?"""
+    """Is a source of the form tag, target language, text, end, the text no mere word or two, all readable?"""
     longest = max(map(len, hypotheses), default=0) + 3
-    known = len(source) > 3 and source[1] in ways_back(config)
+    known = len(source) >= _FEWEST + 3 and source[1] in ways_back(config)
     return known and max(longest, len(source)) <= config.max_len
 
 

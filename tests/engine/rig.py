@@ -27,7 +27,7 @@ from model.inference import optimise
 from model.kernels import compiled
 from model.models import CausalLM, Translator
 from model.quantize import KernelInt8Linear
-from model.round_trip import best_first, return_logprobs
+from model.round_trip import best_first, can_return, return_logprobs
 from model.sampling import BeamParams, SamplingParams, SamplingRows, penalise, sample
 
 # Sums in another order move a probability in its last bits; with large weights and a low temperature by more.
@@ -411,7 +411,8 @@ def expected_translation(checkpoint: Checkpoint, sequence: Sequence) -> list[Dec
         score, [[sequence.prompt_ids[1]]], checkpoint.config.eos_id, all_of_them, suppressed(checkpoint)
     )
     ended = [each for each in decoded if each.finished]
-    if params.round_trip and ended:
+    said = [each.token_ids for each in ended]
+    if params.round_trip and said and can_return(checkpoint.config, sequence.prompt_ids, said):
         back = return_logprobs(checkpoint.model, [(sequence.prompt_ids, each.token_ids) for each in ended])
         found = [(each.score, len(each.token_ids) + 1) for each in ended]
         decoded[: len(ended)] = best_first(ended, found, back, params)

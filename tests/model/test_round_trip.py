@@ -43,10 +43,10 @@ def test_the_way_back(model: Translator) -> None:
 
 def test_what_can_return(model: Translator) -> None:
     config = model.config
-    source = [TAG, KO, 11, END]
+    source = [TAG, KO, 11, 12, 13, 14, END]
     assert can_return(config, source, [[12]])
-    assert not can_return(config, [TAG, 11, 12, END], [[12]])  # no language where it should stand
-    assert not can_return(config, [TAG, KO, END], [[12]])  # nothing to be said
+    assert not can_return(config, [TAG, 11, *source[2:]], [[12]])  # no language where it should stand
+    assert not can_return(config, [TAG, KO, 11, 12, 13, END], [[12]])  # too little to be said
     assert not can_return(config, source, [[12], [12] * config.max_len])
     assert not can_return(config, [TAG, KO, *[11] * config.max_len, END], [[12]])
     assert ways_back(config) == {EN: KO, KO: EN}
