@@ -98,7 +98,8 @@ def missing_words(
 ) -> list[str]:
     """The most frequent words that are several pieces so far.
 
-    Korean nouns and English words with the space before them, then the nouns that open sentences without.
+    Korean nouns and English words with the space before them, then the nouns that open sentences without, and
+    what those need beside them.
     """
     counts = WordCounts()
     for pair in pairs:
@@ -110,7 +111,10 @@ def missing_words(
         *_several_pieces((f" {word}" for word in counts.english_words()), tokenizer)[:n_english],
     ]
     long_enough = [noun for noun in opening if len(noun) >= _SHORTEST_AT_START]
-    return [*spaced, *_several_pieces(long_enough, tokenizer)[:n_at_start]]
+    bare = _several_pieces(long_enough, tokenizer)[:n_at_start]
+    # Else they would be found behind a space, too, which is then a piece of its own: the longest counts.
+    beside = [f" {noun}" for noun in bare if f" {noun}" not in spaced]
+    return [*spaced, *bare, *beside]
 
 
 def _several_pieces(words: Iterable[str], tokenizer: Tokenizer) -> list[str]:

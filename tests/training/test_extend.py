@@ -31,10 +31,19 @@ def test_the_words_that_are_missing(tokenizer: Tokenizer) -> None:
     verbs = [Pair("written", "a", text) for text in ("달리는 사람", "달려가 보았다") for _ in range(20)]
     found = missing_words([*pairs, *verbs], tokenizer, 10, 10, 10)
     assert found[:2] == [" 우산", " 찌개"]  # no hero of a story, nothing but nouns
-    assert set(found[-2:]) == {"우산", "찌개"}
+    assert set(found[-2:]) == {"우산", "찌개"}  # the same with a space are there already
     assert not any("달리" in word or "릴리" in word for word in found)
     assert all(len(tokenizer.encode(word)) > 1 for word in found)
     assert missing_words(pairs, tokenizer, 1, 0, 0) == [" 우산"]
+
+
+def test_a_noun_that_opens_sentences_stays_whole_behind_a_space(tokenizer: Tokenizer) -> None:
+    """Also where its piece with the space is an old one."""
+    known = tokenizer.extended([" 우산"])
+    found = missing_words(seen("우산"), known, 0, 1, 0)
+    assert found == ["우산", " 우산"]
+    longer = tokenizer.extended(found)
+    assert [longer.token_text(i) for i in longer.encode("우산 새 우산")][-1] == " 우산"
 
 
 def test_a_stem_that_other_words_begin_with_is_none(tokenizer: Tokenizer) -> None:
