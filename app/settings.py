@@ -152,7 +152,7 @@ class Settings(BaseSettings):
     use_round_trip: bool = Field(
         True,
         description="order a translation's hypotheses by the way back, where its model wants it and no "
-        "request says otherwise; that costs more than half of the translations a second",
+        "request says otherwise; that costs more than half of the translations a second of many clients",
     )
     use_shortlist: bool = Field(
         True,

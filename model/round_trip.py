@@ -49,10 +49,13 @@ def best_first(
 
     As they are where a number is none.
     """
-    scores = [
-        score * n_tokens ** (params.length_penalty - 1) + params.round_trip * back
-        for (score, n_tokens), back in zip(found, returned, strict=True)
-    ]
+    try:
+        scores = [
+            score * n_tokens ** (params.length_penalty - 1) + params.round_trip * back
+            for (score, n_tokens), back in zip(found, returned, strict=True)
+        ]
+    except OverflowError:
+        return list(hypotheses)
     if not all(map(math.isfinite, scores)):
         return list(hypotheses)
     return [hypotheses[i] for i in sorted(range(len(scores)), key=lambda i: -scores[i])]

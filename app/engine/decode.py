@@ -195,23 +195,25 @@ class DecodeLane(ABC, Generic[Choice]):
     def _finish(self) -> None:
         """What is to be done for those whose steps are over."""
 
-    def _end(self, sequences: Iterable[Sequence], outcome: Callable[[Sequence], Outcome]) -> None:
-        """Hand over the outcomes of sequences, those that have ended before left out, and free their rows."""
+    def _end(
+        self,
+        sequences: Iterable[Sequence],
+        outcome: Callable[[Sequence], Outcome],
+        *,
+        set_aside: Items[Sequence] = (),
+    ) -> None:
+        """Hand over the outcomes of sequences, those that have ended before left out, and free their rows.
+
+        With them the rows of those that are set aside, whose outcome comes later.
+        """
         ending = [s for s in dict.fromkeys(sequences) if s.status is not SequenceStatus.ENDED]
-        if not ending:
+        if not ending and not set_aside:
             return
-        length = self._longest_row()
+        length = max((self._row_length(s) for s in self.scheduler.running), default=0)
         # First the outcomes: whatever happens to the rows, nobody is left waiting.
         for sequence in ending:
             self._conclude(sequence, outcome)
-        self._free_rows(ending, length)
-
-    def _longest_row(self) -> int:
-        return max((self._row_length(s) for s in self.scheduler.running), default=0)
-
-    def _free_rows(self, sequences: Items[Sequence], length: int) -> None:
-        """Give back rows, of which `length` positions at most are in use."""
-        moves = self.scheduler.release(sequences)
+        moves = self.scheduler.release([*ending, *set_aside])
         lost = self._copy(moves, lambda part: self.runner.move(part, length))
         self.runner.let_go(self.scheduler.n_active)
         self._end(lost, _step_failed)
@@ -786,7 +788,9 @@ class TranslateLane(DecodeLane[Ranked]):
         self._groups.pop(sequence, None)
 
     def _admission_tokens(self) -> int:
-        return self.scheduler.prefill_tokens
+        # As many as run may be set aside; who waits beyond that is bounded by the queue.
+        set_aside = sum(looking.sequence.n_rows for looking in self._looking)
+        return self.scheduler.prefill_tokens if set_aside < self.limits.n_slots else 0
 
     def _read_prompts(self, admitted: list[Sequence]) -> None:
         failed: list[Sequence] = []
@@ -874,24 +878,19 @@ class TranslateLane(DecodeLane[Ranked]):
         sound = [s for s in running if s not in broken]
         lost = self._copy_beams({s: self._advance(s, ranked[s]) for s in sound})
         done = [s for s in sound if self._groups[s].done]
-        looking = self._look_back(done)
+        looking = [s for s in done if self._may_return(s)]
+        self._looking += [_Looking(sequence, self._groups[sequence]) for sequence in looking]
         ended = [s for s in done if s not in looking]
         self._wipe(broken)
-        self._end([*broken, *ended], lambda s: self._outcome(s) if s in ended else _no_number())
+
+        def outcome(sequence: Sequence) -> Outcome:
+            return self._outcome(sequence) if sequence in ended else _no_number()
+
+        self._end([*broken, *ended], outcome, set_aside=looking)
         self._end(lost, _step_failed)
 
-    def _look_back(self, done: list[Sequence]) -> list[Sequence]:
-        """Set those aside whose hypotheses the way back is to put in order, and return them.
-
-        They need no rows any more.
-        """
-        looking = [sequence for sequence in done if self._may_return(sequence)]
-        if looking:
-            self._looking += [_Looking(sequence, self._groups[sequence]) for sequence in looking]
-            self._free_rows(looking, self._longest_row())
-        return looking
-
     def _may_return(self, sequence: Sequence) -> bool:
+        """Is the way back to put its hypotheses in order? It needs no rows any more then."""
         group = self._groups[sequence]
         hypotheses = [ended.tokens for ended in group.ended]
         if not group.params.round_trip or len(hypotheses) < 2:
@@ -901,19 +900,25 @@ class TranslateLane(DecodeLane[Ranked]):
     def _finish(self) -> None:
         """Ask some way back: no more a turn than may be read of sources, because everybody waits for it."""
         chosen: list[tuple[_Looking, int]] = []
-        budget = self.scheduler.prefill_tokens
-        for looking in self._looking:
-            for rank in range(looking.n_asked, len(looking.group.ended)):
-                budget -= looking.sequence.n_prompt_tokens + len(looking.group.ended[rank].tokens)
-                if chosen and budget < 0:
-                    break
-                chosen.append((looking, rank))
-                looking.n_asked += 1
+        longest = 0
+        unasked = (
+            (looking, rank)
+            for looking in self._looking
+            for rank in range(looking.n_asked, len(looking.group.ended))
+        )
+        for looking, rank in unasked:
+            n_tokens = looking.sequence.n_prompt_tokens + len(looking.group.ended[rank].tokens)
+            longest = max(longest, n_tokens)  # to which all are padded
+            if chosen and longest * (len(chosen) + 1) > self.scheduler.prefill_tokens:
+                break
+            chosen.append((looking, rank))
+        for looking, _ in chosen:
+            looking.n_asked += 1
         if chosen:
             halving(chosen, self._ask_back, self.failures.note)
             asked = [each for each in self._looking if each.n_asked == len(each.group.ended)]
-            self._looking = [each for each in self._looking if each not in asked]
             self._conclude_asked(asked)
+            self._looking = [each for each in self._looking if each not in asked]
 
     def _ask_back(self, part: Items[tuple[_Looking, int]]) -> None:
         pairs = [(each.sequence.prompt_ids, each.group.ended[rank].tokens) for each, rank in part]

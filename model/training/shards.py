@@ -91,7 +91,12 @@ def write_shard(
     np.save(folder / "units.npy", np.asarray(units, dtype=np.int64))
     np.save(folder / "docs.npy", np.asarray(docs, dtype=np.int64))
     np.save(folder / "labels.npy", np.asarray(labels, dtype=np.uint8))
-    meta = {"labels": list(names), "tokens": total, "documents": len(labels)}
+    meta = {
+        "labels": list(names),
+        "left out": list(left_out),
+        "tokens": total,
+        "documents": len(labels),
+    }
     (folder / "meta.part").write_text(json.dumps(meta, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "meta.part").replace(folder / "meta.json")
     return Shard(folder)

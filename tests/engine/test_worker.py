@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from app.engine.decode import Ranked, TranslateLane
 from app.engine.errors import Aborted, Draining, EngineError, StepFailed
 from app.engine.lane import Door, Failures, Handover, Handovers, Lane
 from app.engine.runner import TranslateRunner
@@ -604,7 +605,7 @@ async def test_the_way_back_puts_translations_in_another_order(
     lane.submit(sequences)
     drive(lane)
     assert len(asked) > 3
-    assert all(sum(each) <= 60 or len(each) == 1 for each in asked)
+    assert all(max(each) * len(each) <= 60 or len(each) == 1 for each in asked)
     await check_translations(translator_oracle, sequences)
     found = [[tuple(each.token_ids) for each in await sequence.result()] for sequence in sequences]
     by_search = [expected_translation(translator_oracle, s) for s in with_round_trip(sequences, 0.0)]
@@ -624,6 +625,54 @@ async def test_where_the_way_back_fails_the_order_of_the_search_stays(
     hit = [sequence for sequence in sequences if bad in sequence.prompt_ids]
     await check_translations(translator_oracle, [s for s in sequences if s not in hit])
     await check_translations(translator_oracle, with_round_trip(hit, 0.0))
+
+
+async def test_broken_rows_are_wiped_before_those_of_others_are_given_back(translator: Checkpoint) -> None:
+    """Also when somebody is set aside in the same step: else NaN would move, and its row not be found."""
+
+    def begin() -> tuple[TranslateLane, list[Sequence]]:
+        lane = translate_lane(translator, n_slots=48, prefill_tokens=1000)
+        sequences = with_round_trip(that_look_back(translator, 12), 5.0)
+        lane.submit(sequences)
+        return lane, sequences
+
+    lane, sequences = begin()
+    lane._finish = lambda: None  # type: ignore[method-assign]
+    n_steps = 0
+    while not lane._looking and n_steps < 50:
+        turn(lane)
+        n_steps += 1
+    aside = sequences.index(lane._looking[0].sequence)
+    bad = sequences.index(lane.scheduler.running[-1])
+    lane, sequences = begin()
+    calls: list[str] = []
+    choose, wipe, release = lane._choose, lane._wipe, lane.scheduler.release
+    steps = iter(range(1, 1000))
+
+    def choosing(rows: list[int]) -> dict[int, Ranked]:
+        chosen = choose(rows)
+        if next(steps) == n_steps:
+            chosen |= {row: Ranked([(300, float("nan"))], []) for row in sequences[bad].rows}
+        return chosen
+
+    def wiping(gone: list[Sequence]) -> None:
+        calls.append("wipe")
+        wipe(gone)
+
+    def releasing(gone: Iterable[Sequence]) -> list[tuple[int, int]]:
+        calls.append("release")
+        return release(gone)
+
+    lane._choose = choosing  # type: ignore[method-assign, assignment]
+    lane._wipe = wiping  # type: ignore[method-assign, assignment]
+    lane.scheduler.release = releasing  # type: ignore[method-assign, assignment]
+    for _ in range(n_steps):
+        calls.clear()
+        turn(lane)
+    assert calls[:2] == ["wipe", "release"]
+    drive(lane)
+    assert isinstance(await outcome(sequences[bad]), StepFailed)
+    assert isinstance(await outcome(sequences[aside]), list)
 
 
 async def test_who_leaves_before_the_way_back(translator: Checkpoint) -> None:

@@ -55,6 +55,15 @@ def test_what_can_return(model: Translator) -> None:
     assert not can_return(three, source, [[12]])
 
 
+def test_where_a_number_is_none_the_order_stays() -> None:
+    params = BeamParams(round_trip=0.5)
+    assert best_first("abc", [(-2.0, 3), (-1.0, 3), (-0.5, 3)], [float("nan"), -0.1, -0.1], params) == list(
+        "abc"
+    )
+    endless = BeamParams(length_penalty=1000.0, round_trip=0.5)
+    assert best_first("ab", [(-2.0, 30), (-1.0, 30)], [-0.2, -0.1], endless) == ["a", "b"]
+
+
 def test_both_ways_count() -> None:
     found = [(-1.0 / 4**1.4, 4), (-0.9, 1)]  # sums of -1 over 4 tokens and of -0.9 over one
     order = [

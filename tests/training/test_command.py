@@ -15,6 +15,7 @@ from model.tokenizer import Tokenizer
 from model.training.__main__ import main, model_config
 from model.training.evaluate import STORIES
 from model.training.loop import Options
+from model.training.shards import Shard
 from tests.tiny import PAIRS
 
 RECIPES = Path(__file__).resolve().parents[2] / "model/training/recipes"
@@ -67,6 +68,17 @@ def test_every_kind_trains_and_evaluates(
     assert bool(loaded.config.languages) == (command == "translate")
     assert (tmp_path / "log.jsonl").read_text().count("held_loss") == 3
     assert "M parameters" in capsys.readouterr().out
+
+
+def test_pairs_without_weight_stay_out_and_are_missed(work: Path, tmp_path: Path) -> None:
+    lines = [f"docs\t{en} [{i}]\t{ko} [{i}]\n" for i in range(20) for en, ko in PAIRS]
+    (work / "docs.tsv").write_text("".join(lines), encoding="utf-8")
+    packs = ["--set", 'data.pairs=["pairs.tsv", "docs.tsv"]']
+    assert train(work, "translate", tmp_path, *packs) == 0
+    shard = Shard(tmp_path / "train")
+    assert (shard.label_names, shard.left_out) == (["written"], ["docs"])
+    with pytest.raises(SystemExit, match="docs had no weight"):
+        train(work, "translate", tmp_path, *packs, "--set", "data.weights={written=1.0, docs=0.5}")
 
 
 def test_a_translator_may_start_from_a_masked_model(
