@@ -763,7 +763,8 @@ class TranslateLane(DecodeLane[Ranked]):
     def fail_all(self, error: Callable[[], EngineError]) -> Handovers:
         """As its base class, with those that have no rows any more."""
         for looking in self._looking:
-            self._conclude(looking.sequence, lambda _: error())
+            if looking.sequence.status is not SequenceStatus.ENDED:
+                self._conclude(looking.sequence, lambda _: error())
         self._looking.clear()
         return super().fail_all(error)
 
