@@ -17,12 +17,12 @@ from torch import Tensor
 
 from model.config import TransformerConfig
 from model.models import Translator
-from model.sampling import BeamParams
+from model.sampling import BeamParams, chosen_logprobs
+from model.transfer import padded
 
 # Tokens of a text. Of a word the way back says which translation means nothing else, not which is usual:
 # "Hello" would be what is said on the telephone.
 _FEWEST = 4
-_ROWS = 64  # of logits at a time: those of a long sentence with all its hypotheses are large
 
 T = TypeVar("T")
 Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -74,26 +74,11 @@ def return_logprobs(model: Translator, pairs: Sequence[Pair], decode: Decode | N
     for (tag, language, *text, end), hypothesis in pairs:
         src.append([tag, back[language], *hypothesis, end])
         tgt.append([back[language], *text, end])
-    inputs = _padded(tgt, config.pad_id, device)
-    hidden = decode(inputs[:, :-1], *model.encode(_padded(src, config.pad_id, device)))
+    inputs = padded(tgt, config.pad_id, device)
+    hidden = decode(inputs[:, :-1], *model.encode(padded(src, config.pad_id, device)))
     labels = inputs[:, 1:]
     real = labels != config.pad_id
     logprobs = torch.zeros(labels.shape, device=device)
-    logprobs[real] = _chosen_logprobs(model, hidden[real], labels[real])
+    logprobs[real] = chosen_logprobs(model.head, hidden[real], labels[real])
     means: list[float] = (logprobs.sum(1) / real.sum(1)).tolist()
     return means
-
-
-def _chosen_logprobs(model: Translator, hidden: Tensor, labels: Tensor) -> Tensor:
-    """hidden (N, D), labels (N,) -> (N,)."""
-    parts = []
-    for start in range(0, len(hidden), _ROWS):
-        logits = model.head(hidden[start : start + _ROWS]).float()
-        own = logits.gather(1, labels[start : start + _ROWS, None])[:, 0]
-        parts.append(own - logits.logsumexp(-1))
-    return torch.cat(parts)
-
-
-def _padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], device=device)

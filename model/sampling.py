@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.constraints import Phrase
+
+_ROWS = 64  # of logits at a time
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,16 @@ class BeamParams:
             )
         if self.round_trip and self.early_stopping is not None:
             raise ValueError("round_trip and early_stopping exclude each other")
+
+
+def chosen_logprobs(head: nn.Module, hidden: Tensor, token_ids: Tensor) -> Tensor:
+    """hidden (N, D), token_ids (N,) -> the log-probability of each token by the head, (N,)."""
+    parts = [hidden.new_zeros(0, dtype=torch.float32)]
+    for start in range(0, len(hidden), _ROWS):  # in parts: (N, V) is large
+        part = slice(start, start + _ROWS)
+        logprobs = head(hidden[part]).float().log_softmax(-1)
+        parts.append(logprobs.gather(1, token_ids[part, None])[:, 0])
+    return torch.cat(parts)
 
 
 def penalise(

@@ -26,9 +26,9 @@ from model.masks import Mask, MaskParts, RowSpans, length_mask, position_mask, s
 from model.models import CausalLM, Classifier, MaskedLM, Translator, make_cache
 from model.quantize import Int8Linear, KernelInt8Linear, Selected
 from model.round_trip import return_logprobs
-from model.sampling import SamplingRows, penalise, sample, top_tokens
+from model.sampling import SamplingRows, chosen_logprobs, penalise, sample, top_tokens
 from model.tokenizer import Tokenizer
-from model.transfer import to_device
+from model.transfer import padded, to_device
 
 Candidates = list[tuple[int, float]]  # tokens with their log-probabilities
 
@@ -216,7 +216,7 @@ class DecodeRunner:
         """Apply penalties, then biases, then bans, then what is forced, to logits (B, V)."""
         if guards.histories:
             rows = sorted(guards.histories)
-            history = _padded([guards.histories[row] for row in rows], -1, self.device)
+            history = padded([guards.histories[row] for row in rows], -1, self.device)
             repetition, frequency, presence = (
                 torch.tensor([amount[row] for row in rows], device=self.device)
                 for amount in (guards.repetition, guards.frequency, guards.presence)
@@ -294,7 +294,7 @@ class GenerateRunner(DecodeRunner):
 
         Padding is written too, and never read.
         """
-        ids = _padded(prompts, 0, self.device)
+        ids = padded(prompts, 0, self.device)
         length = start + ids.size(1)
         positions = torch.arange(start, length, device=self.device).expand_as(ids)
         self._decode(first, ids, positions, length, position_mask(positions, length))
@@ -314,12 +314,7 @@ class GenerateRunner(DecodeRunner):
         ids = torch.tensor([list(prompt)], device=self.device)
         hidden = self.model.hidden(ids)[0]
         out: list[float | None] = [None]
-        for start in range(0, len(prompt) - 1, 64):  # in parts: (T, V) of a long prompt is large
-            part = hidden[start : min(start + 64, len(prompt) - 1)]
-            logprobs = self.model.head(part).float().log_softmax(-1)
-            wanted = ids[0, start + 1 : start + 1 + len(part), None]
-            out += logprobs.gather(1, wanted).squeeze(1).tolist()
-        return out
+        return out + chosen_logprobs(self.model.head, hidden[:-1], ids[0, 1:]).tolist()
 
     def draw(self, logits: Tensor, rows: SamplingRows, uniform: list[float], n_top: int) -> list[Drawn]:
         """Draw a token per row of guarded logits (B, V); log-probabilities are those after the guards.
@@ -387,7 +382,7 @@ class TranslateRunner(DecodeRunner):
 
         languages[i] is that of its translation where it may be made of a shortlist's tokens, if there is one.
         """
-        src = _padded(sources, self.model.config.pad_id, self.device)
+        src = padded(sources, self.model.config.pad_id, self.device)
         memory, _ = self.model.encode(src)
         pairs = self.model.decoder.project_memory(memory)
         for i, (own, source) in enumerate(zip(rows, sources, strict=True)):
@@ -627,8 +622,8 @@ class MaskedRunner:
 
     def encode(self, token_ids: Sequence[Sequence[int]], segment_ids: Sequence[Sequence[int]]) -> Tensor:
         """Rows of ids -> hidden states (B, S, D)."""
-        ids = _padded(token_ids, self.model.config.pad_id, self.device)
-        return self.model.encode(ids, _padded(segment_ids, 0, self.device))
+        ids = padded(token_ids, self.model.config.pad_id, self.device)
+        return self.model.encode(ids, padded(segment_ids, 0, self.device))
 
     def fill(self, hidden: Tensor, wishes: Sequence[Wish]) -> list[list[tuple[int, float]]]:
         """hidden (M, D) of masks -> for each, token ids with probabilities among the allowed, best first."""
@@ -697,8 +692,8 @@ class ClassifyRunner:
         self, token_ids: Sequence[Sequence[int]], segment_ids: Sequence[Sequence[int]]
     ) -> list[list[float]]:
         """Rows of ids -> logits (B, labels)."""
-        ids = _padded(token_ids, self.model.config.pad_id, self.device)
-        logits: list[list[float]] = self.model(ids, _padded(segment_ids, 0, self.device)).float().tolist()
+        ids = padded(token_ids, self.model.config.pad_id, self.device)
+        logits: list[list[float]] = self.model(ids, padded(segment_ids, 0, self.device)).float().tolist()
         return logits
 
     def responds(self) -> bool:
@@ -731,11 +726,6 @@ def _zero(cache: KVCache, rows: Sequence[int]) -> None:
     for row in rows:
         cache.k[:, row] = 0
         cache.v[:, row] = 0
-
-
-def _padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
-    width = max(map(len, rows))
-    return to_device([[*row, *[value] * (width - len(row))] for row in rows], device)
 
 
 def _suppressed(tokenizer: Tokenizer, config: TransformerConfig) -> frozenset[int]:

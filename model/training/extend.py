@@ -123,9 +123,7 @@ def _several_pieces(words: Iterable[str], tokenizer: Tokenizer) -> list[str]:
 
 @torch.no_grad()
 def extend(found: Checkpoint, words: list[str]) -> tuple[MaskedLM, Tokenizer]:
-    """The model with one more piece for each word. Raises TypeError where it is no masked model."""
-    if not isinstance(found.model, MaskedLM) or not isinstance(found.tokenizer, Tokenizer):
-        raise TypeError(f"{found.name} is no masked model of this project")
+    """The model with one more piece for each word. Raises ValueError where a word is a piece already."""
     tokenizer = found.tokenizer.extended(words)
     if tokenizer.vocab_size != found.tokenizer.vocab_size + len(words):
         raise ValueError("a word is twice among the new ones, or a piece already")
@@ -164,10 +162,12 @@ def extend_command(arguments: argparse.Namespace) -> int:
     pairs = (pair for pack in packs for pair in read_pairs(pack) if not held_out(pair.en))
     try:
         found = checkpoint.load(arguments.model)
-        extend(found, [])  # before the packs are counted: is it a masked model?
+        if not isinstance(found.model, MaskedLM):
+            print(f"extend: {found.name} is no masked model")
+            return 1
         words = missing_words(pairs, found.tokenizer, arguments.korean, arguments.at_start, arguments.english)
         model, tokenizer = extend(found, words)
-    except (CheckpointError, OSError, TypeError, ValueError) as error:
+    except (CheckpointError, OSError, ValueError) as error:
         print(f"extend: {error}")
         return 1
     checkpoint.save(arguments.out, model, tokenizer)

@@ -147,8 +147,9 @@ class MaskedTask:
         noise = np.where(real, rng.random(token_ids.shape), 2.0)
         whole = rng.random(len(token_ids)) < self.whole_word
         noise[whole] = self._word_noise(token_ids[whole], noise[whole])
-        asked = (rng.random(len(token_ids)) < self.stems)[:, None]
-        noise = np.where(asked & self._stems(token_ids), noise * STEM_NOISE, noise)
+        if self.stems:
+            asked = (rng.random(len(token_ids)) < self.stems)[:, None]
+            noise = np.where(asked & self._stems(token_ids), noise * STEM_NOISE, noise)
         counts = np.maximum(1, np.round(real.sum(1) * self.mask_ratio)).astype(np.int64)
         width = padded_width(int(counts.max()), self.width_step)
         # Ties share a word: a stable sort keeps a word's pieces together, in order.
