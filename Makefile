@@ -2,8 +2,9 @@
 
 VENV  ?= .venv
 CLIENTS ?= .venv-clients
-HOST  ?= 127.0.0.1
-PORT  ?= 8000
+# Empty: as the settings say (TRANSFORMER_HOST and TRANSFORMER_PORT, .env).
+HOST  ?=
+PORT  ?=
 DATA  ?= data
 RUNS  ?= runs
 SIZE  ?= cpu
@@ -21,7 +22,7 @@ TRAIN     := $(PAGES) $(PY) -m model.training
 RECIPES   := model/training/recipes
 FROM      = --data "$(DATA)" --tokenizer "$(RUNS)/tokenizer"
 # A second part is a run of its own: it reads other packs and goes on from other weights.
-PART      = $(if $(filter cpu gpu,$(SIZE)),,-$(SIZE))
+PART      = $(if $(filter cpu gpu own,$(SIZE)),,-$(SIZE))
 CODE      := $(wildcard app model tests benchmarks)
 PINS      := pyproject.toml constraints.txt
 FOR_SERVE := $(VENV)/.installed-serve
@@ -42,13 +43,13 @@ MAKEFLAGS += --no-builtin-rules
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "  HOST=$(HOST) PORT=$(PORT) ARGS=... go to the program; training reads DATA=$(DATA) and"
+	@echo "  HOST=... PORT=... ARGS=... go to the program; training reads DATA=$(DATA) and"
 	@echo "  a recipe of SIZE=$(SIZE), and writes under RUNS=$(RUNS)."
 	@echo "  PYTHON=/path/to/python3 chooses the interpreter, TORCH_INDEX=<url> where torch comes from."
 
 # exec: the server takes the place of the shell, so a SIGTERM that make passes on reaches it and it drains.
-serve: $(FOR_SERVE) ## start the service on HOST:PORT
-	@exec $(PY) -m app --host "$(HOST)" --port "$(PORT)" $(ARGS)
+serve: $(FOR_SERVE) ## start the service, on HOST and PORT where given
+	@exec $(PY) -m app $(if $(HOST),--host "$(HOST)") $(if $(PORT),--port "$(PORT)") $(ARGS)
 
 test: $(FOR_DEV) $(FOR_CLIENTS) ## run the tests (ARGS="-k name")
 	CLIENTS="$(CLIENTS)" $(PY) -m pytest $(ARGS)
@@ -72,9 +73,9 @@ bench-gpu: ## what a GPU reaches, beside the peers that are installed: some minu
 
 peers: $(FOR_BENCH) ## install what the benchmarks compare with (docs/performance.md)
 
-train-tokenizer: $(FOR_TRAIN) ## train the shared tokenizer on the packs in DATA
-	$(TRAIN) tokenizer --pairs $(wildcard $(DATA)/*.tsv.xz) --documents $(wildcard $(DATA)/mono.*.txt.xz) \
-	    --out "$(RUNS)/tokenizer" $(ARGS)
+train-tokenizer: $(FOR_TRAIN) ## train the shared tokenizer on the packs in DATA, but for back-*
+	$(TRAIN) tokenizer --pairs $(filter-out $(DATA)/back-%,$(wildcard $(DATA)/*.tsv $(DATA)/*.tsv.xz)) \
+	    --documents $(wildcard $(DATA)/*.txt $(DATA)/*.txt.xz) --out "$(RUNS)/tokenizer" $(ARGS)
 
 train-masked: $(FOR_TRAIN) ## train the masked model and its next-sentence head
 	$(TRAIN) masked --recipe $(RECIPES)/masked-$(SIZE).toml --run "$(RUNS)/masked$(PART)" $(FROM) $(ARGS)

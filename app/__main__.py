@@ -161,7 +161,7 @@ def print_inspection(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Settings come from the environment, `.env` and the arguments; the last win."""
+    """Settings come from the arguments, else the environment, else `.env`."""
     if arguments == ["--settings-table"]:
         print(settings_table(), end="")
         return

@@ -65,7 +65,7 @@ Load = Callable[[Settings, Lifecycle], Services]
 
 # What the guard may answer on any path, and what the routes that run models may.
 _DOOR_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (401, 408, 413, 422, 429, 503)
+    status: {"model": ErrorBody} for status in (401, 408, 413, 415, 422, 429, 503)
 }
 _ERRORS: dict[int | str, dict[str, Any]] = _DOOR_ERRORS | {
     status: {"model": ErrorBody} for status in (403, 404, 500, 504)

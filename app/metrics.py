@@ -13,7 +13,7 @@ ENDPOINTS = (*LANES, "next-sentence")
 SERVED = {lane: (lane,) for lane in LANES} | {"fill-mask": ("fill-mask", "next-sentence")}
 # A request that chose no model: refused before, or for a name that nothing has.
 NO_MODEL = ""
-PHASES = ("prefill", "decode", "encode", "batch")
+PHASES = ("prefill", "decode", "encode", "batch", "return")
 OUTCOMES = ("success", "refused", "failed", "timeout", "disconnected")
 REASONS = (
     *("validation", "overloaded", "draining", "too_large"),
@@ -114,6 +114,9 @@ inter_token_seconds = _histogram(
 prompt_tokens_total = _counter("prompt_tokens_total", "Tokens taken in.", _ENDPOINT_MODEL)
 reused_tokens_total = _counter(
     "reused_tokens_total", "Prompt tokens whose keys and values an earlier prompt left.", _LANE_MODEL
+)
+reranked_total = _counter(
+    "reranked_total", "Translations of which the reranking put another first than the search.", _LANE_MODEL
 )
 generated_tokens_total = _counter("generated_tokens_total", "Tokens produced.", _LANE_MODEL)
 

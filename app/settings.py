@@ -151,8 +151,8 @@ class Settings(BaseSettings):
     )
     use_round_trip: bool = Field(
         True,
-        description="order a translation's hypotheses by the way back, where its model wants it and no "
-        "request says otherwise; that costs more than half of the translations a second of many clients",
+        description="order a translation's hypotheses by how likely they make its source, too, where its "
+        "model wants it and no request says otherwise; with many clients throughput falls to less than half",
     )
     use_shortlist: bool = Field(
         True,
@@ -269,7 +269,9 @@ class Settings(BaseSettings):
 
     timeout_seconds: PositiveFloat = Field(120.0, le=86_400.0, description="a request's time; then 504")
     receive_seconds: PositiveFloat = Field(
-        20.0, le=3600.0, description="time for a request's head to arrive, and again for its body; then 408"
+        20.0,
+        le=3600.0,
+        description="time for a request's head to arrive (then the connection ends), and for its body (408)",
     )
     read_seconds: PositiveFloat = Field(
         30.0, le=3600.0, description="time that a client may let an answer wait unread; then it is cut off"

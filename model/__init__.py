@@ -1,1 +1,1 @@
-"""The mathematics: one configurable Transformer core, three models composed from it, and their decoding."""
+"""The mathematics: one configurable Transformer core, four models composed from it, and their decoding."""

@@ -83,6 +83,7 @@ class Tokenizer:
         self.tags = {tag: self._id(f"<tag:{tag}>") for tag in TAGS}
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.added_ids = frozenset(added) - self.special_ids  # of `extended`
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:

@@ -55,8 +55,8 @@ def run_make(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def make_lines(target: str) -> list[str]:
-    result = run_make("--dry-run", "--always-make", target)
+def make_lines(*words: str) -> list[str]:
+    result = run_make("--dry-run", "--always-make", *words)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 
@@ -348,7 +348,9 @@ def test_make_checks_what_is_promised() -> None:
 
 def test_make_serve_gives_way_to_the_server() -> None:
     *_, last = make_lines("serve")
-    assert re.fullmatch(r'exec \S+ -m app --host "127.0.0.1" --port "8000" ?', last)
+    assert re.fullmatch(r"exec \S+ -m app *", last)
+    *_, last = make_lines("serve", "HOST=0.0.0.0", "PORT=9000")
+    assert re.fullmatch(r'exec \S+ -m app --host "0.0.0.0" --port "9000" ?', last)
 
 
 def test_make_refuses_an_old_python(tmp_path: Path) -> None:

@@ -48,25 +48,29 @@ router = APIRouter(route_class=BodyRoute)
 class GenerateParameters(Strict):
     """null means the default. Greedy unless do_sample or a sampling parameter is given."""
 
-    max_new_tokens: int | None = None
-    do_sample: bool | None = None
+    max_new_tokens: int | None = Field(None, description="20 by default; the limit is in /info")
+    do_sample: bool | None = Field(None, description="draw tokens, by default with a temperature of 1")
     temperature: float | None = Field(None, description="0 is greedy")
     top_k: int | None = Field(None, description="0 is off")
-    top_p: float | None = None
-    typical_p: float | None = None
+    top_p: float | None = Field(
+        None, description="draw from the likeliest tokens that have this share together; 1 is off"
+    )
+    typical_p: float | None = Field(None, description="the same of the most typical tokens; 1 is off")
     repetition_penalty: float | None = Field(
         None,
         description="by default the model's own (`config` in /info) without sampling, 1 with it; 1 is none",
     )
-    frequency_penalty: float | None = None
+    frequency_penalty: float | None = Field(
+        None, description="taken from a token's logit for each time that it stands there already; 0 is none"
+    )
     stop: str | Texts | None = Field(None, description="the text ends with the first that appears")
-    seed: int | None = None
+    seed: int | None = Field(None, description="the same seed draws the same tokens")
     truncate: int | None = Field(None, description="keep only the last tokens of the prompt, so many in all")
-    return_full_text: bool | None = None
-    details: bool | None = None
-    decoder_input_details: bool | None = None
-    top_n_tokens: int | None = None
-    best_of: int | None = None
+    return_full_text: bool | None = Field(None, description="with the prompt before the text")
+    details: bool | None = Field(None, description="the tokens, why the text ended, and the seed")
+    decoder_input_details: bool | None = Field(None, description="with details: the prompt's tokens, too")
+    top_n_tokens: int | None = Field(None, description="with details: so many likely tokens at each place")
+    best_of: int | None = Field(None, description="draw so many texts, keep the likeliest; not in a stream")
     # Clients of this form may send these; only the values that change nothing are taken.
     watermark: Literal[False] | None = None
     adapter_id: None = None

@@ -76,7 +76,9 @@ class BeamParameters(Strict):
         None, description="for each sentence; by default three times its length"
     )
     no_repeat_ngram_size: int | None = Field(None, description="no run of so many tokens twice; 0 is off")
-    repetition_penalty: float | None = None
+    repetition_penalty: float | None = Field(
+        None, description="makes tokens that stand there already less likely; 1, the default, is none"
+    )
     early_stopping: Literal["never"] | bool | None = Field(
         None, description="when a search ends, by the rules of transformers; by default by our own"
     )
@@ -86,7 +88,7 @@ class TranslateParameters(BeamParameters):
     """Without languages Korean is translated to English, and English to Korean."""
 
     src_lang: str | None = Field(None, description="by default what the text is in")
-    tgt_lang: str | None = None
+    tgt_lang: str | None = Field(None, description="a language of the model (in /info), as `en` or `ko`")
     format: Literal["text", "html"] | None = Field(
         None, description="text by default; html: tags stay around their words, and no markup is translated"
     )

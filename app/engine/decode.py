@@ -916,6 +916,7 @@ class TranslateLane(DecodeLane[Ranked]):
         for looking, _ in chosen:
             looking.n_asked += 1
         if chosen:
+            metrics.batch_rows.labels(self.name, "return").observe(len(chosen))
             halving(chosen, self._ask_back, self.failures.note)
             asked = [each for each in self._looking if each.n_asked == len(each.group.ended)]
             self._conclude_asked(asked)
@@ -930,7 +931,10 @@ class TranslateLane(DecodeLane[Ranked]):
         """Hand over what is found; where a way back failed the order of the search stays."""
         for looking in asked:
             if len(looking.returned) == looking.n_asked:
+                before, *_ = looking.group.ended
                 looking.group.put_in_order([looking.returned[rank] for rank in range(looking.n_asked)])
+                reranked = looking.group.ended[0] is not before
+                metrics.reranked_total.labels(self.name, self.runner.model_name).inc(reranked)
         self._end([looking.sequence for looking in asked], self._outcome)
 
     def _advance(self, sequence: Sequence, ranked: dict[int, Ranked]) -> Moves:

@@ -28,7 +28,7 @@ from model.training.causal import CausalTask
 from model.training.classify import add_classify_arguments, classify_command
 from model.training.evaluate import add_evaluate_arguments, evaluate_command
 from model.training.extend import add_extend_arguments, extend_command
-from model.training.loop import Options, Task, Trainer
+from model.training.loop import Options, Trainer
 from model.training.masked import MaskedTask
 from model.training.packs import find_pack
 from model.training.rnn_race import add_rnn_arguments, rnn_command
@@ -74,8 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m model.training", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     tokenizer = commands.add_parser("tokenizer", help="learn the shared tokenizer")
-    tokenizer.add_argument("--pairs", type=Path, nargs="+", default=[])
-    tokenizer.add_argument("--documents", type=Path, nargs="+", default=[])
+    tokenizer.add_argument("--pairs", type=Path, nargs="*", default=[])
+    tokenizer.add_argument("--documents", type=Path, nargs="*", default=[])
     tokenizer.add_argument("--vocab-size", type=int, default=16_000)
     tokenizer.add_argument("--megabytes", type=float, default=40, help="of each document pack")
     tokenizer.add_argument("--out", type=Path, required=True, help="folder for tokenizer.json")
@@ -114,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _tokenizer(arguments: argparse.Namespace) -> int:
+    if not arguments.pairs and not arguments.documents:
+        print("tokenizer: no packs: name some with --pairs or --documents")
+        return 1
     arguments.out.mkdir(parents=True, exist_ok=True)
     tokenizer = prepare.train_tokenizer(
         arguments.pairs, arguments.documents, arguments.vocab_size, arguments.megabytes
@@ -143,6 +146,10 @@ def _train(arguments: argparse.Namespace) -> int:
     if isinstance(task, TranslateTask) and isinstance(held, TranslateTask) and arguments.command == "rnn":
         print(rnn_command(arguments, recipe, tokenizer, config, (task, held), options))
         return 0
+    if not (n_batches := len(task.batches(0))):
+        raise SystemExit(f"{arguments.data}: what the recipe takes of its packs does not fill one batch")
+    if not len(held.shard):
+        print("nothing is held out to measure by: one document in fifty would be, and there are few")
     torch.manual_seed(options.seed)
     model = build_model(config)
     if arguments.continue_from:
@@ -152,8 +159,8 @@ def _train(arguments: argparse.Namespace) -> int:
         copied = start_from_encoder(model, load_file(arguments.start_from / "model.safetensors"))
         print(f"{copied} tensors taken from {arguments.start_from}")
     total = sum(p.numel() for p in model.parameters())
-    print(f"{total / 1e6:.1f} M parameters, {len(task.batches(0))} batches in the first epoch")
-    Trainer(model, tokenizer, task, held, options, arguments.run).run()
+    print(f"{total / 1e6:.1f} M parameters, {n_batches} batches in the first epoch")
+    Trainer(model, tokenizer, task, held if len(held.shard) else None, options, arguments.run).run()
     return 0
 
 
@@ -197,7 +204,7 @@ def model_config(command: str, values: dict[str, Any], tokenizer: Tokenizer) -> 
 
 def make_task(
     arguments: argparse.Namespace, data: dict[str, Any], tokenizer: Tokenizer, seed: int, *, held: bool
-) -> Task:
+) -> MaskedTask | CausalTask | TranslateTask:
     """The task over its shard, which is written when it is not there yet."""
     shard = _shard(arguments, data, tokenizer, held=held)
     common: dict[str, Any] = {"budget": data["batch_tokens"], "max_len": data["max_len"], "seed": seed}
@@ -208,7 +215,8 @@ def make_task(
         return TranslateTask(shard, tokenizer, weights=weights, noise=noise, **common, **width)
     common["weights"] = None if held else data.get("weights")
     if arguments.command == "masked":
-        chosen = {key: data[key] for key in ("mask_ratio", "split_particles", "stems") if key in data}
+        keys = ("mask_ratio", "split_particles", "stems", *(() if held else ("sightings",)))
+        chosen = {key: data[key] for key in keys if key in data}
         return MaskedTask(shard, tokenizer, **chosen, **common, **width)
     return CausalTask(shard, tokenizer, **common)
 
@@ -226,16 +234,20 @@ def _shard(arguments: argparse.Namespace, data: dict[str, Any], tokenizer: Token
     pairs = [find_pack(arguments.data, name) for name in data.get("pairs", [])]
     texts = [find_pack(arguments.data, name) for name in data.get("documents", [])]
 
+    if missing := [str(path) for path in (*pairs, *texts) if not path.exists()]:
+        raise SystemExit(f"not there: {', '.join(missing)}; docs/data.md says what a recipe's packs are")
+    measured = data.get("measured", prepare.PRECIOUS)
+
     def documents() -> Any:
         if ARCHITECTURES[arguments.command] == "translator":
-            yield from prepare.pair_documents(pairs, held=held)
+            yield from prepare.pair_documents(pairs, held=held, measured=measured)
             return
         chosen = {key: data[key] for key in ("share", "max_grade", "max_figures") if key in data}
         yield from prepare.passages(texts, held=held, **chosen)
         sources = data.get("sentences", {})  # a list, or a table that says which share of each
         shares = sources if isinstance(sources, dict) else dict.fromkeys(sources, 1.0)
         if shares:
-            yield from prepare.single_sentences(pairs, held=held, shares=shares)
+            yield from prepare.single_sentences(pairs, held=held, shares=shares, measured=measured)
 
     if ARCHITECTURES[arguments.command] == "translator":
         # An epoch never holds what has no weight; most of the pairs that there are may be such.

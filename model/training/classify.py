@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import os
 import statistics
 import time
@@ -20,7 +21,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from model import checkpoint
 from model.adapter import Adapter
@@ -32,7 +35,7 @@ from model.training.batches import Indices
 from model.training.evaluate import CARD, write_card
 from model.training.labelled import ClassifyTask, Labelled, accuracy, read_labelled
 from model.training.loop import Options, Trainer
-from model.training.lowrank import adapt, adapter_tensors
+from model.training.lowrank import adapt, adapter_tensors, take_adapter
 from model.training.packs import PackError
 from model.training.scores import Row, markdown_table
 from model.training.transfer import take_encoder
@@ -146,19 +149,33 @@ class Transfer:
         trainer = self._trainer(model, data, chosen, passes, budget, seed, start=start)
         trainer.run()
 
-    def learn(self, data: Labelled, passes: float, start: str = LOW_RANK) -> Classifier:
-        """A model that has learned all the examples."""
+    def learn(
+        self, data: Labelled, passes: float, start: str = LOW_RANK, earlier: Path | None = None
+    ) -> Classifier:
+        """A model that has learned all the examples, beginning with an earlier addition where given."""
         model = self.model(self.seed, start)
+        if earlier:
+            take_adapter(model, self._earlier_tensors(earlier))
         budget = self.recipe.batch_tokens
         self.train(model, data, np.arange(len(data)), passes, budget, self.seed, start)
         return model
+
+    def _earlier_tensors(self, folder: Path) -> dict[str, Tensor]:
+        """An addition's tensors. Raises ValueError where it is one of other labels, or broken."""
+        found = Adapter.from_dict(json.loads((folder / checkpoint.CONFIG).read_text(encoding="utf-8")))
+        if (found.labels, found.scale) != (self.recipe.labels, self.recipe.scale):
+            raise ValueError(f"{folder}: its labels or its scale are not those of the recipe")
+        try:
+            return load_file(folder / checkpoint.WEIGHTS)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / checkpoint.WEIGHTS}: {error}") from None
 
     def row(self, learned: str, model: Classifier, data: Data) -> Row:
         """Accuracy on the beginning of the test, and on the other kind."""
         part = _first(data.test, self.recipe.few_test)
         tested = {self.columns[0]: part} | ({self.columns[1]: data.other} if data.other else {})
         found = {
-            column: f"{_percent(self.accuracy(model, some))} of {len(some)}"
+            column: f"{_percent(self.accuracy(model, some))}% of {len(some)}"
             for column, some in tested.items()
         }
         return {"learned from": learned} | found
@@ -211,8 +228,15 @@ def add_classify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the labelled texts")
     parser.add_argument("--out", type=Path, required=True, help="folder for the addition, beside its base")
     parser.add_argument("--minutes", type=float, help="of a processor, for what ships; else the recipe's")
-    parser.add_argument(
+    made = parser.add_mutually_exclusive_group()
+    made.add_argument(
         "--compare", action="store_true", help="then show what few labels, random weights and folds give"
+    )
+    made.add_argument(
+        "--continue-from",
+        type=Path,
+        metavar="ADDITION",
+        help="begin with this folder's deltas and head, made for the base as it was before",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
@@ -247,13 +271,16 @@ def _run(arguments: argparse.Namespace, recipe: Recipe) -> str:
     left = started + 60 * (arguments.minutes or recipe.minutes) - time.process_time()
     passes = affordable_passes(transfer, data, left)
     print(f"{passes:.2f} passes over {len(data.train)} examples", flush=True)
-    model = transfer.learn(data.train, passes)
+    earlier: Path | None = arguments.continue_from
+    model = transfer.learn(data.train, passes, earlier=earlier)
     shipped = model
     if data.other:
         shipped = _learn_other(transfer, model, data, np.arange(len(data.other)), arguments.seed)
     sha256 = _save(arguments, recipe, shipped)
-    rows = [transfer.row(f"{transfer.names[0]} alone", model, data)]
-    print(rows[-1], flush=True)
+    rows = []
+    if not earlier:  # which has learned the other kind, too
+        rows.append(transfer.row(f"{transfer.names[0]} alone", model, data))
+        print(rows[-1], flush=True)
     rows.append(_shipped_row(arguments, transfer, data))
     tables = [rows]
     if arguments.compare:
@@ -272,7 +299,8 @@ def _run(arguments: argparse.Namespace, recipe: Recipe) -> str:
     seconds = time.process_time() - started
     return (
         f"{report}\n\nAccuracy in per cent, and of how many; ±: standard deviation over seeds, each with its "
-        f"own examples. {passes:.2f} passes over the {len(data.train)} of {transfer.names[0]}. "
+        f"own examples. {passes:.2f} passes over the {len(data.train)} of {transfer.names[0]}"
+        f"{', after those of an earlier addition' if earlier else ''}. "
         f"Weights {sha256[:12]}; all of it in {seconds:.0f} s of a processor.\n"
     )
 
@@ -281,7 +309,7 @@ def _shipped_row(arguments: argparse.Namespace, transfer: Transfer, data: Data) 
     """What ships, read back from its folder, over all of the test."""
     model = checkpoint.load(arguments.out, arguments.device).model
     assert isinstance(model, Classifier)
-    whole = f"{_percent(transfer.accuracy(model, data.test))} of {len(data.test)}"
+    whole = f"{_percent(transfer.accuracy(model, data.test))}% of {len(data.test)}"
     row = {"learned from": "what ships", transfer.columns[0]: whole}
     return row | ({transfer.columns[1]: "learned"} if data.other else {})
 
@@ -352,14 +380,14 @@ def fold_rows(transfer: Transfer, model: Classifier, data: Data) -> list[Row]:
         kept.append(transfer.accuracy(both, part))
     first, second = transfer.columns
     n = len(data.other)
-    mean = f"{_percent(statistics.mean(kept))} of {len(part)}"
+    mean = f"{_percent(statistics.mean(kept))}% of {len(part)}"
     return [
         {
             "learned from": f"{transfer.names[1]} alone, {_FOLDS} folds",
             first: "-",
-            second: f"{_percent(alone)} of {n}",
+            second: f"{_percent(alone)}% of {n}",
         },
-        {"learned from": f"both, {_FOLDS} folds", first: mean, second: f"{_percent(together)} of {n}"},
+        {"learned from": f"both, {_FOLDS} folds", first: mean, second: f"{_percent(together)}% of {n}"},
     ]
 
 

@@ -50,6 +50,7 @@ OWN_PACKS = (  # that come with the code
     "more-6.en-ko.tsv.xz",
     "more-7.en-ko.tsv.xz",
     "more-8.en-ko.tsv.xz",
+    "more-9.en-ko.tsv.xz",
     "phrases.en-ko.tsv.xz",
     STORIES,
 )
@@ -325,7 +326,7 @@ def _held_corpora(pack: Path, limit: int) -> Iterator[Corpus]:
     for label, (english, korean, *_) in prepare.pair_documents([pack], held=True):
         by_source.setdefault(label, []).append((english, korean))
     for source, pairs in sorted(by_source.items()):
-        yield from _both_ways(f"{HELD} {source}", pairs, limit)
+        yield from _both_ways(f"{HELD} {source} ({pack.name.partition('.')[0]})", pairs, limit)
 
 
 def _both_ways(name: str, pairs: Sequence[tuple[str, str]], limit: int) -> Iterator[Corpus]:

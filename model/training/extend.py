@@ -34,7 +34,7 @@ _PARTICLES = sorted(
 _HANGUL = re.compile(r"(?:^|(?<=[ \"'(]))[가-힣]+(?![\w'’-])")
 _LATIN = re.compile(r"(?:^|(?<=[ \"'(]))[a-z]+(?![\w'’-])")
 _FEWEST_PARTICLES = 4
-_FEWEST = 8  # sightings outside the stories, whose heroes' names nobody asks for
+_FEWEST = 8  # sightings outside the stories
 _SHARE = 0.4  # of the words that begin like it; else the rest of them would be cut where no stem ends
 _SHORTEST_ENGLISH = 4
 _SHORTEST_AT_START = 2  # syllables: without a space before it a piece is found in the midst of words, too
@@ -42,11 +42,14 @@ _SHORTEST_AT_START = 2  # syllables: without a space before it a piece is found 
 
 @dataclass
 class WordCounts:
-    """How often words stand in sentences."""
+    """How often words stand in sentences.
+
+    Stories show what is a noun, but count for nothing else: nobody asks for the names of their heroes.
+    """
 
     stems: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     english: Counter[str] = field(default_factory=Counter)
-    at_start: Counter[str] = field(default_factory=Counter)  # of a sentence
+    at_start: Counter[str] = field(default_factory=Counter)  # of a sentence outside of stories
     outside: Counter[str] = field(default_factory=Counter)  # of stories
     beginnings: Counter[str] = field(default_factory=Counter)  # of all words, however they go on
 
@@ -60,7 +63,7 @@ class WordCounts:
             if particle and stem:
                 self.stems[stem][particle] += 1
                 self.outside[stem] += not told
-                self.at_start[stem] += found.start() == 0
+                self.at_start[stem] += found.start() == 0 and not told
         for found in _LATIN.finditer(pair.en):
             self._begin(found[0])
             self.english[found[0]] += 1
@@ -70,12 +73,12 @@ class WordCounts:
         self.beginnings.update(word[:end] for end in range(1, len(word) + 1))
 
     def nouns(self) -> list[str]:
-        """Korean stems that take the particles of a noun, the most frequent first."""
+        """Korean stems that take the particles of a noun, the most frequent first outside of stories."""
         counts = {stem: particles.total() for stem, particles in self.stems.items() if _is_noun(particles)}
         return self._frequent(counts)
 
     def english_words(self) -> list[str]:
-        """English words in small letters, the most frequent first."""
+        """English words in small letters, the most frequent first outside of stories."""
         return self._frequent({w: n for w, n in self.english.items() if len(w) >= _SHORTEST_ENGLISH})
 
     def _frequent(self, counts: dict[str, int]) -> list[str]:
@@ -84,7 +87,7 @@ class WordCounts:
             for word, n in counts.items()
             if self.outside[word] >= _FEWEST and n >= _SHARE * self.beginnings[word]
         )
-        return sorted(kept, key=lambda word: (-counts[word], word))
+        return sorted(kept, key=lambda word: (-self.outside[word], word))
 
 
 def _is_noun(particles: Counter[str]) -> bool:

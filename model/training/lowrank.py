@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,20 @@ def adapt(model: Classifier, rank: int, scale: float, n_layers: int) -> None:
 def adapter_tensors(model: Classifier) -> dict[str, Tensor]:
     """What an adapted model has learned, by the names that `model.adapter` reads."""
     return dict(_learned(model))
+
+
+def take_adapter(model: Classifier, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of `adapter_tensors`. Raises ValueError where the tensors do not fit."""
+    own = adapter_tensors(model)
+    if _shapes(own) != _shapes(tensors):
+        raise ValueError("an addition of other rank, layers or number of labels: its tensors do not fit")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])  # a view of the parameter
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _learned(model: Classifier) -> Iterator[tuple[str, Tensor]]:

@@ -34,7 +34,9 @@ class MaskedTask:
     """Passages of consecutive sentences, [CLS] A [SEP] B [SEP]; B is the real continuation half the time.
 
     A document of one sentence gives [CLS] A [SEP], which takes no part in next-sentence prediction. `weights`
-    maps a prefix of a document's label to how often an epoch holds it; the longest prefix counts.
+    maps a prefix of a document's label to how often an epoch holds it; the longest prefix counts. With
+    `sightings`, an epoch holds about so many single sentences for each word that was added to the tokenizer
+    (`extend`), or all that there are, and such words are masked as stems are.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class MaskedTask:
         short: float = 0.3,
         split_particles: float = 0.4,
         stems: float = 0.0,
+        sightings: float = 0.0,
         weights: Mapping[str, float] | None = None,
         width_step: int = WIDTH_STEP,
         seed: int = 0,
@@ -60,6 +63,11 @@ class MaskedTask:
         self.stems, self.particle_ids = stems, particle_ids(tokenizer)
         self.sizes = np.diff(np.asarray(shard.units))
         self.weights = weights_by_label(np.asarray(shard.labels), shard.label_names, weights or {"": 1.0})
+        self.added_ids = np.array(sorted(tokenizer.added_ids), dtype=np.int64) if sightings else None
+        if self.added_ids is not None:
+            if not len(self.added_ids):
+                raise ValueError(f"{sightings} sightings of words that were added: the tokenizer has none")
+            self.weights = np.maximum(self.weights, self._weights_of_added(self.added_ids, sightings))
         self.newline = tokenizer.encode("\n")[0]
         self.starts_word, self.is_mark = word_starts(tokenizer), marks(tokenizer)
         self.of_label = [np.flatnonzero(np.asarray(shard.labels) == i) for i in range(len(shard.label_names))]
@@ -75,6 +83,18 @@ class MaskedTask:
         b = ends[b_end] - ends[b_first]
         lengths = np.minimum(a + b + 3, self.max_len)
         return [passages[batch] for batch in token_budget_batches(lengths, self.budget, rng, self.width_step)]
+
+    def _weights_of_added(self, added_ids: Indices, sightings: float) -> NDArray[np.float64]:
+        """Per document: of a sentence's added words the rarest says how much of it an epoch holds."""
+        weights = np.zeros(len(self.shard))
+        tokens = np.asarray(self.shard.tokens)
+        places = np.flatnonzero(np.isin(tokens, added_ids))
+        documents = np.searchsorted(self.shard.units[self.shard.docs], places, side="right") - 1
+        alone = np.diff(np.asarray(self.shard.docs))[documents] == 1
+        words, documents = tokens[places[alone]], documents[alone]
+        counts = np.bincount(words, minlength=self.tokenizer.vocab_size)
+        np.maximum.at(weights, documents, np.minimum(1.0, sightings / counts[words]))
+        return weights
 
     def _passages(self, rng: np.random.Generator) -> Indices:
         found: list[Passage] = []
@@ -149,7 +169,10 @@ class MaskedTask:
         noise[whole] = self._word_noise(token_ids[whole], noise[whole])
         if self.stems:
             asked = (rng.random(len(token_ids)) < self.stems)[:, None]
-            noise = np.where(asked & self._stems(token_ids), noise * STEM_NOISE, noise)
+            sought = self._stems(token_ids)
+            if self.added_ids is not None:
+                sought |= np.isin(token_ids, self.added_ids)
+            noise = np.where(asked & sought, noise * STEM_NOISE, noise)
         counts = np.maximum(1, np.round(real.sum(1) * self.mask_ratio)).astype(np.int64)
         width = padded_width(int(counts.max()), self.width_step)
         # Ties share a word: a stable sort keeps a word's pieces together, in order.

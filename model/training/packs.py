@@ -29,9 +29,9 @@ class PackError(ValueError):
 
 
 def find_pack(folder: Path, name: str) -> Path:
-    """The pack of this name in the folder of the data, or else among those that come with the code."""
-    shipped = TEXTS / name
-    return shipped if shipped.exists() and not (folder / name).exists() else folder / name
+    """The pack of this name, .xz behind it or not, in the folder of the data, or else among ours."""
+    places = (folder / name, folder / f"{name}.xz", TEXTS / name)
+    return next((place for place in places if place.exists()), folder / name)
 
 
 def open_pack(path: Path) -> TextIO:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from model.tokenizer import Tokenizer
@@ -42,10 +42,15 @@ def tokenizer_texts(pairs: Iterable[Path], documents: Iterable[Path], megabytes:
                 yield from paragraphs
 
 
-def pair_documents(paths: Iterable[Path], *, held: bool) -> Iterator[Document]:
+PRECIOUS = ("written", "wiki")  # sources worth measuring by
+
+
+def pair_documents(
+    paths: Iterable[Path], *, held: bool, measured: Sequence[str] = PRECIOUS
+) -> Iterator[Document]:
     """Clean pairs as documents (English, Korean), everyday ones with noisy twins: held out, or the rest.
 
-    Held out is a slice of the sources that begin with "written" or "wiki", by the English side.
+    Held out is a slice, by the English side, of the sources that begin with one of `measured`.
     """
     seen: set[int] = set()
     for path in paths:
@@ -54,9 +59,8 @@ def pair_documents(paths: Iterable[Path], *, held: bool) -> Iterator[Document]:
             if key in seen or not clean_pair(pair):
                 continue
             seen.add(key)
-            precious = pair.source.startswith(("written", "wiki"))
             if held:
-                if precious and held_out(pair.en):
+                if pair.source.startswith(tuple(measured)) and held_out(pair.en):
                     yield pair.source, [pair.en, pair.ko]
             # A held-out sentence must not come back through another source.
             elif not held_out(pair.en):
@@ -112,12 +116,14 @@ def _easy(paragraphs: list[str], max_grade: float, max_figures: float) -> list[s
     return prose if prose and reading_grade(prose) <= max_grade else []
 
 
-def single_sentences(paths: Iterable[Path], *, held: bool, shares: Mapping[str, float]) -> Iterator[Document]:
+def single_sentences(
+    paths: Iterable[Path], *, held: bool, shares: Mapping[str, float], measured: Sequence[str] = PRECIOUS
+) -> Iterator[Document]:
     """Each side of each pair of some sources as a document of its own.
 
     `shares` maps a prefix of a source's name to the share of its pairs that a sample by hash keeps.
     """
-    for label, units in pair_documents(paths, held=held):
+    for label, units in pair_documents(paths, held=held, measured=measured):
         share = max((shares[prefix] for prefix in shares if label.startswith(prefix)), default=0.0)
         if held_out(units[0] + "sample", share):
             yield "sentences.en", units[:1]

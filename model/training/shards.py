@@ -33,7 +33,11 @@ class Shard:
         self.units: NDArray[np.int64] = np.load(folder / "units.npy", mmap_mode="r")
         self.docs: NDArray[np.int64] = np.load(folder / "docs.npy", mmap_mode="r")
         self.labels: NDArray[np.uint8] = np.load(folder / "labels.npy", mmap_mode="r")
-        self.tokens: NDArray[np.uint16] = np.memmap(folder / "tokens.bin", dtype=np.uint16, mode="r")
+        file = folder / "tokens.bin"
+        if file.stat().st_size:
+            self.tokens: NDArray[np.uint16] = np.memmap(file, dtype=np.uint16, mode="r")
+        else:  # which cannot be mapped
+            self.tokens = np.zeros(0, dtype=np.uint16)
         if len(self.tokens) != self.units[-1] or len(self.units) - 1 != self.docs[-1]:
             raise ValueError(f"{folder}: tokens.bin and its offsets do not fit together; write it again")
 

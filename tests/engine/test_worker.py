@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 
 from app.engine.decode import Ranked, TranslateLane
 from app.engine.errors import Aborted, Draining, EngineError, StepFailed
@@ -602,6 +603,8 @@ async def test_the_way_back_puts_translations_in_another_order(
 
     runner.return_logprobs = noting  # type: ignore[method-assign, assignment]
     sequences = with_round_trip(that_look_back(translator, 12), 5.0)
+    labels = {"endpoint": lane.name, "model": runner.model_name}
+    before = REGISTRY.get_sample_value("transformer_reranked_total", labels) or 0.0
     lane.submit(sequences)
     drive(lane)
     assert len(asked) > 3
@@ -609,7 +612,10 @@ async def test_the_way_back_puts_translations_in_another_order(
     await check_translations(translator_oracle, sequences)
     found = [[tuple(each.token_ids) for each in await sequence.result()] for sequence in sequences]
     by_search = [expected_translation(translator_oracle, s) for s in with_round_trip(sequences, 0.0)]
-    assert found != [[tuple(each.token_ids) for each in wanted] for wanted in by_search]
+    firsts = [tuple(wanted[0].token_ids) for wanted in by_search]
+    changed = sum(ours[0] != first for ours, first in zip(found, firsts, strict=True))
+    assert changed > 0
+    assert REGISTRY.get_sample_value("transformer_reranked_total", labels) == before + changed
 
 
 async def test_where_the_way_back_fails_the_order_of_the_search_stays(

@@ -1,5 +1,6 @@
 """`python -m model.training`, from packs to a translator that began as a masked model."""
 
+import lzma
 import tomllib
 from pathlib import Path
 
@@ -68,6 +69,43 @@ def test_every_kind_trains_and_evaluates(
     assert bool(loaded.config.languages) == (command == "translate")
     assert (tmp_path / "log.jsonl").read_text().count("held_loss") == 3
     assert "M parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", LAYERS)
+@pytest.mark.parametrize("n", [1, 300])
+def test_text_of_ones_own_trains(
+    command: str, n: int, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Compressed or not, and also where it is so little that nothing is held out."""
+    data = tmp_path / "data"
+    data.mkdir()
+    pairs = [f"any\t{en} ({i})\t{ko} ({i})\n" for i in range(n) for en, ko in PAIRS[: 1 if n == 1 else None]]
+    (data / "pairs.tsv.xz").write_bytes(lzma.compress("".join(pairs).encode()))
+    text = "\n\n".join(f"Story {i}. {' '.join(en for en, _ in PAIRS * 9)}" for i in range(n))
+    (data / "text.txt").write_text(text, encoding="utf-8")
+    sizes = [f"model.{size}" for size in ("d_model=32", "n_heads=2", "d_ff=64")]
+    settings = [*sizes, "data.batch_tokens=512", "steps=1", "warmup=0"]
+    words = [
+        command,
+        "--recipe",
+        str(RECIPES / f"{command}-own.toml"),
+        "--tokenizer",
+        str(work / "tokenizer"),
+    ]
+    words += ["--data", str(data), "--run", str(tmp_path / "run"), "--threads", "1"]
+    assert main([*words, *(word for each in settings for word in ("--set", each))]) == 0
+    assert checkpoint.load(tmp_path / "run/model").tokenizer.vocab_size == 400
+    assert ("nothing is held out" in capsys.readouterr().out) == (n == 1)
+
+
+def test_nothing_to_train_on(work: Path, tmp_path: Path) -> None:
+    data = ["--data", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"not there: .*pairs.tsv, .*mono.en.txt; docs/data.md"):
+        train(work, "causal", tmp_path / "run", *data)
+    for name in ("pairs.tsv", "mono.en.txt"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(SystemExit, match="does not fill one batch"):
+        train(work, "causal", tmp_path / "run", *data)
 
 
 def test_pairs_without_weight_stay_out_and_are_missed(work: Path, tmp_path: Path) -> None:

@@ -270,3 +270,5 @@ def test_what_has_ended_is_ordered_by_the_way_back(tokenizer: Tokenizer) -> None
     first = 0 if back[0] > back[1] else 1
     assert [each.token_ids for each in ordered[0]] == [said[first], said[1 - first]]
     assert ordered[1] == results[1]
+    open_ended = [[Decoded(said[0], -0.5, False), Decoded(said[1], -0.6, False)]]
+    assert look_back(model, sources[:1], list(open_ended), params) == open_ended

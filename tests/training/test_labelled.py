@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from model import checkpoint
 from model.adapter import Adapter
@@ -22,7 +23,7 @@ from model.training.labelled import (
     read_labelled,
     score_labels,
 )
-from model.training.lowrank import LowRankLinear, adapt, adapter_tensors
+from model.training.lowrank import LowRankLinear, adapt, adapter_tensors, take_adapter
 from model.training.packs import PackError
 from tests.tiny import PAIRS, TinyFolders, fitting_config
 
@@ -132,6 +133,31 @@ def test_where_a_classifier_begins(tiny_folders: TinyFolders) -> None:
     assert learning == [False, True, True]
 
 
+def test_a_classifier_goes_on_from_an_earlier_addition(
+    tiny_folders: TinyFolders, data: Labelled, tmp_path: Path
+) -> None:
+    recipe = recipe_of_two_layers(Recipe.read(RECIPE))
+    transfer = Transfer(tiny_folders.fill_mask, recipe, "cpu", 0)
+    learned = transfer.model(0)
+    transfer.train(learned, data, np.arange(len(data)), 3, 256)
+    adapter = Adapter("../fill-mask", "0" * 64, recipe.scale, recipe.labels)
+    checkpoint.save_adapter(tmp_path, adapter, adapter_tensors(learned), torch.float32)
+    again = transfer.model(1)
+    take_adapter(again, load_file(tmp_path / checkpoint.WEIGHTS))
+    assert torch.equal(probabilities(again, data), probabilities(learned, data))
+    other = Transfer(tiny_folders.fill_mask, Recipe(**{**vars(recipe), "n_layers": 1}), "cpu", 0)
+    with pytest.raises(ValueError, match="other rank, layers"):
+        other.learn(data, 1.0, earlier=tmp_path)
+    turned = Transfer(
+        tiny_folders.fill_mask, Recipe(**{**vars(recipe), "labels": recipe.labels[::-1]}), "cpu", 0
+    )
+    with pytest.raises(ValueError, match="its labels or its scale"):
+        turned.learn(data, 1.0, earlier=tmp_path)
+    (tmp_path / checkpoint.WEIGHTS).write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=checkpoint.WEIGHTS):
+        transfer.learn(data, 1.0, earlier=tmp_path)
+
+
 def recipe_of_two_layers(recipe: Recipe) -> Recipe:
     return Recipe(**{**vars(recipe), "n_layers": 2, "bf16": False, "lr": 5e-3})
 
@@ -175,6 +201,9 @@ def test_the_command_trains_saves_and_reports(
     capsys.readouterr()
     assert main([str(a) for a in evaluate]) == 0
     assert "| test |  24 |   0 |" in capsys.readouterr().out
+    again = tmp_path / "again"
+    assert main([*map(str, command[:-1]), str(again), "--continue-from", str(out)]) == 0
+    assert "after those of an earlier addition" in capsys.readouterr().out
     assert main([*map(str, command), "--minutes", "0.0001"]) == 1
     assert "give more --minutes" in capsys.readouterr().out
 

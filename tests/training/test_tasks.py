@@ -194,6 +194,27 @@ def test_stems_before_particles_are_masked_more_often(passages_shard: Shard) -> 
     assert hits(always) > 1.3 * hits(never)
 
 
+def test_added_words_are_seen_often_enough(tmp_path: Path) -> None:
+    korean = ["나는 집에 간다", "집을 본다", "집 앞", "나 를", "나를 본다 에 을 는"] * 50
+    small = Tokenizer.train(korean, 320).extended([" 우산", " 찌개"])
+    often, seldom, both, neither = "집 앞 우산", "집 앞 찌개", "집 우산 찌개 간다", "나는 집에 간다"
+    texts = [*[often] * 40, *[seldom] * 4, both, *[neither] * 40]
+    documents = [("sentences", [text]) for text in texts]
+    shard = write_shard(tmp_path, small, [*documents, ("mono", [often, often])])
+    task = MaskedTask(shard, small, budget=256, sightings=10, weights={"": 0.1})
+    assert task.weights.round(3).tolist() == [*[round(10 / 41, 3)] * 40, *[1.0] * 5, *[0.1] * 41]
+    row = np.array([[small.cls_id, *small.encode("나는 집에 우산 앞에 간다"), small.sep_id]])
+
+    def hits(stems: float) -> int:
+        task = MaskedTask(shard, small, budget=256, sightings=10, stems=stems, whole_word=0.0)
+        chosen = (task.mask(row.copy(), rng(seed)) for seed in range(200))
+        return sum(int(np.isin(labels, sorted(small.added_ids)).sum()) for _, labels in chosen)
+
+    assert hits(1.0) > 1.3 * hits(0.0)
+    with pytest.raises(ValueError, match="the tokenizer has none"):
+        MaskedTask(shard, Tokenizer.train(korean, 320), budget=256, sightings=10)
+
+
 def test_masked_loss_is_finite_where_no_next_sentence_is_known(
     masked: MaskedTask, tokenizer: Tokenizer
 ) -> None:

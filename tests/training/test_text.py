@@ -81,6 +81,10 @@ def test_a_story_is_a_passage_in_each_language(tmp_path: Path) -> None:
 def test_packs_that_come_with_the_code_are_found(tmp_path: Path) -> None:
     assert find_pack(tmp_path, "copying.tsv") == TEXTS / "copying.tsv"
     assert find_pack(tmp_path, "other.tsv") == tmp_path / "other.tsv"
+    (tmp_path / "other.tsv.xz").touch()
+    assert find_pack(tmp_path, "other.tsv") == tmp_path / "other.tsv.xz"
+    (tmp_path / "other.tsv").touch()
+    assert find_pack(tmp_path, "other.tsv") == tmp_path / "other.tsv"
     own = write_pack(tmp_path / "copying.tsv", "")
     assert find_pack(tmp_path, "copying.tsv") == own  # the folder of the data comes first
 
