@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import tomllib
+import zlib
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from model.training.evaluate import add_evaluate_arguments, evaluate_command
 from model.training.extend import add_extend_arguments, extend_command
 from model.training.loop import Options, Trainer
 from model.training.masked import MaskedTask
-from model.training.packs import find_pack
+from model.training.packs import PackError, find_pack
 from model.training.rnn_race import add_rnn_arguments, rnn_command
 from model.training.score_pairs import add_score_pairs_arguments, score_pairs_command
 from model.training.shards import Shard, write_shard
@@ -63,11 +64,13 @@ HELP = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     arguments = _parser().parse_args(argv)
-    if arguments.command == "tokenizer":
-        return _tokenizer(arguments)
     if arguments.command in COMMANDS:
         return COMMANDS[arguments.command](arguments)
-    return _train(arguments)
+    try:
+        return _tokenizer(arguments) if arguments.command == "tokenizer" else _train(arguments)
+    except PackError as error:
+        print(f"{arguments.command}: {error}")
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,7 +118,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _tokenizer(arguments: argparse.Namespace) -> int:
     if not arguments.pairs and not arguments.documents:
-        print("tokenizer: no packs: name some with --pairs or --documents")
+        print("tokenizer: no packs: --pairs and --documents name them; make takes DATA/*.tsv and DATA/*.txt,")
+        print("with .xz behind them or not, where the path of DATA holds no space")
         return 1
     arguments.out.mkdir(parents=True, exist_ok=True)
     tokenizer = prepare.train_tokenizer(
@@ -129,6 +133,9 @@ def _tokenizer(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    for path in (arguments.recipe, arguments.tokenizer):
+        if not path.exists():
+            raise SystemExit(f"not there: {path} (tokenizers come from `make train-tokenizer`)")
     recipe = read_recipe(arguments.recipe, arguments.set)
     tokenizer = Tokenizer.load(arguments.tokenizer)
     if arguments.command == "shortlist":
@@ -147,7 +154,10 @@ def _train(arguments: argparse.Namespace) -> int:
         print(rnn_command(arguments, recipe, tokenizer, config, (task, held), options))
         return 0
     if not (n_batches := len(task.batches(0))):
-        raise SystemExit(f"{arguments.data}: what the recipe takes of its packs does not fill one batch")
+        raise SystemExit(
+            f"{arguments.data}: what {arguments.recipe} takes of its packs does not fill one batch "
+            f"(--set data.batch_tokens={recipe['data']['batch_tokens'] // 4})"
+        )
     if not len(held.shard):
         print("nothing is held out to measure by: one document in fifty would be, and there are few")
     torch.manual_seed(options.seed)
@@ -160,7 +170,12 @@ def _train(arguments: argparse.Namespace) -> int:
         print(f"{copied} tensors taken from {arguments.start_from}")
     total = sum(p.numel() for p in model.parameters())
     print(f"{total / 1e6:.1f} M parameters, {n_batches} batches in the first epoch")
-    Trainer(model, tokenizer, task, held if len(held.shard) else None, options, arguments.run).run()
+    trainer = Trainer(model, tokenizer, task, held if len(held.shard) else None, options, arguments.run)
+    try:
+        trainer.run()
+    except KeyboardInterrupt:
+        print(f"\nstopped: the same command goes on from the last checkpoint in {arguments.run}, if any")
+        return 130
     return 0
 
 
@@ -224,16 +239,22 @@ def make_task(
 def _shard(arguments: argparse.Namespace, data: dict[str, Any], tokenizer: Tokenizer, *, held: bool) -> Shard:
     folder = arguments.run / ("held" if held else "train")
     used = {"": 1.0} if held else data.get("weights", {"": 1.0})
+    pairs = [find_pack(arguments.data, name) for name in data.get("pairs", [])]
+    texts = [find_pack(arguments.data, name) for name in data.get("documents", [])]
+    made_of = {str(path): path.stat().st_size for path in (*pairs, *texts) if path.exists()}
+    made_of["tokenizer"] = zlib.crc32(tokenizer.backend.to_str().encode())
     while int(os.environ.get("LOCAL_RANK", 0)) and not (folder / "meta.json").exists():
         time.sleep(1)  # of several processes the first writes
     if (folder / "meta.json").exists():
         shard = Shard(folder)
+        if shard.made_of and shard.made_of != made_of:
+            raise SystemExit(
+                f"{folder} was written with another tokenizer or from packs that have changed since: remove "
+                f"{arguments.run}, or name another"
+            )
         if missing := [label for label in shard.left_out if weight_of(label, used)]:
             raise SystemExit(f"{folder} was written when {', '.join(missing)} had no weight: remove it")
         return shard
-    pairs = [find_pack(arguments.data, name) for name in data.get("pairs", [])]
-    texts = [find_pack(arguments.data, name) for name in data.get("documents", [])]
-
     if missing := [str(path) for path in (*pairs, *texts) if not path.exists()]:
         raise SystemExit(f"not there: {', '.join(missing)}; docs/data.md says what a recipe's packs are")
     measured = data.get("measured", prepare.PRECIOUS)
@@ -251,8 +272,10 @@ def _shard(arguments: argparse.Namespace, data: dict[str, Any], tokenizer: Token
 
     if ARCHITECTURES[arguments.command] == "translator":
         # An epoch never holds what has no weight; most of the pairs that there are may be such.
-        return write_shard(folder, tokenizer, documents(), lambda label: weight_of(label, used) > 0)
-    return write_shard(folder, tokenizer, documents())
+        return write_shard(
+            folder, tokenizer, documents(), lambda label: weight_of(label, used) > 0, made_of=made_of
+        )
+    return write_shard(folder, tokenizer, documents(), made_of=made_of)
 
 
 if __name__ == "__main__":

@@ -35,10 +35,20 @@ def find_pack(folder: Path, name: str) -> Path:
 
 
 def open_pack(path: Path) -> TextIO:
-    """Open a text or an xz file for reading as UTF-8, lines ended by \\n only."""
+    """Open a text or an xz file for reading as UTF-8, lines ended by \\n or \\r\\n."""
     if path.suffix == ".xz":
-        return lzma.open(path, "rt", encoding="utf-8", newline="\n")
-    return path.open(encoding="utf-8", newline="\n")
+        return lzma.open(path, "rt", encoding="utf-8-sig", newline="\n")
+    return path.open(encoding="utf-8-sig", newline="\n")
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """The lines of a pack without what ends them. Raises `PackError` on what is no UTF-8."""
+    with open_pack(path) as file:
+        try:
+            for line in file:
+                yield line.removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise PackError(f"{path} is not UTF-8: {error.reason}") from None
 
 
 def read_pairs(path: Path) -> Iterator[Pair]:
@@ -53,21 +63,19 @@ def read_stories(path: Path) -> Iterator[list[Pair]]:
 
 def read_documents(path: Path) -> Iterator[list[str]]:
     """The documents of a pack, each a list of paragraphs."""
-    with open_pack(path) as file:
-        yield from _documents(line.strip() or None for line in file)
+    yield from _documents(line.strip() or None for line in lines_of(path))
 
 
 def pairs_and_ends(path: Path) -> Iterator[Pair | None]:
     """The lines of a pack: pairs, and None for a blank one, which ends a document. Raises as `read_pairs`."""
-    with open_pack(path) as file:
-        for number, line in enumerate(file, 1):
-            if not (text := line.rstrip("\n")):
-                yield None
-                continue
-            columns = text.split("\t")
-            if len(columns) != 3:
-                raise PackError(f"{path}:{number}: {len(columns)} columns, not 3")
-            yield Pair(*columns)
+    for number, text in enumerate(lines_of(path), 1):
+        if not text:
+            yield None
+            continue
+        columns = text.split("\t")
+        if len(columns) != 3:
+            raise PackError(f"{path}:{number}: {len(columns)} columns, not 3 (source TAB english TAB korean)")
+        yield Pair(*columns)
 
 
 def is_pair_pack(path: Path) -> bool:

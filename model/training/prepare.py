@@ -36,7 +36,7 @@ def tokenizer_texts(pairs: Iterable[Path], documents: Iterable[Path], megabytes:
                 yield pair.en
                 yield pair.ko
     for path in documents:
-        share = min(1.0, megabytes * 1e6 / _text_bytes(path))
+        share = min(1.0, megabytes * 1e6 / max(1, _text_bytes(path)))
         for paragraphs in read_documents(path):
             if held_out(paragraphs[0] + "tokenizer", share) and not held_out(paragraphs[0]):
                 yield from paragraphs

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -30,6 +30,7 @@ class Shard:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.label_names: list[str] = meta["labels"]
         self.left_out: list[str] = meta.get("left out", [])
+        self.made_of: dict[str, int] = meta.get("made of", {})
         self.units: NDArray[np.int64] = np.load(folder / "units.npy", mmap_mode="r")
         self.docs: NDArray[np.int64] = np.load(folder / "docs.npy", mmap_mode="r")
         self.labels: NDArray[np.uint8] = np.load(folder / "labels.npy", mmap_mode="r")
@@ -62,8 +63,11 @@ def write_shard(
     tokenizer: Tokenizer,
     documents: Iterable[Document],
     wanted: Callable[[str], bool] = lambda _: True,
+    made_of: Mapping[str, int] | None = None,
 ) -> Shard:
     """Tokenise documents, those with a wanted label, into a shard, which remembers the other labels.
+
+    `made_of` is what it should still be made of when somebody comes back to it: the caller's to compare.
 
     meta.json comes last, so that a half-written shard is none.
     """
@@ -98,6 +102,7 @@ def write_shard(
     meta = {
         "labels": list(names),
         "left out": list(left_out),
+        "made of": dict(made_of or {}),
         "tokens": total,
         "documents": len(labels),
     }

@@ -55,8 +55,10 @@ class TranslateTask:
         by_label = weights_by_label(np.asarray(shard.labels), shard.label_names, weights)
         self.weights: NDArray[np.float64] = by_label * (self.lengths <= max_len)
         self.tags = [source_tag(name) for name in shard.label_names]
-        learned = np.array([[_learned(name, d) for d in (0, 1)] for name in shard.label_names])
-        self.learned = learned[np.asarray(shard.labels)]  # (documents, direction)
+        learned = np.array(
+            [[_learned(name, d) for d in (0, 1)] for name in shard.label_names], dtype=np.bool_
+        )
+        self.learned = learned.reshape(-1, 2)[np.asarray(shard.labels)]  # (documents, direction)
 
     def batches(self, epoch: int) -> list[Indices]:
         """Batches of 4 * document + 2 * noisy + direction (0 to Korean, 1 to English).

@@ -145,6 +145,7 @@ def test_series_live_as_long_as_their_model() -> None:
             "prompt_tokens_total",
             "generated_tokens_total",
             "reused_tokens_total",
+            "reranked_total",
             "queue_items",
             "queue_tokens",
             "rows_in_use",

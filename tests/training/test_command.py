@@ -1,6 +1,7 @@
 """`python -m model.training`, from packs to a translator that began as a masked model."""
 
 import lzma
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from model.shortlist import SHORTLIST_FILE
 from model.tokenizer import Tokenizer
 from model.training.__main__ import main, model_config
 from model.training.evaluate import STORIES
-from model.training.loop import Options
+from model.training.loop import Options, Trainer
 from model.training.shards import Shard
 from tests.tiny import PAIRS
 
@@ -106,6 +107,49 @@ def test_nothing_to_train_on(work: Path, tmp_path: Path) -> None:
         (tmp_path / name).write_text("")
     with pytest.raises(SystemExit, match="does not fill one batch"):
         train(work, "causal", tmp_path / "run", *data)
+
+
+def test_a_run_does_not_go_on_with_other_packs_or_another_tokenizer(work: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(work, tmp_path / "data")
+    again = ["--data", str(data), "--set", "steps=1", "--set", "warmup=0"]
+    assert train(work, "causal", tmp_path / "run", *again) == 0
+    assert train(work, "causal", tmp_path / "run", *again) == 0
+    (tmp_path / "other").mkdir()
+    Tokenizer.load(work / "tokenizer").extended([" unheard"]).save(tmp_path / "other")
+    with pytest.raises(SystemExit, match="another tokenizer or from packs that have changed"):
+        train(work, "causal", tmp_path / "run", *again, "--tokenizer", str(tmp_path / "other"))
+    with (data / "mono.en.txt").open("a") as file:
+        file.write("\n\nOne more.")
+    with pytest.raises(SystemExit, match="another tokenizer or from packs that have changed"):
+        train(work, "causal", tmp_path / "run", *again)
+
+
+def test_what_is_wrong_with_a_pack_is_said_in_a_line(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(work, tmp_path / "data")
+    (data / "pairs.tsv").write_text("I go.\t나는 간다.\n")
+    assert train(work, "translate", tmp_path / "run", "--data", str(data)) == 1
+    assert "pairs.tsv:1: 2 columns, not 3 (source TAB english TAB korean)" in capsys.readouterr().out
+    (data / "pairs.tsv").write_bytes("written\tI go.\t나는 간다.\n".encode("cp949"))
+    assert main(["tokenizer", "--pairs", str(data / "pairs.tsv"), "--out", str(tmp_path)]) == 1
+    assert "pairs.tsv is not UTF-8" in capsys.readouterr().out
+    (data / "pairs.tsv").write_text("")
+    with pytest.raises(SystemExit, match="does not fill one batch"):
+        train(work, "translate", tmp_path / "run", "--data", str(data))
+    with pytest.raises(SystemExit, match=r"not there: .*nowhere"):
+        train(work, "translate", tmp_path / "run", "--tokenizer", str(tmp_path / "nowhere"))
+
+
+def test_a_stopped_run_says_how_it_goes_on(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(_: Trainer) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "run", stopped)
+    assert train(work, "causal", tmp_path) == 130
+    assert "goes on from the last checkpoint" in capsys.readouterr().out
 
 
 def test_pairs_without_weight_stay_out_and_are_missed(work: Path, tmp_path: Path) -> None:

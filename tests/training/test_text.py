@@ -16,6 +16,7 @@ from model.training.packs import (
     clean_paragraph,
     figures,
     find_pack,
+    pairs_and_ends,
     read_documents,
     read_pairs,
     read_stories,
@@ -41,6 +42,13 @@ def test_pairs(tmp_path: Path, name: str) -> None:
         Pair("written", "I go.\u2028On.", "나는 간다."),
         Pair("wiki", "a", "가"),
     ]
+
+
+def test_files_of_windows(tmp_path: Path) -> None:
+    """Their line ends and the mark at their beginning are no text."""
+    path = tmp_path / "pairs.tsv"
+    path.write_bytes("\ufeffmine\ta\t가\r\n\r\nmine\tb\t나\r\n".encode())
+    assert list(pairs_and_ends(path)) == [Pair("mine", "a", "가"), None, Pair("mine", "b", "나")]
 
 
 def test_a_bad_line_is_named(tmp_path: Path) -> None:
