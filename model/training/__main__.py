@@ -241,13 +241,14 @@ def _shard(arguments: argparse.Namespace, data: dict[str, Any], tokenizer: Token
     used = {"": 1.0} if held else data.get("weights", {"": 1.0})
     pairs = [find_pack(arguments.data, name) for name in data.get("pairs", [])]
     texts = [find_pack(arguments.data, name) for name in data.get("documents", [])]
-    made_of = {str(path): path.stat().st_size for path in (*pairs, *texts) if path.exists()}
+    # By name and size, so that a shard may be carried to where its packs are not.
+    made_of = {path.name: path.stat().st_size for path in (*pairs, *texts) if path.exists()}
     made_of["tokenizer"] = zlib.crc32(tokenizer.backend.to_str().encode())
     while int(os.environ.get("LOCAL_RANK", 0)) and not (folder / "meta.json").exists():
         time.sleep(1)  # of several processes the first writes
     if (folder / "meta.json").exists():
         shard = Shard(folder)
-        if shard.made_of and shard.made_of != made_of:
+        if shard.made_of and not made_of.items() <= shard.made_of.items():
             raise SystemExit(
                 f"{folder} was written with another tokenizer or from packs that have changed since: remove "
                 f"{arguments.run}, or name another"

@@ -118,6 +118,9 @@ def test_a_run_does_not_go_on_with_other_packs_or_another_tokenizer(work: Path, 
     Tokenizer.load(work / "tokenizer").extended([" unheard"]).save(tmp_path / "other")
     with pytest.raises(SystemExit, match="another tokenizer or from packs that have changed"):
         train(work, "causal", tmp_path / "run", *again, "--tokenizer", str(tmp_path / "other"))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert train(work, "causal", tmp_path / "run", *again, "--data", str(elsewhere)) == 0
     with (data / "mono.en.txt").open("a") as file:
         file.write("\n\nOne more.")
     with pytest.raises(SystemExit, match="another tokenizer or from packs that have changed"):
