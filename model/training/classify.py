@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import statistics
 import time
@@ -21,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -39,6 +37,7 @@ from model.training.lowrank import adapt, adapter_tensors, take_adapter
 from model.training.packs import PackError
 from model.training.scores import Row, markdown_table
 from model.training.transfer import take_encoder
+from model.weights import read_all
 
 LOW_RANK, ALL_WEIGHTS, RANDOM = "pre-trained, low-rank", "pre-trained, all weights", "random weights"
 STARTS = (LOW_RANK, ALL_WEIGHTS, RANDOM)  # where a classifier begins, and with it what it learns
@@ -161,14 +160,13 @@ class Transfer:
         return model
 
     def _earlier_tensors(self, folder: Path) -> dict[str, Tensor]:
-        """An addition's tensors. Raises ValueError where it is one of other labels, or broken."""
-        found = Adapter.from_dict(json.loads((folder / checkpoint.CONFIG).read_text(encoding="utf-8")))
-        if (found.labels, found.scale) != (self.recipe.labels, self.recipe.scale):
+        """An addition's tensors. Raises ValueError on other labels, `CheckpointError` where it is broken."""
+        found = checkpoint.Folder(folder)
+        if found.adapter is None:
+            raise ValueError(f"{folder} is no addition to a base")
+        if (found.adapter.labels, found.adapter.scale) != (self.recipe.labels, self.recipe.scale):
             raise ValueError(f"{folder}: its labels or its scale are not those of the recipe")
-        try:
-            return load_file(folder / checkpoint.WEIGHTS)
-        except SafetensorError as error:
-            raise ValueError(f"{folder / checkpoint.WEIGHTS}: {error}") from None
+        return read_all(found.stored)
 
     def row(self, learned: str, model: Classifier, data: Data) -> Row:
         """Accuracy on the beginning of the test, and on the other kind."""

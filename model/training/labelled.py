@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from model.models import Classifier
 from model.tokenizer import Tokenizer
 from model.training.batches import Indices, pad, token_budget_batches
-from model.training.packs import PackError, open_pack
+from model.training.packs import PackError, lines_of
 from model.training.precision import autocast
 from model.training.scores import Row, percent
 
@@ -31,16 +31,16 @@ class Example(NamedTuple):
 
 def read_labelled(path: Path) -> list[Example]:
     """The examples of a file, xz or not. Raises `PackError` naming the line."""
-    with open_pack(path) as file:
-        columns = file.readline().rstrip("\n").split("\t")
-        if columns[0] != "label" or len(columns) not in (2, 3):
-            raise PackError(f"{path}:1: the columns are {columns}, not label and one text or two")
-        examples = []
-        for number, line in enumerate(file, 2):
-            label, *texts = line.rstrip("\n").split("\t")
-            if len(texts) != len(columns) - 1:
-                raise PackError(f"{path}:{number}: {len(texts) + 1} columns, not {len(columns)}")
-            examples.append(Example(label, tuple(texts)))
+    lines = lines_of(path)
+    columns = next(lines, "").split("\t")
+    if columns[0] != "label" or len(columns) not in (2, 3):
+        raise PackError(f"{path}:1: the columns are {columns}, not label and one text or two")
+    examples = []
+    for number, line in enumerate(lines, 2):
+        label, *texts = line.split("\t")
+        if len(texts) != len(columns) - 1:
+            raise PackError(f"{path}:{number}: {len(texts) + 1} columns, not {len(columns)}")
+        examples.append(Example(label, tuple(texts)))
     if not examples:
         raise PackError(f"{path}: no examples")
     return examples

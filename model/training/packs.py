@@ -34,8 +34,8 @@ def find_pack(folder: Path, name: str) -> Path:
     return next((place for place in places if place.exists()), folder / name)
 
 
-def open_pack(path: Path) -> TextIO:
-    """Open a text or an xz file for reading as UTF-8, lines ended by \\n or \\r\\n."""
+def _open(path: Path) -> TextIO:
+    """Open a text or an xz file for reading as UTF-8; every \\r stays where it is."""
     if path.suffix == ".xz":
         return lzma.open(path, "rt", encoding="utf-8-sig", newline="\n")
     return path.open(encoding="utf-8-sig", newline="\n")
@@ -43,7 +43,7 @@ def open_pack(path: Path) -> TextIO:
 
 def lines_of(path: Path) -> Iterator[str]:
     """The lines of a pack without what ends them. Raises `PackError` on what is no UTF-8."""
-    with open_pack(path) as file:
+    with _open(path) as file:
         try:
             for line in file:
                 yield line.removesuffix("\n").removesuffix("\r")

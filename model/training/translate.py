@@ -55,6 +55,7 @@ class TranslateTask:
         by_label = weights_by_label(np.asarray(shard.labels), shard.label_names, weights)
         self.weights: NDArray[np.float64] = by_label * (self.lengths <= max_len)
         self.tags = [source_tag(name) for name in shard.label_names]
+        # In this shape where there is no document, too.
         learned = np.array(
             [[_learned(name, d) for d in (0, 1)] for name in shard.label_names], dtype=np.bool_
         )

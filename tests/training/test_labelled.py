@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from model import checkpoint
 from model.adapter import Adapter
+from model.checkpoint import CheckpointError
 from model.models import Classifier
 from model.tokenizer import Tokenizer
 from model.training.__main__ import main
@@ -154,7 +155,7 @@ def test_a_classifier_goes_on_from_an_earlier_addition(
     with pytest.raises(ValueError, match="its labels or its scale"):
         turned.learn(data, 1.0, earlier=tmp_path)
     (tmp_path / checkpoint.WEIGHTS).write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match=checkpoint.WEIGHTS):
+    with pytest.raises(CheckpointError, match=checkpoint.WEIGHTS):
         transfer.learn(data, 1.0, earlier=tmp_path)
 
 
