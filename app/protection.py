@@ -40,8 +40,9 @@ _KEPT = re.compile(
     rf"(?:[:/?]{_ADDRESS_CHARS}*)?"
     r"|(?<![\w.+%\-])[A-Za-z0-9._%+\-]+@[A-Za-z0-9\-]+(?:\.[A-Za-z0-9\-]+)+)"
     r"|(?P<code>`[^`\n]+`)"
-    # Dates, times, telephone numbers, versions.
-    r"|(?P<figure>(?<![\w.])\+?\d+(?:(?:[\-/:]\d+)+|(?:\.\d+){2,})(?![\d]))"
+    # Dates, times, telephone numbers, versions; margins and sections with their sign.
+    r"|(?P<figure>(?<![\w.])\+?\d+(?:(?:[\-/:]\d+)+|(?:\.\d+){2,})(?![\d])"
+    r"|(?:±|§{1,2}|№) ?\d+(?:[.,]\d+)*%?)"
 )
 # Not the number of a month (12월), which is a name in other languages.
 _NUMBER = re.compile(r"(?<![\w.,])(?:\d{1,3}(?:,\d{3})+|\d{2,}|\d(?=\.\d))(?:\.\d+)?(?![.,]?\d|월)")
@@ -103,7 +104,9 @@ _COUNTED = (
 _AFTER_RANGE = re.compile(rf"{_COUNTED}|(?![가-힣])")
 # 3,4만 and 2~3천: three or four ten thousands, two or three thousands. 300여만: somewhat more.
 _ABOUT = re.compile(rf"(?<![\w.,])(?<!제 )([1-9])(?:, ?| ?[~∼～–-] ?)([1-9]) ?([천백십]?[만억]|천){_COUNTED}")
-_MORE_THAN = re.compile(rf"(?<![\w.,])({_FIGURE}) ?여 ?([천백십]?[만억]){_COUNTED}")
+_MORE_THAN = re.compile(
+    rf"(?<![\w.,])(?:({_FIGURE}) ?억 ?)?({_FIGURE}) ?([천백십]?) ?여 ?([천백십]?[만억]){_COUNTED}"
+)
 # 3만에서 5만 명, but not what rose from the one to the other (3만에서 5만으로).
 _FROM_TO = re.compile(
     rf"(?<![\w.,])({_FIGURE} ?[천백십]?[만억])(?:에서|부터) ({_FIGURE} ?[천백십]?[만억]){_COUNTED}"
@@ -335,7 +338,7 @@ def _other_amounts(text: str, target: str) -> Iterator[Span]:
         if len(values) == 2 and values[0] < values[1]:
             yield _amount(text, *match.span(), " to ".join(map(in_english, values)), target)
     for match in _matches(_MORE_THAN, text):
-        value = _value(match[1], "") * _unit(match[2])
+        value = _value(match[1], "억") + _value(match[2], "") * _unit(match[3]) * _unit(match[4])
         if value == int(value):
             yield _amount(text, *match.span(), f"more than {in_english(int(value))}", target)
     for match in _matches(_IN_WORDS, text):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from app.signs import in_full
 from app.spaces import UNSEEN, plain_spaces
 
 # Full-width letters, digits and punctuation, and the full stop and comma that go with them.
@@ -33,8 +34,6 @@ _SHORT = re.compile(rf"(?<![\w'’.@/-])(?:{'|'.join(_WITHOUT)})(?![\w'’@/-]|\
 _KEY_OR_COMMA = re.compile("([0-9#*])\ufe0f?\u20e3|,(?=[^\\W\\d_])")
 # Spaces without width, soft hyphens, marks of direction; and the second space of several.
 _UNSEEN = re.compile(f"(?<= )[{UNSEEN} ]+|[{UNSEEN}]+")
-_FRACTIONS = {"½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"}
-_FRACTION = re.compile(f"[{''.join(_FRACTIONS)}]")
 _UNITS = {"min": "minute", "hr": "hour", "sec": "second"}
 # No. 7, but not: he said no. 3 people left; and a time, whose unit no other noun follows.
 _BEHIND_NUMBER = r"\W*$|[,;:)]| (?:is|was|has|and|or|on|in|of|at|to|for|bus|train)\b"
@@ -72,12 +71,9 @@ def plain_signs(text: str, language: str) -> str:
 def respelt(text: str, language: str) -> list[tuple[int, int, str]]:
     """What else is spelt otherwise and means the same, as runs (start, stop, usual form), in order.
 
-    `language` is a code of ISO 639-1; in English "dont" is don't, and "No. 7" number 7.
+    `language` is a code of ISO 639-1; in English "dont" is don't, and "No. 7" number 7. Signs stand in words.
     """
-    found = [(*match.span(), "") for match in _UNSEEN.finditer(text)]
-    for match in _FRACTION.finditer(text):
-        gap = " " if text[match.start() - 1 : match.start()].isdigit() else ""
-        found.append((*match.span(), gap + _FRACTIONS[match.group()]))
+    found = [(*match.span(), "") for match in _UNSEEN.finditer(text)] + in_full(text, language)
     for match in _KEY_OR_COMMA.finditer(text):
         gap = " " if match[1] is None or text[match.end() : match.end() + 1].isalpha() else ""
         found.append((*match.span(), (match[1] or ",") + gap))

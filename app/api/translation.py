@@ -2,7 +2,7 @@
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
@@ -53,8 +53,11 @@ from model.tokenizer import Tokenizer, text_pieces
 # The source and target language of a text, which has a name for messages.
 Direction = Callable[[str, str], tuple[str, str]]
 Found = dict[Sequence, list[Hypothesis]]
-# As in Markdown and in what people type: bullets, headings, quotes.
-_LIST_SIGNS = re.compile(r"(?:(?:[-*+•·–—>]|#+)\s+)+(?=\S)")
+# As in Markdown and in what people type: bullets, headings, quotes, notes, numbers in circles.
+_LIST_SIGNS = re.compile(r"(?:(?:[-*+•·–—>]|#+|[①-⓿❶-➓㉠-㉻])\s+|[■-◿※]\s*)+(?=\S)")
+# Between the steps of a path, the entries of a menu, the columns of a table: each is translated by itself.
+_BETWEEN = re.compile(r"(?<!\s)\s*(?:[→←↔➔➜➡⇒⇔⟶▶►▷❯]\ufe0f?|(?<!\S)(?:\|+|[-=]+>|[»›])(?!\S))\s*")
+_LONE_LETTER = re.compile(r"[A-Za-zα-ωΑ-Ω]")
 # A sentence with none of its language's letters is in the other language already.
 _LETTERS = {"ko": re.compile("[가-힣ㄱ-ㅎㅏ-ㅣ]"), "en": re.compile("[A-Za-z]")}
 # What a tokenizer of bytes may spell wrong, and what means the same in every language.
@@ -433,18 +436,31 @@ def _cut(part: Part, mark: str, *, with_pictures: bool) -> list[Part]:
         text = text[signs.end() :]
     if not with_pictures:
         return [*around, *_cut_at_marks(Part(text, True), mark)]
-    runs: list[Part] = []
+    entries = _entries(text)
+    runs = [_cut_at_pictures(entry.text, mark) if entry.is_sentence else [entry] for entry in entries]
+    return [*around, *(part for run in runs for part in run if part.text)]
+
+
+def _entries(text: str) -> list[Part]:
+    """What stands between arrows and bars, and those; one where it is letters that they stand between."""
+    entries, at = [], 0
+    for match in _BETWEEN.finditer(text):
+        entries += [Part(text[at : match.start()], True), Part(match.group(), False)]
+        at = match.end()
+    entries = [entry for entry in (*entries, Part(text[at:], True)) if entry.text]
+    is_formula = any(entry.is_sentence and _LONE_LETTER.fullmatch(entry.text) for entry in entries)
+    return [Part(text, True)] if is_formula else entries
+
+
+def _cut_at_pictures(text: str, mark: str) -> Iterator[Part]:
     at = 0
     for end in [*(match.end() for match in _AFTER_SENTENCE.finditer(text)), len(text)]:
         whole, at = text[at:end], end
         sentence = whole.rstrip()
         start, stop = _without_pictures(sentence)
-        runs += [
-            Part(sentence[:start], False),
-            *_cut_at_marks(Part(sentence[start:stop], True), mark),
-            Part(sentence[stop:] + whole[len(sentence) :], False),
-        ]
-    return [*around, *(run for run in runs if run.text)]
+        yield Part(sentence[:start], False)
+        yield from _cut_at_marks(Part(sentence[start:stop], True), mark)
+        yield Part(sentence[stop:] + whole[len(sentence) :], False)
 
 
 def _without_pictures(text: str) -> tuple[int, int]:

@@ -31,6 +31,7 @@ from tests.app.fakes import byte_tokenizer
         ("at 14:35 on 2024-05-17, 02-987-6543", ["14:35", "2024-05-17", "02-987-6543"]),
         ("version 2.11.3 of 3.5, 12,000 and 1953", ["2.11.3"]),
         ("+82-10-1234-5678", ["+82-10-1234-5678"]),
+        ("off by ±3.5%, see §5.2 and №7; ± and §", ["±3.5%", "§5.2", "№7"]),
         ("and/or, e.g. this; a@b; 3 - 4; https://", []),
     ],
 )
@@ -250,6 +251,16 @@ def test_particles_agree(word: str, after: str, agreed: str) -> None:
                 ("3, 4천", "3,000 to 4,000"),
                 ("2~3천", "2,000 to 3,000"),
                 ("300여만", "more than 3 million"),
+            ],
+        ),
+        (
+            "1억 2천여만 원, 5백여만 명, 2 천 여 만 톤, 3억 500여만 명",
+            "en",
+            [
+                ("1억 2천여만", "more than 120 million"),
+                ("5백여만", "more than 5 million"),
+                ("2 천 여 만", "more than 20 million"),
+                ("3억 500여만", "more than 305 million"),
             ],
         ),
         (

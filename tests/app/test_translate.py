@@ -209,6 +209,30 @@ async def test_pictures_end_a_korean_sentence(client: Client, translate_lane: Fa
 
 
 @pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("Settings → Privacy→Place.", ["Settings", "Privacy", "Place."]),
+        ("Home | About us || Contact", ["Home", "About us", "Contact"]),
+        ("| Name | Age |", ["Name", "Age"]),
+        ("File -> Save => Close », open", ["File", "Save", "Close », open"]),
+        ("▶ More ※ read this", ["More ※ read this"]),
+        ("※ Note: ① see ②", ["Note: (1) see (2)"]),
+        ("① Open it, ② close it", ["Open it, (2) close it"]),
+        ("x → y", ["x → y"]),
+        ("a|b or c->d", ["a|b or c->d"]),
+    ],
+)
+async def test_what_arrows_and_bars_part_is_translated_by_itself(
+    client: Client, translate_lane: FakeDecodeLane, text: str, read: list[str]
+) -> None:
+    (answer,) = await translate(client, text, src_lang="en")
+    tokenizer = byte_tokenizer()
+    assert [tokenizer.decode(each.prompt_ids).strip() for each in translate_lane.submitted] == read
+    as_read = text.replace("① see ②", "(1) see (2)").replace(", ②", ", (2)")
+    assert answer["translation_text"] == as_read.upper()
+
+
+@pytest.mark.parametrize(
     ("text", "read", "answer"),
     [
         ("떨어졌어ㅠㅠ", ["떨어졌어"], "떨어졌어 :("),
