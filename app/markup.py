@@ -306,11 +306,11 @@ def _strip(segment: Segment) -> list[str | Segment]:
         for e in segment.elements
     ]
     spans = [replace(s, start=s.start - before, stop=s.stop - before) for s in segment.spans]
-    stripped = Segment(text[before:last], segment.mark, spans, _in_order(elements))
+    stripped = Segment(text[before:last], segment.mark, spans, in_order(elements))
     return [each for each in (" " * before, stripped, " " * after) if each]
 
 
-def _in_order(elements: list[Element]) -> list[Element]:
+def in_order(elements: list[Element]) -> list[Element]:
     """From outside in; elements were noted where they close, so of two alike the later is the outer."""
 
     def key(numbered: tuple[int, Element]) -> tuple[int, int, int]:
@@ -366,7 +366,7 @@ def place_elements(
 
 
 def _families(elements: Sequence[Element]) -> list[tuple[Element, list[Element]]]:
-    """Each outermost element with what is within it; they come in the order of `_in_order`."""
+    """Each outermost element with what is within it; they come in the order of `in_order`."""
     families: list[tuple[Element, list[Element]]] = []
     for element in elements:
         if families and element.start < families[-1][0].stop:

@@ -31,6 +31,10 @@ _PARTICLES = (
 )
 _ONLY_PARTICLES = re.compile(_PARTICLES)
 _ADDRESS_CHARS = r"[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]"
+_SUFFIXES = (
+    "pdf|docx?|xlsx?|pptx?|hwpx?|txt|md|csv|tsv|json|ya?ml|toml|xml|html?|css|jsx?|tsx?|py|ipynb|java|kt|cpp|rs|rb|"
+    "php|sh|bat|exe|dll|zip|tar|gz|rar|png|jpe?g|gif|svg|webp|bmp|mp[34]|wav|avi|mov|apk|iso|ini|cfg|conf|sql"
+)
 _KEPT = re.compile(
     # A path may go on in other letters, unless that is but a particle after the address.
     rf"(?P<address>(?i:https?|ftp)://(?:{_ADDRESS_CHARS}|(?<=[/=_\-%.])(?!{_PARTICLES})[^\W\d_a-zA-Z]+)+"
@@ -39,10 +43,27 @@ _KEPT = re.compile(
     r"|[A-Z0-9][A-Z0-9\-]{2,}\.(?:[A-Z]{2,3}\.)?(?:COM|ORG|KR|IO|EDU|GOV|UK))(?![A-Za-z0-9\-@])"
     rf"(?:[:/?]{_ADDRESS_CHARS}*)?"
     r"|(?<![\w.+%\-])[A-Za-z0-9._%+\-]+@[A-Za-z0-9\-]+(?:\.[A-Za-z0-9\-]+)+)"
-    r"|(?P<code>`[^`\n]+`)"
+    # What programs fill in, options, paths, files, names with a low line, people's handles.
+    r"|(?P<code>`[^`\n]+`|\$?\{{1,2}[^{}\n]{1,60}\}{1,2}|%\([A-Za-z_]\w{0,60}\)[sd]"
+    r"|(?<![\d%])%(?:\d\$)?(?:[sdif@]|\.\df)(?![A-Za-z%])"
+    r"|(?<!\S)--[a-z][a-z\d\-]*(?:=[^\s,;)]*[^\s,;).!?])?|(?<=\w )-[A-Za-z](?=[\s,.;:)]|$)"
+    r"|(?<![\w<./])(?:~|\.{1,2})?(?:/[A-Za-z\d_.\-]+){2,}/?|(?<!\w)[A-Z]:(?:\\[\w.\-]+)+"
+    rf"|(?<![\w.@/\-])(?:[A-Za-z\d_\-]+[./])*[\w\-]+\.(?:{_SUFFIXES})(?![A-Za-z\d_\-])"
+    r"|(?<![\w.@/\-])(?=[a-z]\w*_)[A-Za-z]\w*(?:_[A-Za-z\d]+)+(?:\(\))?(?![A-Za-z\d])"
+    r"|(?<![\w@./])@[A-Za-z\d_가-힣][\w.]{0,60})"
     # Dates, times, telephone numbers, versions; margins and sections with their sign.
     r"|(?P<figure>(?<![\w.])\+?\d+(?:(?:[\-/:]\d+)+|(?:\.\d+){2,})(?![\d])"
     r"|(?:±|§{1,2}|№) ?\d+(?:[.,]\d+)*%?)"
+)
+# For what a program fills in a number will stand: 37 new messages.
+_FOR_NUMBER = re.compile(
+    r"%(?:\d\$)?(?:[di]|\.\df)|\$?\{+ ?(?:\w+\.)*(?:n|\w*(?:num(?:ber)?|count|total|quantity|amount)) ?\}+",
+    re.IGNORECASE,
+)
+# 5-10 people: no score, since the first is smaller, and no days of a month, no hours of a day.
+_OF_A_CALENDAR = r"(?:[ap]\.?m\b|[시월일년천백십만억조])"
+_RANGE = re.compile(
+    rf"(?<![\w.,\-–~/:+])(\d{{1,3}})[-–~∼～](\d{{1,3}})(?: ?%|(?= ?[A-Za-z가-힣]))(?! ?{_OF_A_CALENDAR})"
 )
 # Not the number of a month (12월), which is a name in other languages.
 _NUMBER = re.compile(r"(?<![\w.,])(?:\d{1,3}(?:,\d{3})+|\d{2,}|\d(?=\.\d))(?:\.\d+)?(?![.,]?\d|월)")
@@ -250,7 +271,7 @@ def without_parts(text: str) -> "Edited":
 
 def find_spans(text: str, glossary: Glossary | None, target: str = "") -> list[Span]:
     """Addresses, code, figures and terms, in order, none within another; amounts where `target` is known."""
-    found = [_trim(match) for match in _KEPT.finditer(text)]
+    found = [*_ranges(text, target), *map(_trim, _KEPT.finditer(text))]
     if glossary is not None:
         found += glossary.spans(text)
     found += _amounts(text, target)
@@ -262,6 +283,15 @@ def find_spans(text: str, glossary: Glossary | None, target: str = "") -> list[S
         if not spans or span.start >= spans[-1].stop:
             spans.append(span)
     return spans
+
+
+def _ranges(text: str, target: str) -> Iterator[Span]:
+    """Ranges of small numbers, each as the target language writes them."""
+    for match in _RANGE.finditer(text) if target in _TO else ():
+        if int(match[1]) < int(match[2]):
+            source = f"{match[1]}{text[match.end(1)]}{match[2]}"
+            output = f"{match[1]}{_TO[target]}{match[2]}"
+            yield Span(match.start(), match.end(2), source, output, is_amount=True)
 
 
 def _amounts(text: str, target: str) -> Iterator[Span]:
@@ -455,7 +485,8 @@ def _trim(match: re.Match[str]) -> Span:
     text = match.group()
     if match.lastgroup == "address":
         text = _without_end(text)
-    return Span(match.start(), match.start() + len(text), text, text)
+    is_amount = _FOR_NUMBER.fullmatch(text) is not None
+    return Span(match.start(), match.start() + len(text), text, text, is_amount=is_amount)
 
 
 def _without_end(address: str) -> str:

@@ -44,6 +44,48 @@ _IN_FULL = re.compile(
     r"|(?P<count>[0-9]{1,4})(?P<unit> ?(?:min|hr|sec)s?)\b"
     rf"(?:(?=\.?\W*$|[,;)])|\.?(?= (?:{_BEHIND_TIME})\b)))"
 )
+# 20yrs, but not 20 yrs of age, which is read well; Mar 5, Tue, May 7; 3월 5일(화).
+_GLUED = {"yr": "year", "hr": "hour", "min": "minute", "sec": "second", "wk": "week", "lb": "pound"}
+_MONTHS = {
+    **{
+        name[:3]: name
+        for name in (
+            "January",
+            "February",
+            "March",
+            "April",
+            "June",
+            "July",
+            "August",
+            "September",
+            "October",
+            "November",
+            "December",
+        )
+    },
+    "Sept": "September",
+}
+_DAYS = {
+    "Mon": "Monday",
+    "Tue": "Tuesday",
+    "Tues": "Tuesday",
+    "Wed": "Wednesday",
+    "Thu": "Thursday",
+    "Thur": "Thursday",
+    "Thurs": "Thursday",
+    "Fri": "Friday",
+    "Sat": "Saturday",
+    "Sun": "Sunday",
+}
+_MONTH = "|".join(_MONTHS)
+_CALENDAR = re.compile(
+    rf"(?<![\w.,-])(?P<count>\d{{1,4}})(?P<unit>{'|'.join(_GLUED)})s?\b(?!\.\w)"
+    rf"|\b(?P<month>{_MONTH})\b\.?(?= \d{{1,2}}(?:st|nd|rd|th)?\b(?!:| (?:times|more)\b))"
+    rf"|(?<=\d )(?P<last>{_MONTH})\b(?:\.?(?=,? \d{{4}}\b)|(?=[,;.]?(?:\s|$)))"
+    rf"|\b(?P<day>{'|'.join(_DAYS)})\b\.?"
+    rf"(?=,? (?:(?:{_MONTH}|May)[a-z]*\b\.? \d|\d{{1,2}}(?::\d\d)? ?[ap]\.?m\b))"
+)
+_DAY_IN_BRACKETS = re.compile(r"(?<=일) ?\((?P<day>[월화수목금토일])(?:요일)?\)")
 _SHORT_FORMS = {"A.I.": "AI", "e.g.": "for example", "i.e.": "that is"}
 
 # Words of which chats write the first consonants alone.
@@ -80,8 +122,13 @@ def respelt(text: str, language: str) -> list[tuple[int, int, str]]:
     if language == "en":
         found += [(*m.span(), usual) for m in _SHORT.finditer(text) if (usual := _with_apostrophe(m))]
         found += [(*m.span(), _in_full(m)) for m in _IN_FULL.finditer(text)]
+        taken = {start for start, *_ in found}
+        found += [
+            run for m in _CALENDAR.finditer(text) if (run := (*m.span(), _of_calendar(m)))[0] not in taken
+        ]
     if language == "ko":
         found += [(*m.span(), _CONSONANTS[m.group()]) for m in _IN_CONSONANTS.finditer(text)]
+        found += [(*m.span(), f" {m['day']}요일") for m in _DAY_IN_BRACKETS.finditer(text)]
     return sorted(found)
 
 
@@ -93,6 +140,12 @@ def _in_full(match: re.Match[str]) -> str:
     unit = _UNITS[match["unit"].strip().removesuffix("s")]
     is_one = int(match["count"]) == 1 or match.string.startswith((" walk", " drive", " ride"), match.end())
     return f"{match['count']} {unit}" + ("" if is_one else "s")
+
+
+def _of_calendar(match: re.Match[str]) -> str:
+    if match["unit"]:
+        return f"{match['count']} {_GLUED[match['unit']]}" + ("" if int(match["count"]) == 1 else "s")
+    return _DAYS[match["day"]] if match["day"] else _MONTHS[match["month"] or match["last"]]
 
 
 def _with_apostrophe(match: re.Match[str]) -> str | None:

@@ -13,6 +13,7 @@ from app.engine.registry import GeneratingLane, Task
 from app.engine.sequence import Hypothesis, Sequence
 from app.errors import InvalidRequest
 from app.languages import Detected, detect_language
+from app.markdown import read_markdown
 from app.markup import (
     Around,
     Element,
@@ -37,7 +38,6 @@ from app.protection import (
     is_translatable,
     replace_runs,
     shield,
-    unused_mark,
     without_parts,
 )
 from app.questions import asks
@@ -54,7 +54,9 @@ from model.tokenizer import Tokenizer, text_pieces
 Direction = Callable[[str, str], tuple[str, str]]
 Found = dict[Sequence, list[Hypothesis]]
 # As in Markdown and in what people type: bullets, headings, quotes, notes, numbers in circles.
-_LIST_SIGNS = re.compile(r"(?:(?:[-*+•·–—>]|#+|[①-⓿❶-➓㉠-㉻])\s+|[■-◿※]\s*)+(?=\S)")
+_LIST_SIGNS = re.compile(
+    r"(?:(?:[-*+•·–—>]|#+|[①-⓿❶-➓㉠-㉻]|\(?(?:\d{1,2}|[A-Za-z]|[가나다라마바사아자차카타파하])\))\s+|[■-◿※]\s*)+(?=\S)"
+)
 # Between the steps of a path, the entries of a menu, the columns of a table: each is translated by itself.
 _BETWEEN = re.compile(r"(?<!\s)\s*(?:[→←↔➔➜➡⇒⇔⟶▶►▷❯]\ufe0f?|(?<!\S)(?:\|+|[-=]+>|[»›])(?!\S))\s*")
 _LONE_LETTER = re.compile(r"[A-Za-zα-ωΑ-Ω]")
@@ -177,7 +179,7 @@ class Plan:
 
     def _render(self, sentence: Sentence, hypothesis: Hypothesis) -> "Rendered":
         translated = self.tokenizer.decode(hypothesis.token_ids).strip()
-        if self.form.is_html:
+        if self.form.is_html or sentence.elements:
             text = _set_markup(sentence, hypothesis, translated, self)
         else:
             text = sentence.shield.restore(translated)
@@ -306,7 +308,7 @@ def _draft(text: str, src: str, tgt: str, task: Task[GeneratingLane], form: Text
     if src == tgt:
         return [text]
     drafts: list[str | _Draft] = []
-    for chunk in read_html(text) if form.is_html else [Segment(text, unused_mark(text))]:
+    for chunk in read_html(text) if form.is_html else read_markdown(text):
         drafts += [chunk] if isinstance(chunk, str) else _Drafting(task, form, src, tgt).draft(chunk)
     return drafts
 
@@ -424,7 +426,7 @@ def _moved(elements: list[Element], edited: Edited) -> list[Element]:
 
 
 def _cut(part: Part, mark: str, *, with_pictures: bool) -> list[Part]:
-    """A sentence without the signs of a list before it, and without pictures around it.
+    """A sentence without the signs of a list before it, without arrows and bars, and pictures around it.
 
     In parts with as many marks as can be hidden.
     """
@@ -434,10 +436,8 @@ def _cut(part: Part, mark: str, *, with_pictures: bool) -> list[Part]:
     if signs := _LIST_SIGNS.match(text):
         around.append(Part(signs.group(), False))
         text = text[signs.end() :]
-    if not with_pictures:
-        return [*around, *_cut_at_marks(Part(text, True), mark)]
-    entries = _entries(text)
-    runs = [_cut_at_pictures(entry.text, mark) if entry.is_sentence else [entry] for entry in entries]
+    cut = _cut_at_pictures if with_pictures else _cut_at_marks
+    runs = [cut(entry.text, mark) if entry.is_sentence else [entry] for entry in _entries(text)]
     return [*around, *(part for run in runs for part in run if part.text)]
 
 
@@ -453,13 +453,14 @@ def _entries(text: str) -> list[Part]:
 
 
 def _cut_at_pictures(text: str, mark: str) -> Iterator[Part]:
+    """A text that pictures may stand around, or part in two."""
     at = 0
     for end in [*(match.end() for match in _AFTER_SENTENCE.finditer(text)), len(text)]:
         whole, at = text[at:end], end
         sentence = whole.rstrip()
         start, stop = _without_pictures(sentence)
         yield Part(sentence[:start], False)
-        yield from _cut_at_marks(Part(sentence[start:stop], True), mark)
+        yield from _cut_at_marks(sentence[start:stop], mark)
         yield Part(sentence[stop:] + whole[len(sentence) :], False)
 
 
@@ -519,10 +520,10 @@ def _in_run(character: str) -> bool:
     return bool(_PICTURE.match(character) or _BESIDE_PICTURE.match(character))
 
 
-def _cut_at_marks(part: Part, mark: str) -> list[Part]:
-    if part.text.count(mark) <= MAX_HIDDEN:
-        return [part]
-    pieces = part.text.split(mark)
+def _cut_at_marks(text: str, mark: str) -> list[Part]:
+    if text.count(mark) <= MAX_HIDDEN:
+        return [Part(text, True)]
+    pieces = text.split(mark)
     runs = [
         mark.join(["", *pieces[i : i + MAX_HIDDEN]] if i else pieces[:MAX_HIDDEN])
         for i in range(0, len(pieces), MAX_HIDDEN)

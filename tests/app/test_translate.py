@@ -560,10 +560,10 @@ async def test_what_has_no_letters_needs_no_model(client: Client, translate_lane
 
 
 async def test_signs_of_lists_stay(client: Client, translate_lane: FakeDecodeLane) -> None:
-    text = "# a\n\n- b\n* - c\n> d - e\n-f"
+    text = "# a\n\n- b\n* - c\n> d - e\n-f\n(1) g\nA) h\n12) i"
     assert (await translate(client, text))[0]["translation_text"] == text.upper()
     sources = [translate_lane.tokenizer.decode(s.prompt_ids) for s in translate_lane.submitted]
-    assert sources == ["a", "b", "c", "d - e", "-f"]
+    assert sources == ["a", "b", "c", "d - e", "-f", "g", "h", "i"]
 
 
 async def test_several_translations_differ(client: Client, translate_lane: FakeDecodeLane) -> None:
