@@ -51,8 +51,8 @@ _KEPT = re.compile(
     rf"|(?<![\w.@/\-])(?:[A-Za-z\d_\-]+[./])*[\w\-]+\.(?:{_SUFFIXES})(?![A-Za-z\d_\-])"
     r"|(?<![\w.@/\-])(?=[a-z]\w*_)[A-Za-z]\w*(?:_[A-Za-z\d]+)+(?:\(\))?(?![A-Za-z\d])"
     r"|(?<![\w@./])@[A-Za-z\d_가-힣][\w.]{0,60})"
-    # Dates, times, telephone numbers, versions; margins and sections with their sign.
-    r"|(?P<figure>(?<![\w.])\+?\d+(?:(?:[\-/:]\d+)+|(?:\.\d+){2,})(?![\d])"
+    # Dates, telephone numbers, versions; margins and sections with their sign. Hours are read well: 2시 30분.
+    r"|(?P<figure>(?<![\w.])(?!\d{1,2}:\d\d(?![:\d]))\+?\d+(?:(?:[\-/:]\d+)+|(?:\.\d+){2,})(?![\d])"
     r"|(?:±|§{1,2}|№) ?\d+(?:[.,]\d+)*%?)"
 )
 # For what a program fills in a number will stand: 37 new messages.
@@ -65,8 +65,10 @@ _OF_A_CALENDAR = r"(?:[ap]\.?m\b|[시월일년천백십만억조])"
 _RANGE = re.compile(
     rf"(?<![\w.,\-–~/:+])(\d{{1,3}})[-–~∼～](\d{{1,3}})(?: ?%|(?= ?[A-Za-z가-힣]))(?! ?{_OF_A_CALENDAR})"
 )
-# Not the number of a month (12월), which is a name in other languages.
-_NUMBER = re.compile(r"(?<![\w.,])(?:\d{1,3}(?:,\d{3})+|\d{2,}|\d(?=\.\d))(?:\.\d+)?(?![.,]?\d|월)")
+# Not the number of a month (12월), which is a name in other languages, and not the minutes of 6:05.
+_NUMBER = re.compile(
+    r"(?<![\w.,])(?:\d{1,3}(?:,\d{3})+|(?!(?<=\d:)0)\d{2,}|\d(?=\.\d))(?:\.\d+)?(?![.,]?\d|월)"
+)
 _LETTER = re.compile(r"[^\W\d_]")
 # A number with a word of magnitude. The languages count by other powers (만 is ten thousand): neither the
 # digits nor the word may stay; what stands for it is a small number, which takes the right counter.

@@ -82,6 +82,7 @@ _CALENDAR = re.compile(
     rf"(?<![\w.,-])(?P<count>\d{{1,4}})(?P<unit>{'|'.join(_GLUED)})s?\b(?!\.\w)"
     rf"|\b(?P<month>{_MONTH})\b\.?(?= \d{{1,2}}(?:st|nd|rd|th)?\b(?!:| (?:times|more)\b))"
     rf"|(?<=\d )(?P<last>{_MONTH})\b(?:\.?(?=,? \d{{4}}\b)|(?=[,;.]?(?:\s|$)))"
+    r"|(?<=\d) ?(?P<half>[AP])\.?M(?:\.|\b)(?!\w)"
     rf"|\b(?P<day>{'|'.join(_DAYS)})\b\.?"
     rf"(?=,? (?:(?:{_MONTH}|May)[a-z]*\b\.? \d|\d{{1,2}}(?::\d\d)? ?[ap]\.?m\b))"
 )
@@ -145,6 +146,8 @@ def _in_full(match: re.Match[str]) -> str:
 def _of_calendar(match: re.Match[str]) -> str:
     if match["unit"]:
         return f"{match['count']} {_GLUED[match['unit']]}" + ("" if int(match["count"]) == 1 else "s")
+    if match["half"]:
+        return f" {match['half'].lower()}.m."
     return _DAYS[match["day"]] if match["day"] else _MONTHS[match["month"] or match["last"]]
 
 

@@ -28,7 +28,8 @@ from tests.app.fakes import byte_tokenizer
         ("https://ko.example.org/위키/한국어 참고", ["https://ko.example.org/위키/한국어"]),
         ("Write to a.b+c@x.co.kr, please", ["a.b+c@x.co.kr"]),
         ("Run `make -j 2 all`!", ["`make -j 2 all`"]),
-        ("at 14:35 on 2024-05-17, 02-987-6543", ["14:35", "2024-05-17", "02-987-6543"]),
+        ("at 14:35:20 on 2024-05-17, 02-987-6543", ["14:35:20", "2024-05-17", "02-987-6543"]),
+        ("from 9:00 to 14:35, 6:05; 3:2", ["3:2"]),
         ("version 2.11.3 of 3.5, 12,000 and 1953", ["2.11.3"]),
         ("+82-10-1234-5678", ["+82-10-1234-5678"]),
         (
@@ -126,7 +127,7 @@ def test_hidden_and_restored() -> None:
 
 
 def test_numbers_are_none_within_others() -> None:
-    spans = find_spans("2026-11-26 10:30", None)
+    spans = find_spans("2026-11-26 10:30:15", None)
     hidden, _ = shield("12 \U000f0000 \U000f0000 3.5", "\U000f0000", spans, byte_tokenizer())
     assert hidden.numbers == ("12", "3.5")
     for wrong in ("12,000 3.5", "0.12 3.5", "112 3.5"):
@@ -134,7 +135,7 @@ def test_numbers_are_none_within_others() -> None:
     for wrong in ("1,3.5", "3.5.1", "3.55"):
         assert hidden.unmet(f"Firefox CPU 12 {wrong}") == ["3.5"], wrong
     assert hidden.unmet("Firefox CPU 12, 3.5.") == []
-    assert hidden.restore("FirefoxCPU") == "2026-11-26 10:30"
+    assert hidden.restore("FirefoxCPU") == "2026-11-26 10:30:15"
 
 
 def test_months_are_no_numbers() -> None:
