@@ -12,23 +12,25 @@ from collections.abc import Iterator
 from itertools import accumulate
 
 from app.markup import Element, Segment, in_order
-from app.protection import is_translatable, replace_runs, unused_mark
+from app.protection import replace_runs, unused_mark
 
 _MAY_HAVE = re.compile(r"\*|_|~~|\]\(|```")
-_FENCED = re.compile(
-    r"^ {0,3}(?P<fence>`{3,}|~{3,})[^\n]*\n(?:[^\n]*\n)*? {0,3}(?P=fence)[ \t]*$", re.MULTILINE
-)
-_CODE = re.compile(r"`[^`\n]+`")
+_FENCE = re.compile(r"[ \t>]{0,20}(`{3,})(?P<info>[^`\r\n]*)[\r\n]*$")
+_OPAQUE = re.compile(r"`[^`\n]+`|https?://[^\s)]+")  # signs within code and addresses are their own
 _MOST = 300  # characters between two signs, so that signs without partners cost little
 _PAIRED = re.compile(
-    rf"(?P<open>(?<![\\*])\*{{2,3}})(?=[^\s*])(?P<bold>[^\n]{{1,{_MOST}}}?)(?<=[^\s\\*])(?P=open)(?!\*)"
+    # Behind a letter or a figure two stars are a power, or stand for what is not said.
+    rf"(?P<open>(?<![\\*A-Za-z0-9])\*{{2,3}})(?=[^\s*])(?P<bold>[^\n]{{1,{_MOST}}}?)(?<=[^\s\\*])(?P=open)(?![*A-Za-z0-9])"
     rf"|(?<![\\~])~~(?=[^\s~])(?P<old>[^\n]{{1,{_MOST}}}?)(?<=[^\s\\~])~~(?!~)"
-    rf"|(?<![\\*\w])\*(?=[^\s*])(?P<stress>[^*\n]{{1,{_MOST}}}?)(?<=[^\s\\])\*(?![*A-Za-z0-9])"
+    # No patterns of files, no smileys.
+    rf"""|(?<![\\*\w/;|.])\*(?=[\w"'“‘(\[`])(?P<stress>[^*\n]{{1,{_MOST}}}?)(?<=[\w.,!?…"'”’)\]`:%])\*(?![*A-Za-z0-9])"""
     # One word between low lines may be a name in a program.
-    rf"|(?<![\\\w])_(?=[^\s_])(?P<low>[^_\n]{{1,{_MOST}}} [^_\n]{{1,{_MOST}}})(?<=[^\s\\])_(?!\w)"
+    rf"|(?<![\\\w/])_(?=[^\s_])(?P<low>[^_\n]{{1,{_MOST}}} [^_\n]{{1,{_MOST}}})(?<=[^\s\\])_(?!\w)"
     rf"|(?<!\\)!?\[(?P<link>[^\[\]\n]{{1,{_MOST}}})\]"
     r"""\((?:[^\s()]|\([^\s()]{0,99}\)){1,2000}(?: "[^"\n]{0,200}")?\)"""
 )
+_WORDS = re.compile(r"[^\W\d_]{2}|[가-힣]")
+_ANYTHING = re.compile("\\w|[\u2600-\u27bf\U0001f000-\U0001faff]")
 
 
 def read_markdown(source: str) -> list[str | Segment]:
@@ -36,11 +38,21 @@ def read_markdown(source: str) -> list[str | Segment]:
     if not _MAY_HAVE.search(source):
         return [Segment(source, unused_mark(source))]
     chunks: list[str | Segment] = []
-    at = 0
-    for match in _FENCED.finditer(source):
-        chunks += [*_segments(source[at : match.start()]), match.group()]
-        at = match.end()
-    return [*chunks, *_segments(source[at:])]
+    text, code, fence = "", "", ""
+    for line in source.splitlines(keepends=True):
+        found = _FENCE.match(line)
+        if fence:  # one that nothing closes goes on to the end
+            code += line
+            closes = found and found[1].startswith(fence) and not found["info"].strip()
+            if closes:
+                chunks.append(code)
+                code = fence = ""
+        elif found:
+            chunks += _segments(text)
+            text, code, fence = "", line, found[1]
+        else:
+            text += line
+    return [*chunks, *_segments(text), *([code] if code else [])]
 
 
 def _segments(text: str) -> Iterator[Segment]:
@@ -70,12 +82,22 @@ def _segments(text: str) -> Iterator[Segment]:
 
 def _pairs(line: str, start: int, stop: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
     """Where signs begin and end, and where what they go around does; of nested ones the inner first."""
-    code = [match.span() for match in _CODE.finditer(line, start, stop)]
+    opaque = [match.span() for match in _OPAQUE.finditer(line, start, stop)]
+    starts = [first for first, _ in opaque]
+
+    def is_within(place: int) -> bool:
+        i = bisect_left(starts, place) - 1
+        return i >= 0 and place < opaque[i][1]
+
     for match in _PAIRED.finditer(line, start, stop):
-        inner = next(match.span(name) for name in ("bold", "old", "stress", "low", "link") if match[name])
-        if not is_translatable(line[inner[0] : inner[1]]):
-            continue
-        if any(first < inner[0] < last or first < inner[1] < last for first, last in code):
+        kind = next(name for name in ("bold", "old", "stress", "low", "link") if match[name])
+        inner = match.span(kind)
+        what = _WORDS if kind in ("stress", "low") else _ANYTHING
+        if (
+            not what.search(line, *inner)
+            or is_within(match.start())
+            or (kind != "link" and is_within(inner[1]))
+        ):
             continue
         yield from _pairs(line, *inner)
         yield match.span(), inner

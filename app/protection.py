@@ -31,6 +31,7 @@ _PARTICLES = (
 )
 _ONLY_PARTICLES = re.compile(_PARTICLES)
 _ADDRESS_CHARS = r"[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]"
+_HOUR = r"(?:[01]?\d|2[0-4]):[0-5]\d"
 _SUFFIXES = (
     "pdf|docx?|xlsx?|pptx?|hwpx?|txt|md|csv|tsv|json|ya?ml|toml|xml|html?|css|jsx?|tsx?|py|ipynb|java|kt|cpp|rs|rb|"
     "php|sh|bat|exe|dll|zip|tar|gz|rar|png|jpe?g|gif|svg|webp|bmp|mp[34]|wav|avi|mov|apk|iso|ini|cfg|conf|sql"
@@ -44,26 +45,44 @@ _KEPT = re.compile(
     rf"(?:[:/?]{_ADDRESS_CHARS}*)?"
     r"|(?<![\w.+%\-])[A-Za-z0-9._%+\-]+@[A-Za-z0-9\-]+(?:\.[A-Za-z0-9\-]+)+)"
     # What programs fill in, options, paths, files, names with a low line, people's handles.
-    r"|(?P<code>`[^`\n]+`|\$?\{{1,2}[^{}\n]{1,60}\}{1,2}|%\([A-Za-z_]\w{0,60}\)[sd]"
+    r"|(?P<code>`[^`\n]+`|\$?\{{1,2} ?[^{}\s]{1,60} ?\}{1,2}|%\([A-Za-z_]\w{0,60}\)[sd]"
     r"|(?<![\d%])%(?:\d\$)?(?:[sdif@]|\.\df)(?![A-Za-z%])"
-    r"|(?<!\S)--[a-z][a-z\d\-]*(?:=[^\s,;)]*[^\s,;).!?])?|(?<=\w )-[A-Za-z](?=[\s,.;:)]|$)"
+    r"|(?<!\S)--[a-z][a-z\d]*(?:-[a-z\d\-]+|=[^\s,;)]*[^\s,;).!?]"
+    r"|(?= ?(?:flag|option|switch|옵션|플래그)|[을를은는이가과와로]))"
+    r"|(?:(?<=the )|(?<=use )|(?<=with )|(?<=add )|(?<=pass )|(?<=flag )|(?<=option ))--[a-z]+(?![\w\-])"
+    r"|(?<!\S)-[A-Za-z](?= ?(?:flag|option|switch|옵션|플래그))"
     r"|(?<![\w<./])(?:~|\.{1,2})?(?:/[A-Za-z\d_.\-]+){2,}/?|(?<!\w)[A-Z]:(?:\\[\w.\-]+)+"
     rf"|(?<![\w.@/\-])(?:[A-Za-z\d_\-]+[./])*[\w\-]+\.(?:{_SUFFIXES})(?![A-Za-z\d_\-])"
     r"|(?<![\w.@/\-])(?=[a-z]\w*_)[A-Za-z]\w*(?:_[A-Za-z\d]+)+(?:\(\))?(?![A-Za-z\d])"
-    r"|(?<![\w@./])@[A-Za-z\d_가-힣][\w.]{0,60})"
+    rf"|(?<![\w@./])@(?:[A-Za-z_](?:[A-Za-z\d_.]{{0,60}}[A-Za-z\d_])?|[가-힣]{{2,20}}?(?={_PARTICLES})))"
     # Dates, telephone numbers, versions; margins and sections with their sign. Hours are read well: 2시 30분.
-    r"|(?P<figure>(?<![\w.])(?!\d{1,2}:\d\d(?![:\d]))\+?\d+(?:(?:[\-/:]\d+)+|(?:\.\d+){2,})(?![\d])"
+    rf"|(?P<figure>(?<![\w.:])(?!{_HOUR}(?![:\d]|[-/]\d))\+?\d+(?:(?:[\-/:]\d+)+|(?:\.\d+){{2,}})(?![\d])"
     r"|(?:±|§{1,2}|№) ?\d+(?:[.,]\d+)*%?)"
 )
 # For what a program fills in a number will stand: 37 new messages.
 _FOR_NUMBER = re.compile(
-    r"%(?:\d\$)?(?:[di]|\.\df)|\$?\{+ ?(?:\w+\.)*(?:n|\w*(?:num(?:ber)?|count|total|quantity|amount)) ?\}+",
-    re.IGNORECASE,
+    r"%(?:\d\$)?(?:[di]|\.\df)"
+    r"|\$?\{+ ?(?:\w+\.)*"
+    r"(?:n|(?:[a-z\d_]*_)?(?:num|count|total|quantity|amount)|[a-z]\w*(?:Count|Total)) ?\}+"
 )
-# 5-10 people: no score, since the first is smaller, and no days of a month, no hours of a day.
+# 5~10 people, but no days of a month, no hours of a day. Around a hyphen only before what is counted: 3-2 is
+# a score, 2-3 a figure's number, 12-34 a house.
 _OF_A_CALENDAR = r"(?:[ap]\.?m\b|[시월일년천백십만억조])"
+_MANY = (
+    r"(?: ?%| (?:[a-z]+s|people|percent|men|women|children)\b"
+    r"(?<! shows)(?<! was)(?<! is)(?<! has)(?<! attacks)"
+    r"| ?(?:명|개(?!월|국)|살|세(?!기)|분(?!기)|시간|배|가지|장|권|마리|곳"
+    r"|인분|잔|병|회|퍼센트|킬로|kg|km|cm))"
+)
 _RANGE = re.compile(
-    rf"(?<![\w.,\-–~/:+])(\d{{1,3}})[-–~∼～](\d{{1,3}})(?: ?%|(?= ?[A-Za-z가-힣]))(?! ?{_OF_A_CALENDAR})"
+    rf"(?<![\w.,\-–~/:+])([1-9]\d{{0,2}})"
+    rf"(?:[–~∼～]([1-9]\d{{0,2}})(?: ?%|(?= ?[A-Za-z가-힣]))(?! ?{_OF_A_CALENDAR})"
+    rf"|-([1-9]\d{{0,2}})(?={_MANY}))"
+)
+_BEFORE_NO_RANGE = re.compile(
+    r"(?:\b(?:fig(?:ure)?|table|section|room|chapter|pages?|no|won|lost|beat|by|us|them|the)\.?"
+    r"|그림|표|절|장|호) ?$",
+    re.IGNORECASE,
 )
 # Not the number of a month (12월), which is a name in other languages, and not the minutes of 6:05.
 _NUMBER = re.compile(
@@ -128,7 +147,8 @@ _AFTER_RANGE = re.compile(rf"{_COUNTED}|(?![가-힣])")
 # 3,4만 and 2~3천: three or four ten thousands, two or three thousands. 300여만: somewhat more.
 _ABOUT = re.compile(rf"(?<![\w.,])(?<!제 )([1-9])(?:, ?| ?[~∼～–-] ?)([1-9]) ?([천백십]?[만억]|천){_COUNTED}")
 _MORE_THAN = re.compile(
-    rf"(?<![\w.,])(?:({_FIGURE}) ?억 ?)?({_FIGURE}) ?([천백십]?) ?여 ?([천백십]?[만억]){_COUNTED}"
+    rf"(?<![\w.,])(?:({_FIGURE}) ?억 ?)?((?:\d{{1,3}} ?[천백십] ?){{0,2}})"
+    rf"({_FIGURE}) ?([천백십]?) ?여 ?([천백십]?[만억]){_COUNTED}"
 )
 # 3만에서 5만 명, but not what rose from the one to the other (3만에서 5만으로).
 _FROM_TO = re.compile(
@@ -290,10 +310,13 @@ def find_spans(text: str, glossary: Glossary | None, target: str = "") -> list[S
 def _ranges(text: str, target: str) -> Iterator[Span]:
     """Ranges of small numbers, each as the target language writes them."""
     for match in _RANGE.finditer(text) if target in _TO else ():
-        if int(match[1]) < int(match[2]):
-            source = f"{match[1]}{text[match.end(1)]}{match[2]}"
-            output = f"{match[1]}{_TO[target]}{match[2]}"
-            yield Span(match.start(), match.end(2), source, output, is_amount=True)
+        first, last = match[1], match[2] or match[3]
+        if int(first) < int(last) and not _BEFORE_NO_RANGE.search(
+            text[max(0, match.start() - 9) : match.start()]
+        ):
+            stop = match.start() + len(first) + 1 + len(last)
+            source, output = text[match.start() : stop], f"{first}{_TO[target]}{last}"
+            yield Span(match.start(), stop, source, output, is_amount=True)
 
 
 def _amounts(text: str, target: str) -> Iterator[Span]:
@@ -370,7 +393,8 @@ def _other_amounts(text: str, target: str) -> Iterator[Span]:
         if len(values) == 2 and values[0] < values[1]:
             yield _amount(text, *match.span(), " to ".join(map(in_english, values)), target)
     for match in _matches(_MORE_THAN, text):
-        value = _value(match[1], "억") + _value(match[2], "") * _unit(match[3]) * _unit(match[4])
+        parts = sum(int(n) * _unit(word) for n, word in re.findall(r"(\d+) ?([천백십])", match[2]))
+        value = _value(match[1], "억") + (parts + _value(match[3], "") * _unit(match[4])) * _unit(match[5])
         if value == int(value):
             yield _amount(text, *match.span(), f"more than {in_english(int(value))}", target)
     for match in _matches(_IN_WORDS, text):
@@ -487,6 +511,8 @@ def _trim(match: re.Match[str]) -> Span:
     text = match.group()
     if match.lastgroup == "address":
         text = _without_end(text)
+    if match.lastgroup == "code" and text[0] in "/.~ABCDEFGHIJKLMNOPQRSTUVWXYZ":
+        text = text.rstrip(".")
     is_amount = _FOR_NUMBER.fullmatch(text) is not None
     return Span(match.start(), match.start() + len(text), text, text, is_amount=is_amount)
 

@@ -35,7 +35,7 @@ _SIGN = re.compile(
     rf"(?P<whole>(?<![\d./,])\d{{1,4}}) ?(?P<part>[{''.join(_PARTS)}])(?![\d/])"
     rf"|(?P<fraction>[{''.join(_FRACTIONS)}])"
     rf"|(?P<one>[{''.join(_ONE)}])"
-    rf"|(?P<area>[{''.join(_AREAS)}]|(?<![A-Za-z])[kc]?m[²³])"
+    rf"|(?P<area>[{''.join(_AREAS)}]|(?:(?<=\d)|(?<=\d )|(?<=per )|(?<=/))[kc]?m[²³])"
     r"|(?<![€£₩¥$\d.,])(?<![€£₩¥$] )(?P<sum>\d{1,3}(?:,\d{3})+(?:\.\d{1,2})?|\d{1,12}(?:[.,]\d{1,2})?)"
     r" ?(?P<money>[€£₩¥$])(?! ?\d)"
 )

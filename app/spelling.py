@@ -45,7 +45,7 @@ _IN_FULL = re.compile(
     rf"(?:(?=\.?\W*$|[,;)])|\.?(?= (?:{_BEHIND_TIME})\b)))"
 )
 # 20yrs, but not 20 yrs of age, which is read well; Mar 5, Tue, May 7; 3월 5일(화).
-_GLUED = {"yr": "year", "hr": "hour", "min": "minute", "sec": "second", "wk": "week", "lb": "pound"}
+_GLUED = {"yr": "year", "hr": "hour", "min": "minute", "sec": "second", "wk": "week"}
 _MONTHS = {
     **{
         name[:3]: name
@@ -82,11 +82,12 @@ _CALENDAR = re.compile(
     rf"(?<![\w.,-])(?P<count>\d{{1,4}})(?P<unit>{'|'.join(_GLUED)})s?\b(?!\.\w)"
     rf"|\b(?P<month>{_MONTH})\b\.?(?= \d{{1,2}}(?:st|nd|rd|th)?\b(?!:| (?:times|more)\b))"
     rf"|(?<=\d )(?P<last>{_MONTH})\b(?:\.?(?=,? \d{{4}}\b)|(?=[,;.]?(?:\s|$)))"
-    r"|(?<=\d) ?(?P<half>[AP])\.?M(?:\.|\b)(?!\w)"
-    rf"|\b(?P<day>{'|'.join(_DAYS)})\b\.?"
+    r"|(?<![\d.,:])(?P<hour>(?:1[0-2]|0?[1-9])(?::[0-5]\d)?) ?(?P<half>[AP])\.?M(?:\.|\b)(?!\w| radio)"
+    r"|(?:^|(?<=[(/])|(?<=, )|(?<=on )|(?<=is )|(?<=or )|(?<=by )|(?<=and )|(?<=next )|(?<=this )|(?<=til ))"
+    rf"(?P<day>{'|'.join(_DAYS)})\b\.?"
     rf"(?=,? (?:(?:{_MONTH}|May)[a-z]*\b\.? \d|\d{{1,2}}(?::\d\d)? ?[ap]\.?m\b))"
 )
-_DAY_IN_BRACKETS = re.compile(r"(?<=일) ?\((?P<day>[월화수목금토일])(?:요일)?\)")
+_DAY_IN_BRACKETS = re.compile(r"(?<=\d일) ?\((?P<day>[월화수목금토일])(?:요일)?\)")
 _SHORT_FORMS = {"A.I.": "AI", "e.g.": "for example", "i.e.": "that is"}
 
 # Words of which chats write the first consonants alone.
@@ -147,7 +148,7 @@ def _of_calendar(match: re.Match[str]) -> str:
     if match["unit"]:
         return f"{match['count']} {_GLUED[match['unit']]}" + ("" if int(match["count"]) == 1 else "s")
     if match["half"]:
-        return f" {match['half'].lower()}.m."
+        return f"{match['hour']} {match['half'].lower()}.m."
     return _DAYS[match["day"]] if match["day"] else _MONTHS[match["month"] or match["last"]]
 
 

@@ -55,10 +55,12 @@ Direction = Callable[[str, str], tuple[str, str]]
 Found = dict[Sequence, list[Hypothesis]]
 # As in Markdown and in what people type: bullets, headings, quotes, notes, numbers in circles.
 _LIST_SIGNS = re.compile(
-    r"(?:(?:[-*+•·–—>]|#+|[①-⓿❶-➓㉠-㉻]|\(?(?:\d{1,2}|[A-Za-z]|[가나다라마바사아자차카타파하])\))\s+|[■-◿※]\s*)+(?=\S)"
+    r"(?:(?:[-*+•·–—>]|#+|[①-⓿❶-➓㉠-㉻]|[■-◿](?![■-◿])|\(?(?:\d{1,2}|[A-Za-z]|[가나다라마바사아자차카타파하])\))\s+|※\s*)+"
+    r"(?=\S)(?!(?:and|or|to|through|is|are|및|또는|내지|혹은)(?!\w))"
 )
 # Between the steps of a path, the entries of a menu, the columns of a table: each is translated by itself.
 _BETWEEN = re.compile(r"(?<!\s)\s*(?:[→←↔➔➜➡⇒⇔⟶▶►▷❯]\ufe0f?|(?<!\S)(?:\|+|[-=]+>|[»›])(?!\S))\s*")
+_ENDS_IN_FIGURE, _BEGINS_WITH_FIGURE = re.compile(r"\d[^\s\d]{0,3}$"), re.compile(r"[$€£₩¥~약]? ?\d")
 _LONE_LETTER = re.compile(r"[A-Za-zα-ωΑ-Ω]")
 # A sentence with none of its language's letters is in the other language already.
 _LETTERS = {"ko": re.compile("[가-힣ㄱ-ㅎㅏ-ㅣ]"), "en": re.compile("[A-Za-z]")}
@@ -339,10 +341,11 @@ class _Drafting:
         marked = replace_runs(segment.text, [(span.start, span.stop, mark) for span in own])
         spans = sorted([*segment.spans, *own], key=lambda span: span.start)
         # With tags, what they are around stays one sentence.
-        parts = self._parts(marked.text, mark, with_pictures=not segment.elements)
+        moved = _moved(segment.elements, marked)
+        parts = self._parts(marked.text, mark, moved)
         ends = list(accumulate(len(part.text) for part in parts))
         bounds = [(end - len(part.text), end) for part, end in zip(parts, ends, strict=True)]
-        around = Around(_moved(segment.elements, marked), bounds, [part.is_sentence for part in parts])
+        around = Around(moved, bounds, [part.is_sentence for part in parts])
         drafts: list[str | _Draft] = []
         n_spans, ended = 0, False
         for i, (part, (start, _)) in enumerate(zip(parts, bounds, strict=True)):
@@ -357,12 +360,18 @@ class _Drafting:
             drafts += [around.before(i), *drafted, around.after(i)]
         return drafts
 
-    def _parts(self, text: str, mark: str, *, with_pictures: bool) -> list[Part]:
+    def _parts(self, text: str, mark: str, elements: list[Element]) -> list[Part]:
         tokenizer = self.task.tokenizer
         n_around = len(tokenizer.source_ids([], self.tgt, src_lang=self.src))
         max_tokens = self.task.lane.limits.max_prompt_tokens - n_around
-        wholes = split_text(text, iso_code(self.src), tokenizer, max_tokens)
-        return [part for whole in wholes for part in _cut(whole, mark, with_pictures=with_pictures)]
+        parts: list[Part] = []
+        at = 0
+        for whole in split_text(text, iso_code(self.src), tokenizer, max_tokens):
+            stop = at + len(whole.text)
+            inside = [(e.start - at, e.stop - at) for e in elements if at < e.stop and e.start < stop]
+            parts += _cut(whole, mark, inside, with_pictures=not elements)
+            at = stop
+        return parts
 
     def _draft_part(
         self, part: Part, mark: str, spans: list[Span], elements: list[Element]
@@ -425,28 +434,40 @@ def _moved(elements: list[Element], edited: Edited) -> list[Element]:
     return [replace(e, start=edited.place(e.start), stop=edited.place(e.stop, end=True)) for e in elements]
 
 
-def _cut(part: Part, mark: str, *, with_pictures: bool) -> list[Part]:
+def _cut(part: Part, mark: str, elements: list[tuple[int, int]], *, with_pictures: bool) -> list[Part]:
     """A sentence without the signs of a list before it, without arrows and bars, and pictures around it.
 
-    In parts with as many marks as can be hidden.
+    In parts with as many marks as can be hidden; `elements` are the places of those that have to do with it.
     """
     if not part.is_sentence:
         return [part]
-    text, around = part.text, []
+    text, around, at = part.text, [], 0
     if signs := _LIST_SIGNS.match(text):
         around.append(Part(signs.group(), False))
-        text = text[signs.end() :]
+        text, at = text[signs.end() :], signs.end()
+    # With tags, what they are around stays one sentence.
     cut = _cut_at_pictures if with_pictures else _cut_at_marks
-    runs = [cut(entry.text, mark) if entry.is_sentence else [entry] for entry in _entries(text)]
+    inside = [(start - at, stop - at) for start, stop in elements if start > at or stop < len(part.text)]
+    runs = [cut(entry.text, mark) if entry.is_sentence else [entry] for entry in _entries(text, mark, inside)]
     return [*around, *(part for run in runs for part in run if part.text)]
 
 
-def _entries(text: str) -> list[Part]:
-    """What stands between arrows and bars, and those; one where it is letters that they stand between."""
-    entries, at = [], 0
+def _entries(text: str, mark: str, elements: list[tuple[int, int]]) -> list[Part]:
+    """What stands between arrows and bars, and those; one where it is a formula's letters.
+
+    An arrow between two figures is a verb, and one within an element or brackets parts none.
+    """
+    entries: list[Part] = []
+    at = 0
     for match in _BETWEEN.finditer(text):
-        entries += [Part(text[at : match.start()], True), Part(match.group(), False)]
-        at = match.end()
+        start, stop = match.span()
+        before, after = text[at:start].replace(mark, "0"), text[stop : stop + 3].replace(mark, "0")
+        is_change = _ENDS_IN_FIGURE.search(before[-5:]) and _BEGINS_WITH_FIGURE.match(after)
+        is_open = before.count("(") > before.count(")")
+        if is_change or is_open or any(first < start < last for first, last in elements):
+            continue
+        entries += [Part(text[at:start], True), Part(match.group(), False)]
+        at = stop
     entries = [entry for entry in (*entries, Part(text[at:], True)) if entry.text]
     is_formula = any(entry.is_sentence and _LONE_LETTER.fullmatch(entry.text) for entry in entries)
     return [Part(text, True)] if is_formula else entries

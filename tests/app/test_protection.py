@@ -36,13 +36,16 @@ from tests.app.fakes import byte_tokenizer
             "Hello {name}, {{a.b}}: %d and %1$s, %(n)s, ${x}; 5% if, 100%d",
             ["{name}", "{{a.b}}", "%d", "%1$s", "%(n)s", "${x}"],
         ),
-        ("use --out=a.txt. or -v; -a\n--b-c -- he", ["--out=a.txt", "-v", "--b-c"]),
+        ("use --out=a.txt. or --b-c, the -v flag; --too late -I x", ["--out=a.txt", "--b-c", "-v"]),
         (
             "see ./a/b.sh, /usr/lib/x and C:\\a\\b.txt, he/she km/h </b></i>",
             ["./a/b.sh", "/usr/lib/x", "C:\\a\\b.txt"],
         ),
         ("보고서_최종.pdf를 report_v2.docx. Yes.So", ["보고서_최종.pdf", "report_v2.docx"]),
         ("call get_it() in snake_case, T_T", ["get_it()", "snake_case"]),
+        ("in /usr/lib. Then @john. And @5pm {see below}", ["/usr/lib", "@john"]),
+        ("@민수가 @유나", ["@민수", "@유나"]),
+        ("9:00-18:00, 10:30/14:30, 3:16-17, 98:95", ["9:00-18:00", "10:30/14:30", "3:16-17", "98:95"]),
         ("@minsu and @민수, a@b.com", ["@minsu", "@민수", "a@b.com"]),
         ("off by ±3.5%, see §5.2 and №7; ± and §", ["±3.5%", "§5.2", "№7"]),
         ("and/or, e.g. this; a@b; 3 - 4; https://", []),
@@ -276,6 +279,7 @@ def test_particles_agree(word: str, after: str, agreed: str) -> None:
                 ("3억 500여만", "more than 305 million"),
             ],
         ),
+        ("2억 3천5백여만 원", "en", [("2억 3천5백여만", "more than 235 million")]),
         (
             "삼천만 원, 이십오만 원, 일억 이천만 원, 만 오천 원",
             "en",
@@ -302,16 +306,21 @@ def test_particles_agree(word: str, after: str, agreed: str) -> None:
             ],
         ),
         ("1,000 to 2,000 million", "ko", [("1,000 to 2,000 million", "10억~20억")]),
+        ("5-10 people, 20–30%, 2-3 hours", "ko", [("5-10", "5~10"), ("20–30", "20~30"), ("2-3", "2~3")]),
         (
-            "5-10 people, 20–30%, 3-2 wins, 2-3 p.m., 9-5 job",
-            "ko",
-            [("5-10", "5~10"), ("20–30", "20~30"), ("3-2", "3-2"), ("2-3", "2-3"), ("9-5", "9-5")],
+            "5~10명, 3~5일, 10~20%, 2-3명",
+            "en",
+            [("5~10", "5 to 10"), ("10~20", "10 to 20"), ("2-3", "2 to 3")],
         ),
-        ("5~10명, 3~5일, 2-3시, 10~20%", "en", [("5~10", "5 to 10"), ("2-3", "2-3"), ("10~20", "10 to 20")]),
         (
-            "%d items, {user.count} left, {name}",
+            "%d items, {user.count} left, {name} {account}",
             "ko",
-            [("%d", "%d"), ("{user.count}", "{user.count}"), ("{name}", "{name}")],
+            [
+                ("%d", "%d"),
+                ("{user.count}", "{user.count}"),
+                ("{name}", "{name}"),
+                ("{account}", "{account}"),
+            ],
         ),
         ("€1.000, £5k, $5 m tall, $6 M&M, $" + "9" * 4500 + "M", "ko", []),
         ("US$5만", "en", [("5만", "50,000")]),
@@ -376,3 +385,15 @@ def test_an_amount_stands_behind_a_small_number_that_the_text_has_not() -> None:
     assert hidden.restore("48여 명") == "300만여 명"
     full = "37 48 26 59 64 73 85 92 \U000f0000"
     assert list(shield(full, "\U000f0000", spans, byte_tokenizer())[0].hidden) == ["101"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the 9-11 attacks, the 7-11 store, a 737-800 plane, Figure 2-3 shows, we won 3-4 games, 05-12",
+        "그림 2-3을 보라, 3-12호, 역삼동 123-456 빌딩, 12-34번지, 1-3으로 졌다, 1-2로 이겼다",
+    ],
+)
+def test_two_numbers_with_a_hyphen_are_a_range_only_where_something_is_counted(text: str) -> None:
+    for target in ("en", "ko"):
+        assert all(span.output == span.source for span in find_spans(text, None, target))

@@ -219,6 +219,10 @@ async def test_pictures_end_a_korean_sentence(client: Client, translate_lane: Fa
         ("※ Note: ① see ②", ["Note: (1) see (2)"]),
         ("① Open it, ② close it", ["Open it, (2) close it"]),
         ("x → y", ["x → y"]),
+        ("From 5,000 → 6,000 now, $3 -> $4", ["From 5,000 → 6,000 now, $3 -> $4"]),
+        ("P(A | B) is big", ["P(A | B) is big"]),
+        ("○○ is here", ["○○ is here"]),
+        ("(1) and (2) are one", ["(1) and (2) are one"]),
         ("a|b or c->d", ["a|b or c->d"]),
     ],
 )
