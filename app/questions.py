@@ -23,6 +23,33 @@ _ENGLISH = re.compile(
     r"|what (?:time|day|kind of \w+) (?:is|are|do|does|did|will|can|should) \w)",
     re.IGNORECASE,
 )
+# Nice weather, isn't it: with or without its comma; but not: I think that isn't it, if he won't they will.
+_NO_TAG_AFTER = "".join(
+    rf"(?<!\b{word} )"
+    for word in (
+        "that",
+        "this",
+        "it",
+        "he",
+        "she",
+        "they",
+        "you",
+        "who",
+        "why",
+        "what",
+        "which",
+        "if",
+        "and",
+        "but",
+        "so",
+    )
+)
+_ENGLISH_TAG = re.compile(
+    rf"(?:[\w']+,? ){{2,30}}{_NO_TAG_AFTER}"
+    r"(?:(?:is|are|was|were|do|does|did|have|has|could|would|should)n't|won't|can't) "
+    r"(?:it|he|she|they|we|you|i|there)",
+    re.IGNORECASE,
+)
 _ENGLISH_STATEMENT = re.compile(
     r"(?:should you (?:have|need|wish|want|require|be|find)|what's new in)\b"
     # What is done is done: the question word stands for a thing.
@@ -66,7 +93,8 @@ def asks(text: str, language: str) -> bool:
     if not text[-1:].isalnum() or len(text) > _LONGEST:
         return False
     if language == "en":
-        return _ENGLISH.match(text) is not None and _ENGLISH_STATEMENT.match(text) is None
+        by_order = _ENGLISH.match(text) is not None and _ENGLISH_STATEMENT.match(text) is None
+        return by_order or _ENGLISH_TAG.fullmatch(text) is not None
     if language != "ko":
         return False
     ends = {"니까": "ㅂ", "까": "ㄹ"}  # 갑니까, 갈까; but 가니까

@@ -67,8 +67,8 @@ def in_full(text: str, language: str) -> list[tuple[int, int, str]]:
 
 
 def _area(match: re.Match[str], language: str) -> str:
-    *unit, power = _AREAS.get(match["area"], match["area"])
-    words = _POWERS[language][power] + _LENGTHS[language]["".join(unit)]
+    area = _AREAS.get(match["area"], match["area"])
+    words = _POWERS[language][area[-1]] + _LENGTHS[language][area[:-1]]
     if language != "en":
         return words
     before = match.string[: match.start()].rstrip()

@@ -6,6 +6,7 @@ import re
 
 from app.signs import in_full
 from app.spaces import UNSEEN, plain_spaces
+from app.typos import corrected
 
 # Full-width letters, digits and punctuation, and the full stop and comma that go with them.
 _NARROW = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)} | {0x3002: ".", 0x3001: ","}
@@ -117,7 +118,11 @@ def respelt(text: str, language: str) -> list[tuple[int, int, str]]:
 
     `language` is a code of ISO 639-1; in English "dont" is don't, and "No. 7" number 7. Signs stand in words.
     """
-    found = [(*match.span(), "") for match in _UNSEEN.finditer(text)] + in_full(text, language)
+    found = (
+        [(*match.span(), "") for match in _UNSEEN.finditer(text)]
+        + in_full(text, language)
+        + corrected(text, language)
+    )
     for match in _KEY_OR_COMMA.finditer(text):
         gap = " " if match[1] is None or text[match.end() : match.end() + 1].isalpha() else ""
         found.append((*match.span(), (match[1] or ",") + gap))

@@ -30,6 +30,9 @@ ENGLISH = (
     "is there a bank near here",
     "could you help me",
     "does she know",
+    "nice weather today isn't it",
+    "You like it, don't you",
+    "they can come won't they",
 )
 KOREAN = (
     "뭐 해요",
@@ -64,6 +67,9 @@ KOREAN = (
     "몇 명이 와요",
 )
 NO_ENGLISH = (
+    "I think that isn't it",
+    "Go there if he won't they",
+    "we know who they are and who isn't you",
     "Should you have any questions please let me know",
     "Which is why I left early",
     "Which was nice",
