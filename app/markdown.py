@@ -15,7 +15,10 @@ from app.markup import Element, Segment, in_order
 from app.protection import replace_runs, unused_mark
 
 _MAY_HAVE = re.compile(r"\*|_|~~|\]\(|```")
-_FENCE = re.compile(r"[ \t>]{0,20}(`{3,})(?P<info>[^`\r\n]*)[\r\n]*$")
+_FENCE = re.compile(
+    r"(?:[ \t>]|[-*+] |\d{1,3}[.)] ){0,20}(`{3,})"
+    r"(?P<info>(?:[ \t]*[^\s`{]+)?(?:[ \t]*\{[^}`\r\n]*\})?)[ \t]*[\r\n]*$"
+)
 _OPAQUE = re.compile(r"`[^`\n]+`|https?://[^\s)]+")  # signs within code and addresses are their own
 _MOST = 300  # characters between two signs, so that signs without partners cost little
 _PAIRED = re.compile(

@@ -23,31 +23,12 @@ _ENGLISH = re.compile(
     r"|what (?:time|day|kind of \w+) (?:is|are|do|does|did|will|can|should) \w)",
     re.IGNORECASE,
 )
-# Nice weather, isn't it: with or without its comma; but not: I think that isn't it, if he won't they will.
-_NO_TAG_AFTER = "".join(
-    rf"(?<!\b{word} )"
-    for word in (
-        "that",
-        "this",
-        "it",
-        "he",
-        "she",
-        "they",
-        "you",
-        "who",
-        "why",
-        "what",
-        "which",
-        "if",
-        "and",
-        "but",
-        "so",
-    )
-)
+# You like it, don't you. Without its comma only what nothing else can be: my keys weren't there.
 _ENGLISH_TAG = re.compile(
-    rf"(?:[\w']+,? ){{2,30}}{_NO_TAG_AFTER}"
+    r"(?:[\w']+,? ){1,29}[\w']+, "
     r"(?:(?:is|are|was|were|do|does|did|have|has|could|would|should)n't|won't|can't) "
-    r"(?:it|he|she|they|we|you|i|there)",
+    r"(?:it|he|she|they|we|you|i|there)"
+    r"|(?:it's|this is|that's|that is|nice|good|great|lovely|beautiful|cold|hot) (?:[\w']+ ){1,20}isn't it",
     re.IGNORECASE,
 )
 _ENGLISH_STATEMENT = re.compile(

@@ -368,7 +368,8 @@ class _Drafting:
         at = 0
         for whole in split_text(text, iso_code(self.src), tokenizer, max_tokens):
             stop = at + len(whole.text)
-            inside = [(e.start - at, e.stop - at) for e in elements if at < e.stop and e.start < stop]
+            near = elements if _BETWEEN.search(whole.text) else []
+            inside = [(e.start - at, e.stop - at) for e in near if at < e.stop and e.start < stop]
             parts += _cut(whole, mark, inside, with_pictures=not elements)
             at = stop
         return parts
@@ -437,7 +438,7 @@ def _moved(elements: list[Element], edited: Edited) -> list[Element]:
 def _cut(part: Part, mark: str, elements: list[tuple[int, int]], *, with_pictures: bool) -> list[Part]:
     """A sentence without the signs of a list before it, without arrows and bars, and pictures around it.
 
-    In parts with as many marks as can be hidden; `elements` are the places of those that have to do with it.
+    In parts with as many marks as can be hidden; `elements` are the places of those that arrows may stand in.
     """
     if not part.is_sentence:
         return [part]

@@ -74,6 +74,8 @@ def test_what_stands_between_fences_stays() -> None:
         ("Done now.", [("*", "now", "*")]),
     ]
     assert read("```\r\na\r\n```\r\nb") == ["```\r\na\r\n```\r\n", ("b", [])]
+    assert read("- ```\n  a\n  ```\nb") == ["- ```\n  a\n  ```\n", ("b", [])]
+    assert read("Good ```\na\n``` more here\nb") == [("Good ```\na\n``` more here\nb", [])]
     assert read("a\n> ````\n```\nb") == [("a\n", []), "> ````\n```\nb"]  # to the end
 
 

@@ -32,7 +32,7 @@ ENGLISH = (
     "does she know",
     "nice weather today isn't it",
     "You like it, don't you",
-    "they can come won't they",
+    "they can come, won't they",
 )
 KOREAN = (
     "뭐 해요",
@@ -70,6 +70,9 @@ NO_ENGLISH = (
     "I think that isn't it",
     "Go there if he won't they",
     "we know who they are and who isn't you",
+    "My keys weren't there",
+    "Call me if Mom isn't there",
+    "the answer wasn't it",
     "Should you have any questions please let me know",
     "Which is why I left early",
     "Which was nice",
