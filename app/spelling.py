@@ -46,38 +46,18 @@ _IN_FULL = re.compile(
     rf"(?:(?=\.?\W*$|[,;)])|\.?(?= (?:{_BEHIND_TIME})\b)))"
 )
 # 20yrs, but not 20 yrs of age, which is read well; Mar 5, Tue, May 7; 3월 5일(화).
+# fmt: off
 _GLUED = {"yr": "year", "hr": "hour", "min": "minute", "sec": "second", "wk": "week"}
 _MONTHS = {
-    **{
-        name[:3]: name
-        for name in (
-            "January",
-            "February",
-            "March",
-            "April",
-            "June",
-            "July",
-            "August",
-            "September",
-            "October",
-            "November",
-            "December",
-        )
-    },
-    "Sept": "September",
+    "Jan": "January", "Feb": "February", "Mar": "March", "Apr": "April", "Jun": "June", "Jul": "July",
+    "Aug": "August", "Sep": "September", "Sept": "September", "Oct": "October", "Nov": "November",
+    "Dec": "December",
 }
 _DAYS = {
-    "Mon": "Monday",
-    "Tue": "Tuesday",
-    "Tues": "Tuesday",
-    "Wed": "Wednesday",
-    "Thu": "Thursday",
-    "Thur": "Thursday",
-    "Thurs": "Thursday",
-    "Fri": "Friday",
-    "Sat": "Saturday",
-    "Sun": "Sunday",
+    "Mon": "Monday", "Tue": "Tuesday", "Tues": "Tuesday", "Wed": "Wednesday", "Thu": "Thursday",
+    "Thur": "Thursday", "Thurs": "Thursday", "Fri": "Friday", "Sat": "Saturday", "Sun": "Sunday",
 }
+# fmt: on
 _MONTH = "|".join(_MONTHS)
 _CALENDAR = re.compile(
     rf"(?<![\w.,-])(?P<count>\d{{1,4}})(?P<unit>{'|'.join(_GLUED)})s?\b(?!\.\w)"
@@ -118,11 +98,9 @@ def respelt(text: str, language: str) -> list[tuple[int, int, str]]:
 
     `language` is a code of ISO 639-1; in English "dont" is don't, and "No. 7" number 7. Signs stand in words.
     """
-    found = (
-        [(*match.span(), "") for match in _UNSEEN.finditer(text)]
-        + in_full(text, language)
-        + corrected(text, language)
-    )
+    found = [(*match.span(), "") for match in _UNSEEN.finditer(text)]
+    found += in_full(text, language)
+    found += corrected(text, language)
     for match in _KEY_OR_COMMA.finditer(text):
         gap = " " if match[1] is None or text[match.end() : match.end() + 1].isalpha() else ""
         found.append((*match.span(), (match[1] or ",") + gap))
