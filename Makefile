@@ -51,8 +51,9 @@ help: ## list the targets
 serve: $(FOR_SERVE) ## start the service, on HOST and PORT where given
 	@exec $(PY) -m app $(if $(HOST),--host "$(HOST)") $(if $(PORT),--port "$(PORT)") $(ARGS)
 
-test: $(FOR_DEV) $(FOR_CLIENTS) ## run the tests (ARGS="-k name")
-	CLIENTS="$(CLIENTS)" $(PY) -m pytest $(ARGS)
+# A process for each core; a file's tests stay together, because they share what takes long to begin.
+test: $(FOR_DEV) $(FOR_CLIENTS) ## run the tests (ARGS="-k name"; "-n 0": in one process)
+	CLIENTS="$(CLIENTS)" $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 fuzz: $(FOR_DEV) ## send thousands of good and bad requests (FUZZ_EXAMPLES of each operation)
 	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(PY) -m pytest tests/app/test_fuzz.py --timeout 3600 $(ARGS)

@@ -1,6 +1,7 @@
 """An application on fake lanes, a client that talks to it without a socket, and a server for real ones."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 
 import httpx
@@ -53,8 +54,12 @@ def fill_mask_lane(app: FastAPI) -> FakeBatchLane:
 
 
 @pytest.fixture
-async def url(app: FastAPI) -> AsyncIterator[str]:
+async def url(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[str]:
     """Where the application listens."""
+    # Tests of this process that went before may have forbidden the hub's client to use a network.
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    if hub := sys.modules.get("huggingface_hub.constants"):
+        monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off"))
     serving = asyncio.create_task(server.serve())
     while not server.started:  # noqa: ASYNC110
