@@ -6,7 +6,7 @@ import re
 
 from app.signs import in_full
 from app.spaces import UNSEEN, plain_spaces
-from app.typos import corrected
+from app.typos import corrected, in_case
 
 # Full-width letters, digits and punctuation, and the full stop and comma that go with them.
 _NARROW = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)} | {0x3002: ".", 0x3001: ","}
@@ -141,7 +141,4 @@ def _with_apostrophe(match: re.Match[str]) -> str | None:
         is_name = word != word.title() or not _AFTER_NO_NAME.match(match.string, match.end())
         if is_name:
             return None
-    full = _WITHOUT[word.lower()]
-    if word.isupper():
-        return full.upper()
-    return full[0].upper() + full[1:] if word[0].isupper() else full
+    return in_case(word, _WITHOUT[word.lower()])

@@ -70,7 +70,11 @@ def corrected(text: str, language: str) -> list[tuple[int, int, str]]:
     """
     if language == "en":
         words = _ENGLISH_WORD.finditer(text)
-        return [(*match.span(), _in_case(match.group())) for match in words if _is_meant(match.group())]
+        return [
+            (*match.span(), in_case(match.group(), _ENGLISH[match.group().lower()]))
+            for match in words
+            if _is_meant(match.group())
+        ]
     if language == "ko":
         return [(*match.span(), _in_korean(match)) for match in _KOREAN_WORD.finditer(text)]
     return []
@@ -80,8 +84,8 @@ def _is_meant(word: str) -> bool:
     return word.islower() or word.lower() not in _NAMES_TOO
 
 
-def _in_case(word: str) -> str:
-    right = _ENGLISH[word.lower()]
+def in_case(word: str, right: str) -> str:
+    """How a word is spelt, with the capitals that it was typed with."""
     if word.isupper():
         return right.upper()
     return right[0].upper() + right[1:] if word[0].isupper() else right
