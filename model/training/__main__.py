@@ -170,7 +170,10 @@ def _train(arguments: argparse.Namespace) -> int:
         print(f"{copied} tensors taken from {arguments.start_from}")
     total = sum(p.numel() for p in model.parameters())
     print(f"{total / 1e6:.1f} M parameters, {n_batches} batches in the first epoch")
-    trainer = Trainer(model, tokenizer, task, held if len(held.shard) else None, options, arguments.run)
+    try:
+        trainer = Trainer(model, tokenizer, task, held if len(held.shard) else None, options, arguments.run)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     try:
         trainer.run()
     except KeyboardInterrupt:
@@ -198,6 +201,8 @@ def read_recipe(path: Path, overrides: list[str]) -> dict[str, Any]:
 def _options(values: dict[str, Any]) -> Options:
     if unknown := set(values) - {f.name for f in fields(Options)}:
         raise SystemExit(f"unknown key in [train]: {', '.join(sorted(unknown))}")
+    if not isinstance(frozen := values.get("frozen", []), list):
+        raise SystemExit(f"[train] frozen: a list of beginnings of parameters' names, not {frozen!r}")
     return Options(**values)
 
 

@@ -42,7 +42,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        frozen = not ctx.needs_input_grad[1]
+        grad_weight = None if frozen else torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         w = weight.to(hidden.dtype)
         turned = w.t().contiguous()  # as a view it makes the product half as fast on a processor
@@ -58,19 +59,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 total += gradient_(logits[part], y[part, None], smoothing)
             logits[torch.arange(len(h), device=h.device), y] -= 1 - smoothing
             grad_hidden[chunk] = logits @ w
-            grad_weight += logits.t() @ h
+            if grad_weight is not None:
+                grad_weight += logits.t() @ h
             if grad_bias is not None:
                 grad_bias += logits.sum(0, dtype=torch.float32)
         n = max(1, hidden.size(0))
-        saved = (grad_hidden, grad_weight) if grad_bias is None else (grad_hidden, grad_weight, grad_bias)
-        ctx.save_for_backward(*(g.div_(n) for g in saved))
+        saved = (grad_hidden, grad_weight, grad_bias)
+        ctx.save_for_backward(*(g if g is None else g.div_(n) for g in saved))
         return total / n
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight, *rest = ctx.saved_tensors
-        bias = rest[0] * upstream if rest else None
-        return grad_hidden * upstream, grad_weight * upstream, bias, None, None
+        grads = (g if g is None else g * upstream for g in ctx.saved_tensors)
+        return *grads, None, None
 
 
 def linear_cross_entropy(

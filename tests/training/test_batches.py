@@ -145,6 +145,22 @@ def test_linear_cross_entropy_of_large_logits() -> None:
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
+    torch.manual_seed(17)
+    labels = torch.randint(0, 30, (6,))
+    hidden, weight, bias = torch.randn(6, 12), torch.randn(30, 12), torch.randn(30)
+    whole = {"hidden": hidden, "weight": weight, "bias": bias}
+    part = {name: t.clone().requires_grad_(name != frozen) for name, t in whole.items()}
+    whole = {name: t.clone().requires_grad_() for name, t in whole.items()}
+    for t in (whole, part):
+        loss = linear_cross_entropy(t["hidden"], t["weight"], labels, bias=t["bias"])
+        loss.backward()  # type: ignore[no-untyped-call]
+    assert part[frozen].grad is None
+    for name in whole.keys() - {frozen}:
+        torch.testing.assert_close(part[name].grad, whole[name].grad)
+
+
 def test_no_rows_no_loss() -> None:
     hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     loss = linear_cross_entropy(hidden, weight, torch.zeros(0, dtype=torch.long), bias=torch.zeros(5))

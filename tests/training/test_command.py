@@ -16,7 +16,7 @@ from model.shortlist import SHORTLIST_FILE
 from model.tokenizer import Tokenizer
 from model.training.__main__ import main, model_config
 from model.training.evaluate import STORIES
-from model.training.loop import Options, Trainer
+from model.training.loop import Options, Trainer, freeze
 from model.training.shards import Shard
 from tests.tiny import PAIRS
 
@@ -210,14 +210,19 @@ def test_a_wrong_override_is_refused(work: Path, tmp_path: Path) -> None:
         train(work, "causal", tmp_path, "--set", "stepz=3")
     with pytest.raises(SystemExit, match="not TOML"):
         train(work, "causal", tmp_path, "--set", "steps=three")
+    with pytest.raises(SystemExit, match="frozen: a list"):
+        train(work, "causal", tmp_path, "--set", 'frozen="decoder"')
+    with pytest.raises(SystemExit, match=r"begins with 'decoder.blocks.77.'"):
+        train(work, "causal", tmp_path, "--set", 'frozen=["decoder.blocks.77."]')
 
 
 @pytest.mark.parametrize("path", MODEL_RECIPES, ids=lambda path: path.stem)
 def test_the_shipped_recipes_build(path: Path, tokenizer: Tokenizer) -> None:
     recipe = tomllib.loads(path.read_text(encoding="utf-8"))
     command = path.stem.partition("-")[0]
-    build_model(model_config(command, recipe["model"], tokenizer))
+    model = build_model(model_config(command, recipe["model"], tokenizer))
     options = Options(**recipe["train"])
+    freeze(model, options.frozen)
     # A story is held out by its first line, a pair by itself: as both, one would tell of the other.
     if command in ("masked", "causal"):
         assert STORIES not in recipe["data"].get("pairs", [])

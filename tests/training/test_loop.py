@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,6 +104,33 @@ def test_norms_and_biases_are_not_decayed(tokenizer: Tokenizer, tmp_path: Path) 
     n_all = sum(len(group["params"]) for group in (*adamw.param_groups, *muon.param_groups))
     assert n_all == len(list(trainer.model.parameters()))
     assert all(p is not trainer.model.embeddings.tokens.weight for p in maps)
+
+
+def test_what_is_frozen_stays(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    frozen = ("embeddings.", "encoder.blocks.0.")
+    options = replace(OPTIONS, frozen=frozen)
+    trainer = make_trainer(make_folder(tmp_path / "run", tokenizer), "translate", options)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.run()
+    for name, p in trainer.model.named_parameters():
+        assert torch.equal(p, before[name]) == name.startswith(frozen), name
+    resumed = make_trainer(tmp_path / "run", "translate", replace(options, steps=10))
+    resumed.run()
+    assert len(resumed.losses) == 2
+
+
+@pytest.mark.parametrize(
+    ("frozen", "message"),
+    [
+        (("decoder.blocks.9.",), "begins with 'decoder.blocks.9.'"),
+        (("",), "nothing is left"),
+    ],
+)
+def test_what_cannot_be_frozen_is_said(
+    frozen: Sequence[str], message: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_trainer(make_folder(tmp_path / "run", tokenizer), "translate", replace(OPTIONS, frozen=frozen))
 
 
 def test_no_data_is_said(tokenizer: Tokenizer, tmp_path: Path) -> None:
