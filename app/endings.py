@@ -1,4 +1,5 @@
-"""What stands behind a sentence and is no part of it: faces, laughing, tags of a post, marks said again."""
+"""How a text ends: what stands behind a sentence and is no part of it (faces, laughing, tags of a post, marks
+said again), and a translation's full stop."""
 
 from __future__ import annotations
 
@@ -13,6 +14,10 @@ _FACE = re.compile(
 )
 _MORE_MARKS = re.compile(r"(?<![!?])[!?]{2,}$")
 _ENDED = re.compile("[.!?…~)\u2600-\u27bf\U0001f000-\U0001faff\ufe0f]$")
+_FULL_STOP = re.compile(r"(?<=[^\W_])\.$")
+_SHORT = re.compile(
+    r"(?:\b[A-Za-z](?:\.[A-Za-z]){1,9}|\b(?:Mr|Mrs|Ms|Dr|Prof|Jr|Sr|St|Inc|Ltd|Co|Corp|etc|vs|Ave|Rd|approx))\.$"
+)
 _FEELINGS = re.compile("(?<![가-힣A-Za-z0-9_])(?:[ㅠㅜ]{2,}|(?P<laughing>[ㅋㅎ]{2,}))")
 
 
@@ -54,3 +59,13 @@ def in_words(signs: str, *, attached: bool) -> str:
         return ("" if before.isspace() else " ") + ("haha" if match["laughing"] else ":(")
 
     return _FEELINGS.sub(say, signs)
+
+
+def ends_as(source: str, translated: str) -> str:
+    """A translation without the full stop that its source, a greeting, a label or a headline, has not.
+
+    The model learned from sentences that have one. What is short for something keeps its own: U.S., etc.
+    """
+    if not source[-1:].isalnum() or _SHORT.search(translated):
+        return translated
+    return _FULL_STOP.sub("", translated)

@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 
 from app.api.deps import Attendance, gather, note_times, prepare
 from app.casing import in_small_letters, reads_badly
-from app.endings import in_words, set_apart
+from app.endings import ends_as, in_words, set_apart
 from app.engine.registry import GeneratingLane, Task
 from app.engine.sequence import Hypothesis, Sequence
 from app.errors import InvalidRequest
@@ -181,6 +181,7 @@ class Plan:
 
     def _render(self, sentence: Sentence, hypothesis: Hypothesis) -> "Rendered":
         translated = self.tokenizer.decode(hypothesis.token_ids).strip()
+        translated = ends_as(sentence.shield.text, translated)
         if self.form.is_html or sentence.elements:
             text = _set_markup(sentence, hypothesis, translated, self)
         else:

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from app.api.translation import _AFTER_SENTENCE
 from app.casing import in_small_letters, reads_badly
-from app.endings import set_apart
+from app.endings import ends_as, set_apart
 from app.protection import replace_runs, without_parts
 from app.spelling import narrow, plain_signs, respelt
 from tests.app.fakes import FakeDecodeLane, byte_tokenizer
@@ -329,6 +329,34 @@ def test_endings_are_found_in_little_time(text: str) -> None:
     words, behind = set_apart(text)
     assert words + behind == text
     assert not _AFTER_SENTENCE.search(text)
+
+
+@pytest.mark.parametrize(
+    ("source", "translated", "ends"),
+    [
+        ("Hello", "안녕하세요.", "안녕하세요"),
+        ("Hello.", "안녕하세요.", "안녕하세요."),
+        ("안녕하세요!", "Hello.", "Hello."),
+        ("그 사람은 미국에 산다", "He lives in the U.S.", "He lives in the U.S."),
+        ("책, 공책 등", "Books, notebooks, etc.", "Books, notebooks, etc."),
+        ("글쎄", "Well...", "Well..."),
+        ("가격(세금 포함)", "The price (with tax).", "The price (with tax)."),
+        ("", "", ""),
+    ],
+)
+def test_a_full_stop_is_where_the_source_has_one(source: str, translated: str, ends: str) -> None:
+    assert ends_as(source, translated) == ends
+
+
+async def test_a_label_becomes_a_label(
+    client: Client, translate_lane: FakeDecodeLane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shout = translate_lane._hypothesis
+    monkeypatch.setattr(
+        translate_lane, "_hypothesis", lambda text, *rest: shout(text.rstrip(".") + ".", *rest)
+    )
+    answers = await translate(client, ["Menu", "Yes. Home", "Menu."], src_lang="en", tgt_lang="ko")
+    assert [answer["translation_text"] for answer in answers] == ["MENU", "YES. HOME", "MENU."]
 
 
 async def test_hangul_in_parts_is_read_as_whole(client: Client, translate_lane: FakeDecodeLane) -> None:
