@@ -16,8 +16,12 @@ _MORE_MARKS = re.compile(r"(?<![!?])[!?]{2,}$")
 _ENDED = re.compile("[.!?…~)\u2600-\u27bf\U0001f000-\U0001faff\ufe0f]$")
 _FULL_STOP = re.compile(r"(?<=[^\W_])\.$")
 _SHORT = re.compile(
-    r"(?:\b[A-Za-z](?:\.[A-Za-z]){1,9}|\b(?:Mr|Mrs|Ms|Dr|Prof|Jr|Sr|St|Inc|Ltd|Co|Corp|etc|vs|Ave|Rd|approx))\.$"
+    r"\b(?:[a-z]{1,3}(?:\.[a-z]{1,3}){1,9}|mr|mrs|ms|dr|prof|capt|sgt|lt|gov|jr|sr|inc|ltd|co|corp|bros|dept|univ"
+    r"|st|ave|rd|blvd|etc|vs|al|approx|oz|lbs?|ft|pp|vol)\.$"
+    r"|^(?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thur?s?|fri|sat|sun|min|max|no)\.$",
+    re.IGNORECASE,
 )
+_MARKUP = re.compile(r"<[^<>]{0,200}>$|`+$")
 _FEELINGS = re.compile("(?<![가-힣A-Za-z0-9_])(?:[ㅠㅜ]{2,}|(?P<laughing>[ㅋㅎ]{2,}))")
 
 
@@ -61,11 +65,16 @@ def in_words(signs: str, *, attached: bool) -> str:
     return _FEELINGS.sub(say, signs)
 
 
-def ends_as(source: str, translated: str) -> str:
-    """A translation without the full stop that its source, a greeting, a label or a headline, has not.
+def is_unmarked(source: str) -> bool:
+    """Does a sentence end in a word, with no mark behind it: a greeting, a label, a headline?"""
+    while ends := _MARKUP.search(source):
+        source = source[: ends.start()]
+    return source[-1:].isalnum()
 
-    The model learned from sentences that have one. What is short for something keeps its own: U.S., etc.
+
+def without_full_stop(translated: str) -> str:
+    """A translation without its full stop, for a source that has none: the model has learned from sentences.
+
+    What is short for something keeps its own: U.S., Ph.D., etc.
     """
-    if not source[-1:].isalnum() or _SHORT.search(translated):
-        return translated
-    return _FULL_STOP.sub("", translated)
+    return translated if _SHORT.search(translated) else _FULL_STOP.sub("", translated)

@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 
 from app.api.deps import Attendance, gather, note_times, prepare
 from app.casing import in_small_letters, reads_badly
-from app.endings import ends_as, in_words, set_apart
+from app.endings import in_words, is_unmarked, set_apart, without_full_stop
 from app.engine.registry import GeneratingLane, Task
 from app.engine.sequence import Hypothesis, Sequence
 from app.errors import InvalidRequest
@@ -134,6 +134,7 @@ class Sentence:
     sequence: Sequence
     shield: Shield
     elements: list[Element]
+    is_unmarked: bool
 
 
 Piece = str | Sentence
@@ -181,7 +182,8 @@ class Plan:
 
     def _render(self, sentence: Sentence, hypothesis: Hypothesis) -> "Rendered":
         translated = self.tokenizer.decode(hypothesis.token_ids).strip()
-        translated = ends_as(sentence.shield.text, translated)
+        if sentence.is_unmarked:
+            translated = without_full_stop(translated)
         if self.form.is_html or sentence.elements:
             text = _set_markup(sentence, hypothesis, translated, self)
         else:
@@ -279,15 +281,15 @@ class _Draft:
     target_ids: list[int]
     shield: Shield
     elements: list[Element]
+    is_unmarked: bool
 
 
 def _piece(draft: str | _Draft, search: Search) -> Piece:
     if isinstance(draft, str):
         return draft
     params = search.of_sentence(len(draft.prompt_ids), draft.shield.phrases, align=bool(draft.elements))
-    return Sentence(
-        Sequence(draft.prompt_ids, params, target_ids=draft.target_ids), draft.shield, draft.elements
-    )
+    sequence = Sequence(draft.prompt_ids, params, target_ids=draft.target_ids)
+    return Sentence(sequence, draft.shield, draft.elements, draft.is_unmarked)
 
 
 def _draft_all(
@@ -354,6 +356,8 @@ class _Drafting:
             own_spans, n_spans = spans[n_spans : n_spans + n], n_spans + n
             elements = [replace(e, start=e.start - start, stop=e.stop - start) for e in around.within(i)]
             drafted = self._draft_part(part, mark, own_spans, elements)
+            if _goes_on(parts[i + 1 :]):
+                drafted = [d if isinstance(d, str) else replace(d, is_unmarked=False) for d in drafted]
             begins = part.is_sentence and part.text[0].isalnum() and not _AFTER_A_DOT.match(part.text)
             if ended and begins and not segment.elements:
                 drafts.append(" ")  # they were typed without one
@@ -406,7 +410,9 @@ class _Drafting:
         hidden, edited = shield(usual.text, mark, spans, tokenizer)
         prompt_ids = tokenizer.source_ids(tokenizer.encode(hidden.text), self.tgt, src_lang=self.src)
         elements = _moved(_moved(elements, usual), edited)
-        return [before, _Draft(prompt_ids, tokenizer.target_ids(self.tgt), hidden, elements), behind]
+        ends = spans[usual.text.count(mark) - 1].source if usual.text.endswith(mark) else usual.text
+        target_ids = tokenizer.target_ids(self.tgt)
+        return [before, _Draft(prompt_ids, target_ids, hidden, elements, is_unmarked(ends)), behind]
 
     def _in_words(self, signs: str, *, attached: bool) -> str:
         return signs if iso_code(self.tgt) == "ko" else in_words(signs, attached=attached)
@@ -429,6 +435,14 @@ class _Drafting:
             return self.form.verbatim(text[start:stop]) if span is None else self.form.output(span)
 
         return tag_in_place((cut for i in places for cut in (i, i + 1)), elements, len(text), show)
+
+
+def _goes_on(parts: list[Part]) -> bool:
+    """Does another sentence follow in the same line, with nothing but white space between?"""
+    between = "" if not parts or parts[0].is_sentence else parts[0].text
+    follow = parts[1:2] if between else parts[:1]
+    in_line = not between.strip() and len(f"{between}.".splitlines()) == 1
+    return in_line and bool(follow) and follow[0].is_sentence
 
 
 def _moved(elements: list[Element], edited: Edited) -> list[Element]:

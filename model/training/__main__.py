@@ -201,7 +201,8 @@ def read_recipe(path: Path, overrides: list[str]) -> dict[str, Any]:
 def _options(values: dict[str, Any]) -> Options:
     if unknown := set(values) - {f.name for f in fields(Options)}:
         raise SystemExit(f"unknown key in [train]: {', '.join(sorted(unknown))}")
-    if not isinstance(frozen := values.get("frozen", []), list):
+    frozen = values.get("frozen", [])
+    if not (isinstance(frozen, list) and all(isinstance(name, str) for name in frozen)):
         raise SystemExit(f"[train] frozen: a list of beginnings of parameters' names, not {frozen!r}")
     return Options(**values)
 

@@ -56,7 +56,8 @@ class Options:
     schedule follows the share of the time that is gone: for a machine that is there for so long.
     `workers` are processes that make batches ready beside the training.
     `frozen` are beginnings of the names of parameters that stay as they are: to adapt a trained model, the
-    embeddings and the lower half of the encoder may (Thompson et al. 2018), which saves a third of a step.
+    embeddings (and with them an output that is tied to them) and the lower half of the encoder may (Thompson
+    et al. 2018), which saves a third of a step.
     """
 
     steps: int
@@ -289,7 +290,12 @@ class Trainer:
             for index, state in optimizer.state_dict()["state"].items():
                 for key, value in state.items():
                     tensors[f"optimizer.{number}.{index}.{key}"] = torch.as_tensor(value).cpu().clone()
-        state = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "frozen": list(self.options.frozen),
+        }
         part = self.folder / "checkpoint.part"
         save_file(tensors, part, metadata={"state": json.dumps(state)})
         part.replace(self.folder / "checkpoint.safetensors")
@@ -304,6 +310,11 @@ class Trainer:
         with safe_open(path, framework="pt") as file:
             state = json.loads(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        frozen = list(self.options.frozen)
+        if state.get("frozen", frozen) != frozen:  # the optimisers number what they train
+            raise ValueError(
+                f"[train] frozen: {path} was trained with {state['frozen']}; a new run may change it"
+            )
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(tensors[f"model.{name}"])

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from app.api.translation import _AFTER_SENTENCE
 from app.casing import in_small_letters, reads_badly
-from app.endings import ends_as, set_apart
+from app.endings import is_unmarked, set_apart, without_full_stop
 from app.protection import replace_runs, without_parts
 from app.spelling import narrow, plain_signs, respelt
 from tests.app.fakes import FakeDecodeLane, byte_tokenizer
@@ -332,20 +332,40 @@ def test_endings_are_found_in_little_time(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "translated", "ends"),
+    ("translated", "bare"),
     [
-        ("Hello", "안녕하세요.", "안녕하세요"),
-        ("Hello.", "안녕하세요.", "안녕하세요."),
-        ("안녕하세요!", "Hello.", "Hello."),
-        ("그 사람은 미국에 산다", "He lives in the U.S.", "He lives in the U.S."),
-        ("책, 공책 등", "Books, notebooks, etc.", "Books, notebooks, etc."),
-        ("글쎄", "Well...", "Well..."),
-        ("가격(세금 포함)", "The price (with tax).", "The price (with tax)."),
-        ("", "", ""),
+        ("안녕하세요.", "안녕하세요"),
+        ("It's me.", "It's me"),
+        ("Well...", "Well..."),
+        ("The price (with tax).", "The price (with tax)."),
+        ("", ""),
+        *(
+            (short, short)
+            for short in ("He lives in the U.S.", "Books, notebooks, etc.", "Ph.D.", "Wed.", "ETC.")
+        ),
     ],
 )
-def test_a_full_stop_is_where_the_source_has_one(source: str, translated: str, ends: str) -> None:
-    assert ends_as(source, translated) == ends
+def test_a_translation_may_lose_its_full_stop(translated: str, bare: str) -> None:
+    assert without_full_stop(translated) == bare
+
+
+@pytest.mark.parametrize(
+    ("source", "unmarked"),
+    [
+        ("Hello", True),
+        ("메뉴", True),
+        ("Room 3", True),
+        ("Hello.", False),
+        ("안녕하세요!", False),
+        ("Dear Sir,", False),
+        ("`make`", True),
+        ("`make.`", False),
+        ('<span translate="no">Acme Corp.</span>', False),
+        ("", False),
+    ],
+)
+def test_what_ends_in_a_word_is_unmarked(source: str, unmarked: bool) -> None:
+    assert is_unmarked(source) == unmarked
 
 
 async def test_a_label_becomes_a_label(
@@ -355,8 +375,21 @@ async def test_a_label_becomes_a_label(
     monkeypatch.setattr(
         translate_lane, "_hypothesis", lambda text, *rest: shout(text.rstrip(".") + ".", *rest)
     )
-    answers = await translate(client, ["Menu", "Yes. Home", "Menu."], src_lang="en", tgt_lang="ko")
-    assert [answer["translation_text"] for answer in answers] == ["MENU", "YES. HOME", "MENU."]
+
+    async def said(text: str, **parameters: object) -> str:
+        (answer,) = await translate(client, text, src_lang="en", tgt_lang="ko", **parameters)
+        found: str = answer["translation_text"]
+        return found
+
+    assert await said("Menu") == "MENU"
+    assert await said("Menu.") == "MENU."
+    assert await said("Yes. Home") == "YES. HOME"
+    assert await said("Home | About us") == "HOME | ABOUT US"
+    assert await said("One\nTwo\nThree") == "ONE\nTWO\nTHREE"
+    assert await said("I ate ㅋㅋ I went home") == "I ATE. ㅋㅋ I WENT HOME"
+    assert await said("<p><b>Menu</b></p>", format="html") == "<p><b>MENU</b></p>"
+    assert await said("Ask Acme", do_not_translate=["Acme"]) == "ASK Acme"
+    assert (await said("Ask Acme Corp.", do_not_translate=["Acme Corp."])).endswith("Acme Corp..")
 
 
 async def test_hangul_in_parts_is_read_as_whole(client: Client, translate_lane: FakeDecodeLane) -> None:

@@ -117,6 +117,9 @@ def test_what_is_frozen_stays(tokenizer: Tokenizer, tmp_path: Path) -> None:
     resumed = make_trainer(tmp_path / "run", "translate", replace(options, steps=10))
     resumed.run()
     assert len(resumed.losses) == 2
+    other = make_trainer(tmp_path / "run", "translate", replace(options, steps=12, frozen=frozen[:1]))
+    with pytest.raises(ValueError, match="was trained with"):
+        other.run()
 
 
 @pytest.mark.parametrize(
