@@ -21,7 +21,6 @@ _SHORT = re.compile(
     r"|^(?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thur?s?|fri|sat|sun|min|max|no)\.$",
     re.IGNORECASE,
 )
-_MARKUP = re.compile(r"<[^<>]{0,200}>$|`+$")
 _FEELINGS = re.compile("(?<![가-힣A-Za-z0-9_])(?:[ㅠㅜ]{2,}|(?P<laughing>[ㅋㅎ]{2,}))")
 
 
@@ -67,8 +66,9 @@ def in_words(signs: str, *, attached: bool) -> str:
 
 def is_unmarked(source: str) -> bool:
     """Does a sentence end in a word, with no mark behind it: a greeting, a label, a headline?"""
-    while ends := _MARKUP.search(source):
-        source = source[: ends.start()]
+    source = source.rstrip("`")
+    while source.endswith(">") and (tag := source.rfind("<")) >= 0:  # from the end: a source may be long
+        source = source[:tag].rstrip("`")
     return source[-1:].isalnum()
 
 

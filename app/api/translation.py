@@ -356,7 +356,7 @@ class _Drafting:
             own_spans, n_spans = spans[n_spans : n_spans + n], n_spans + n
             elements = [replace(e, start=e.start - start, stop=e.stop - start) for e in around.within(i)]
             drafted = self._draft_part(part, mark, own_spans, elements)
-            if _goes_on(parts[i + 1 :]):
+            if _goes_on(parts[i + 1 : i + 3]):
                 drafted = [d if isinstance(d, str) else replace(d, is_unmarked=False) for d in drafted]
             begins = part.is_sentence and part.text[0].isalnum() and not _AFTER_A_DOT.match(part.text)
             if ended and begins and not segment.elements:
