@@ -47,6 +47,7 @@ from app.middleware import ModelPathMiddleware, RecordMiddleware
 from app.quotas import Quotas
 from app.settings import Settings, is_given, named_folders
 from model.checkpoint import CheckpointError
+from model.examples import Examples, ExamplesError, load_examples
 from model.kernels import Kernels, compiled
 from model.quantize import is_supported
 
@@ -112,6 +113,7 @@ def load_services(settings: Settings, lifecycle: Lifecycle) -> Services:
     with ThreadPoolExecutor(1) as pool:  # a second of a compiler's time, beside a second of Python's
         compiling = pool.submit(wanted_kernels, settings, device)
         languages.load()
+        examples = wanted_examples(settings)
     workshop = ModelWorkshop(
         device,
         dtype,
@@ -126,6 +128,7 @@ def load_services(settings: Settings, lifecycle: Lifecycle) -> Services:
         quantization=resolve_quantization(settings, device, dtype),
         kernels=compiling.result(),
         use_shortlist=settings.use_shortlist,
+        examples=examples,
         chunk_tokens=settings.chunk_tokens or _CHUNK_TOKENS[device.type],
         n_prefix_tokens=settings.prefix_tokens,
         launch_ahead=_LAUNCH_AHEAD[settings.launch_ahead],
@@ -194,6 +197,17 @@ def resolve_device(settings: Settings) -> tuple[torch.device, torch.dtype]:
 def wanted_kernels(settings: Settings, device: torch.device) -> Kernels | None:
     """Those for the CPU, where they are wanted and can be compiled."""
     return compiled() if device.type == "cpu" and settings.compile_kernels else None
+
+
+def wanted_examples(settings: Settings) -> Examples | None:
+    """Those that the settings name, without a default folder that is not there. Raises StartError."""
+    places = [Path(place.strip()) for place in settings.examples.split(",") if place.strip()]
+    if not is_given(settings, "examples"):
+        places = [place for place in places if place.is_dir()]
+    try:
+        return load_examples(places, settings.cache_dir.expanduser()) if places else None
+    except ExamplesError as error:
+        raise StartError(f"examples: {error}") from None
 
 
 def resolve_quantization(settings: Settings, device: torch.device, dtype: torch.dtype) -> QuantizationChoice:

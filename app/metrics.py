@@ -118,6 +118,9 @@ reused_tokens_total = _counter(
 reranked_total = _counter(
     "reranked_total", "Translations of which the reranking put another first than the search.", _LANE_MODEL
 )
+with_examples_total = _counter(
+    "with_examples_total", "Sentences translated after known translations of similar ones.", _LANE_MODEL
+)
 generated_tokens_total = _counter("generated_tokens_total", "Tokens produced.", _LANE_MODEL)
 
 batch_rows = _histogram("batch_rows", "Rows of one model step.", _LANE_PHASE, SIZE_BUCKETS)

@@ -154,6 +154,16 @@ class Settings(BaseSettings):
         description="order a translation's hypotheses by how likely they make its source, too, where its "
         "model wants it and no request says otherwise; with many clients throughput falls to less than half",
     )
+    examples: str = Field(
+        "model/training/texts",
+        description="known translations: files NAME.en-ko.tsv (or .tsv.xz; a line holds a text, a tab, its "
+        "translation), or folders of such, with commas between; a sentence that is like some of them is "
+        "translated after their example; empty: none",
+    )
+    cache_dir: Path = Field(
+        Path("~/.cache/transformer-server"),
+        description="folder where the index of the examples is kept between starts",
+    )
     use_shortlist: bool = Field(
         True,
         description="in 8 bits on the CPU, with kernels, choose a translation's tokens among those that the "

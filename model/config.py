@@ -107,6 +107,13 @@ class TransformerConfig:
     # What the way back counts in ordering a translation's hypotheses (model/round_trip.py), where nothing is
     # asked for.
     round_trip: float = 0.0
+    # What the nearest examples of translations count in choosing a token (model/nearest.py): the most, where
+    # nothing else is asked for; the distance at which that has fallen to nothing; what an example that is in
+    # nothing like the sentence is farther away; how sharply near ones win.
+    example_weight: float = 0.0
+    example_reach: float = 1.0
+    example_offset: float = 1.0
+    example_temperature: float = 0.1
     # Of a generation that always takes the likeliest token, where no penalty is asked for: without it
     # small models go round in circles.
     repetition_penalty: float = 1.0
@@ -122,7 +129,7 @@ class TransformerConfig:
         for key in ("n_segments", "n_encoder_layers", "n_decoder_layers", "position_offset", "n_full_layers"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"{key}: {getattr(self, key)} is less than 0")
-        for key in ("norm_eps", "rotary_base"):
+        for key in ("norm_eps", "rotary_base", "example_reach", "example_temperature"):
             if not 0.0 < getattr(self, key) < math.inf:
                 raise ConfigError(f"{key}: {getattr(self, key)} is not a positive number")
         if self.d_head is None and self.d_model % self.n_heads:
@@ -140,6 +147,10 @@ class TransformerConfig:
             raise ConfigError(f"length_penalty: {self.length_penalty} is not a number")
         if not 0.0 <= self.round_trip < math.inf:
             raise ConfigError(f"round_trip: {self.round_trip} is not a number of at least 0")
+        if not 0.0 <= self.example_offset < math.inf:
+            raise ConfigError(f"example_offset: {self.example_offset} is not a number of at least 0")
+        if not 0.0 <= self.example_weight < 1.0:
+            raise ConfigError(f"example_weight: {self.example_weight} is not in [0, 1)")
         if not 0.0 < self.repetition_penalty < math.inf:
             raise ConfigError(f"repetition_penalty: {self.repetition_penalty} is not a positive number")
         self._check_layers()

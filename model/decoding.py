@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model.masks import causal_mask
 from model.models import CausalLM, Translator
+from model.nearest import Datastore
 from model.sampling import BeamParams, penalise
 
 # (prefixes, the request that each belongs to) -> next-token logits (rows, V)
@@ -43,16 +44,28 @@ class _Search:
     done: bool = False
 
 
-def translator_scorer(model: Translator, sources: Sequence[Sequence[int]]) -> Scorer:
-    """Next-token logits of target prefixes, each row reading its own request's source alone."""
+def translator_scorer(
+    model: Translator,
+    sources: Sequence[Sequence[int]],
+    stores: Sequence[Datastore | None] = (),
+    suppress: Iterable[int] = (),
+) -> Scorer:
+    """Next-token logits of target prefixes, each row reading its own request's source alone.
+
+    With `stores` those of its examples are mixed in, after what is suppressed.
+    """
     memories = [model.encode(torch.tensor([list(source)])) for source in sources]
+    banned = list(suppress)
+
+    def score_one(prefix: list[int], request: int) -> Tensor:
+        hidden = model.decode(torch.tensor([prefix]), *memories[request])[:, -1]
+        logits: Tensor = model.head(hidden)
+        logits[:, banned] = -torch.inf
+        store = stores[request] if stores else None
+        return logits if store is None else store.mix(logits, hidden)
 
     def score(prefixes: list[list[int]], requests: list[int]) -> Tensor:
-        rows = [
-            model.head(model.decode(torch.tensor([prefix]), *memories[request])[:, -1])
-            for prefix, request in zip(prefixes, requests, strict=True)
-        ]
-        return torch.cat(rows)
+        return torch.cat([score_one(*each) for each in zip(prefixes, requests, strict=True)])
 
     return score
 

@@ -45,7 +45,8 @@ class BeamParams:
 
     With `round_trip` those that have ended are put in order once more (`model.round_trip`), by the mean
     log-probability of their tokens plus so much of that of the source's tokens, given them. It goes by the
-    rule of None alone.
+    rule of None alone. `example_weight` is the most that examples count in choosing a token, where there are
+    some (`model.nearest`).
     """
 
     num_beams: int = 4
@@ -59,6 +60,7 @@ class BeamParams:
     early_stopping: bool | Literal["never"] | None = None
     required: tuple[Phrase, ...] = ()
     round_trip: float = 0.0
+    example_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_return_sequences <= self.num_beams:
@@ -67,6 +69,8 @@ class BeamParams:
             )
         if self.round_trip and self.early_stopping is not None:
             raise ValueError("round_trip and early_stopping exclude each other")
+        if not 0.0 <= self.example_weight < 1.0:
+            raise ValueError(f"example_weight {self.example_weight} is not in [0, 1)")
 
 
 def chosen_logprobs(head: nn.Module, hidden: Tensor, token_ids: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from app.api.translation import (
     Plan,
     Search,
     TextForm,
+    default_example_weight,
     default_round_trip,
     known_language,
     named_language,
@@ -225,6 +226,7 @@ def _search(n_alternatives: int, settings: Settings, task: Task[GeneratingLane])
         num_return_sequences=n_best,
         length_penalty=task.config.length_penalty,
         round_trip=default_round_trip(settings, task),
+        example_weight=default_example_weight(task),
         max_new_tokens=limit,
     )
     return Search(beams, None, limit, settings.default_beams)

@@ -133,6 +133,7 @@ def _describe(task: AnyTask, endpoint: str, services: Services) -> dict[str, Any
         "device_bytes": task.n_bytes,
         "quantization": task.quantization,
         "shortlist": list(task.shortlist),
+        "examples": len(task.examples or ()),
         "limits": held,
     }
 

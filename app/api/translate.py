@@ -39,6 +39,7 @@ from app.api.translation import (
     Search,
     TextForm,
     counterpart,
+    default_example_weight,
     default_round_trip,
     known_language,
     named_language,
@@ -52,13 +53,14 @@ from app.errors import NO_OBJECT, ErrorBody, InvalidRequest, Json, brief
 from app.protection import Glossary, is_translatable
 from app.settings import Settings
 from model.adopted import AdoptedTokenizer
+from model.examples import Example
 from model.round_trip import ways_back
 from model.sampling import BeamParams
 from model.tokenizer import TextStream, Tokenizer
 
 router = APIRouter(route_class=BodyRoute)
 
-_MAX_ROUND_TRIP = 10.0
+_MAX_ROUND_TRIP, _MAX_EXAMPLE_WEIGHT = 10.0, 0.95
 
 
 class BeamParameters(Strict):
@@ -105,6 +107,14 @@ class TranslateParameters(BeamParameters):
         "counts beside the translation's own probability; 0 is off; by default as the model has it, and "
         "none with early_stopping. Nothing happens with one beam, nor to a sentence that is too long",
     )
+    examples: float | None = Field(
+        None,
+        description="the most that known translations of similar sentences count in choosing a word, 0 to "
+        "0.95; 0 is off; by default as the model has it",
+    )
+    return_examples: bool | None = Field(
+        None, description="the known translations that were read, sentence by sentence, the likest first"
+    )
     return_alignment: bool | None = Field(
         None,
         description="cross-attention weights, sentence by sentence, over the tokens that the model read: "
@@ -138,6 +148,14 @@ class Alignment(TypedDict):
     weights: list[list[float]]
 
 
+class KnownTranslation(TypedDict):
+    """likeness: how much its source is like the sentence, 0 to 1."""
+
+    source: str
+    target: str
+    likeness: float
+
+
 class Translation(TypedDict):
     """finish_reason stands only where a sentence ended for its length, unmet only where something is missing:
     the terms, addresses and numbers of the text that the translation should have, and has not.
@@ -148,6 +166,7 @@ class Translation(TypedDict):
     score: NotRequired[float]
     finish_reason: NotRequired[Literal["length"]]
     alignment: NotRequired[list[Alignment]]
+    examples: NotRequired[list[list[KnownTranslation]]]
 
 
 @dataclass(frozen=True)
@@ -175,6 +194,8 @@ class TranslateWork:
             answer["finish_reason"] = "length"
         if self.parameters.return_alignment:
             answer["alignment"] = [_alignment(s.sequence, h, self.plan.tokenizer) for s, h in joined.chosen]
+        if self.parameters.return_examples:
+            answer["examples"] = [[_known(example) for example in s.examples] for s, _ in joined.chosen]
         return answer
 
 
@@ -297,6 +318,7 @@ def _resolve(parameters: TranslateParameters, settings: Settings, task: Task[Gen
     given["num_beams"] = num_beams
     beams = BeamParams(
         return_alignment=bool(parameters.return_alignment),
+        example_weight=_example_weight(parameters, task),
         round_trip=_round_trip(parameters, settings, task, stops_as_asked=asked.early_stopping is not None),
         **({"max_new_tokens": limit, "length_penalty": task.config.length_penalty} | given),
     )
@@ -320,6 +342,16 @@ def _round_trip(
         raise InvalidRequest("round_trip and early_stopping: one rule or the other says which is best")
     if asked and (isinstance(task.tokenizer, AdoptedTokenizer) or not ways_back(task.config)):
         raise InvalidRequest(f"round_trip is {brief(asked)}, but model {task.name} knows no way back")
+    return asked
+
+
+def _example_weight(parameters: TranslateParameters, task: Task[GeneratingLane]) -> float:
+    asked = parameters.examples
+    if asked is None:
+        return default_example_weight(task)
+    check_range("examples", asked, 0.0, _MAX_EXAMPLE_WEIGHT)
+    if asked and task.examples is None:
+        raise InvalidRequest(f"examples is {brief(asked)}, but the service was started without any")
     return asked
 
 
@@ -356,6 +388,10 @@ def _alignment(sequence: Sequence, hypothesis: Hypothesis, tokenizer: Tokenizer)
         target_tokens=_token_texts(target_ids, tokenizer),
         weights=[[round(weight, 4) for weight in row] for row in weights],
     )
+
+
+def _known(example: Example) -> KnownTranslation:
+    return KnownTranslation(source=example.source, target=example.target, likeness=round(example.likeness, 4))
 
 
 def _token_texts(ids: list[int], tokenizer: Tokenizer) -> list[str]:

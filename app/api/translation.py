@@ -46,7 +46,9 @@ from app.settings import Settings
 from app.spaces import composed
 from app.spelling import narrow, plain_signs, respelt
 from model.constraints import Phrase
+from model.examples import Example, Examples
 from model.languages import UNDETERMINED, find_language, iso_code
+from model.nearest import ExampleIds, example_ids, find_examples
 from model.sampling import BeamParams
 from model.tokenizer import Tokenizer, text_pieces
 
@@ -135,6 +137,7 @@ class Sentence:
     shield: Shield
     elements: list[Element]
     is_unmarked: bool
+    examples: list[Example]  # that it reads
 
 
 Piece = str | Sentence
@@ -226,6 +229,11 @@ def default_round_trip(settings: Settings, task: Task[GeneratingLane]) -> float:
     return task.config.round_trip if settings.use_round_trip else 0.0
 
 
+def default_example_weight(task: Task[GeneratingLane]) -> float:
+    """What examples count where a request does not say."""
+    return 0.0 if task.examples is None else task.config.example_weight
+
+
 async def plan_texts(
     texts: dict[str, str], direction: Direction, search: Search, task: Task[GeneratingLane], form: TextForm
 ) -> Plan:
@@ -234,7 +242,8 @@ async def plan_texts(
     Raises InvalidRequest where a text is in a language that the model does not know.
     """
     n_chars = sum(map(len, texts.values()))
-    drafts = await prepare(n_chars, _draft_all, texts, direction, task, form)
+    examples = task.examples if search.beams.example_weight else None
+    drafts = await prepare(n_chars, _draft_all, texts, direction, task, form, examples)
     pieces = [[_piece(draft, search) for draft in text] for text in drafts]
     return Plan(task.tokenizer, form, pieces, search.beams.num_return_sequences)
 
@@ -282,24 +291,31 @@ class _Draft:
     shield: Shield
     elements: list[Element]
     is_unmarked: bool
+    examples: list[Example]
+    example_ids: list[ExampleIds]
 
 
 def _piece(draft: str | _Draft, search: Search) -> Piece:
     if isinstance(draft, str):
         return draft
     params = search.of_sentence(len(draft.prompt_ids), draft.shield.phrases, align=bool(draft.elements))
-    sequence = Sequence(draft.prompt_ids, params, target_ids=draft.target_ids)
-    return Sentence(sequence, draft.shield, draft.elements, draft.is_unmarked)
+    sequence = Sequence(draft.prompt_ids, params, target_ids=draft.target_ids, examples=draft.example_ids)
+    return Sentence(sequence, draft.shield, draft.elements, draft.is_unmarked, draft.examples)
 
 
 def _draft_all(
-    texts: dict[str, str], direction: Direction, task: Task[GeneratingLane], form: TextForm
+    texts: dict[str, str],
+    direction: Direction,
+    task: Task[GeneratingLane],
+    form: TextForm,
+    examples: Examples | None,
 ) -> list[list[str | _Draft]]:
     """The sentences of all texts; no further than to the one with which no queue could take them any more."""
     drafts: list[list[str | _Draft]] = []
     n_sentences, limit = 0, task.lane.limits.max_queue_items
     for name, text in texts.items():
-        drafts.append(_draft(text, *direction(name, text), task, form))
+        src, tgt = direction(name, text)
+        drafts.append(_draft(text, _Drafting(task, form, src, tgt, examples)))
         n_sentences += sum(isinstance(draft, _Draft) for draft in drafts[-1])
         if n_sentences > limit and len(drafts) < len(texts):
             raise InvalidRequest(
@@ -309,12 +325,12 @@ def _draft_all(
     return drafts
 
 
-def _draft(text: str, src: str, tgt: str, task: Task[GeneratingLane], form: TextForm) -> list[str | _Draft]:
-    if src == tgt:
+def _draft(text: str, drafting: "_Drafting") -> list[str | _Draft]:
+    if drafting.src == drafting.tgt:
         return [text]
     drafts: list[str | _Draft] = []
-    for chunk in read_html(text) if form.is_html else read_markdown(text):
-        drafts += [chunk] if isinstance(chunk, str) else _Drafting(task, form, src, tgt).draft(chunk)
+    for chunk in read_html(text) if drafting.form.is_html else read_markdown(text):
+        drafts += [chunk] if isinstance(chunk, str) else drafting.draft(chunk)
     return drafts
 
 
@@ -326,6 +342,7 @@ class _Drafting:
     form: TextForm
     src: str
     tgt: str
+    examples: Examples | None
 
     def draft(self, segment: Segment) -> list[str | _Draft]:
         """The sentences of a segment, and between them white space and tags that go around several."""
@@ -412,7 +429,17 @@ class _Drafting:
         elements = _moved(_moved(elements, usual), edited)
         ends = spans[usual.text.count(mark) - 1].source if usual.text.endswith(mark) else usual.text
         target_ids = tokenizer.target_ids(self.tgt)
-        return [before, _Draft(prompt_ids, target_ids, hidden, elements, is_unmarked(ends)), behind]
+        examples, in_tokens = self._examples_of(hidden.text)
+        draft = _Draft(prompt_ids, target_ids, hidden, elements, is_unmarked(ends), examples, in_tokens)
+        return [before, draft, behind]
+
+    def _examples_of(self, text: str) -> tuple[list[Example], list[ExampleIds]]:
+        """What is known of sentences like one, as it stands and in tokens."""
+        if self.examples is None:
+            return [], []
+        found = find_examples(self.examples, text, self.src, self.tgt)
+        max_len = self.task.lane.limits.max_prompt_tokens
+        return found, example_ids(found, text, self.task.tokenizer, self.src, self.tgt, max_len)
 
     def _in_words(self, signs: str, *, attached: bool) -> str:
         return signs if iso_code(self.tgt) == "ko" else in_words(signs, attached=attached)

@@ -780,6 +780,9 @@ class TranslateLane(DecodeLane[Ranked]):
             raise PromptTooLong(sequence.n_prompt_tokens, self.limits.max_prompt_tokens)
         if sequence.params.max_new_tokens > self.limits.max_new_tokens:
             raise PromptTooLong(sequence.params.max_new_tokens, self.limits.max_new_tokens)
+        longest = max((max(map(len, each[:2])) for each in sequence.examples), default=0)
+        if longest > self.limits.max_prompt_tokens:
+            raise PromptTooLong(longest, self.limits.max_prompt_tokens)
 
     def _open(self, sequence: Sequence) -> None:
         assert isinstance(sequence.params, BeamParams)
@@ -803,15 +806,28 @@ class TranslateLane(DecodeLane[Ranked]):
     def _encode(self, group: Items[Sequence]) -> None:
         languages = [self._listed_language(sequence) for sequence in group]
         self.runner.encode([s.rows for s in group], [s.prompt_ids for s in group], languages)
+        for sequence in group:
+            if self._has_examples(sequence):
+                weight = self._groups[sequence].params.example_weight
+                self.runner.read_examples(sequence.rows, sequence.examples, weight)
+                metrics.with_examples_total.labels(self.name, self.runner.model_name).inc()
+
+    def _has_examples(self, sequence: Sequence) -> bool:
+        return bool(sequence.examples) and self._groups[sequence].params.example_weight > 0
 
     def _listed_language(self, sequence: Sequence) -> str | None:
         """The language of a translation that a shortlist may be chosen for.
 
-        None for what needs all logits: phrases and beginnings that are asked for may hold any token, and a
-        penalty changes which tokens are likely.
+        None for what needs all logits: phrases and beginnings that are asked for may hold any token, so may
+        examples, and a penalty changes which tokens are likely.
         """
         params = self._groups[sequence].params
-        if params.required or params.repetition_penalty != 1.0 or len(sequence.target_ids) > 1:
+        if (
+            self._has_examples(sequence)
+            or params.required
+            or params.repetition_penalty != 1.0
+            or len(sequence.target_ids) > 1
+        ):
             return None
         return self._languages.get(self.start_token(sequence))
 

@@ -24,6 +24,7 @@ from app.engine.lane import DRAIN_RETRY_SECONDS
 from app.engine.memory import held_bytes
 from app.engine.sequence import Sequence
 from model.config import TransformerConfig
+from model.examples import Examples
 from model.inference import Quantization
 from model.tokenizer import Tokenizer
 
@@ -65,8 +66,8 @@ class Task(Generic[LaneT]):
     """A loaded model and the lane that runs it.
 
     `n_cache_bytes` is what its rows' caches take on the device, `quantization` how its weights are held,
-    `shortlist` the languages into which it chooses among a shortlist's tokens; `n_users` counts the requests
-    that chose it and have not ended.
+    `shortlist` the languages into which it chooses among a shortlist's tokens, `examples` translations it
+    may read beside a sentence; `n_users` counts the requests that chose it and have not ended.
     """
 
     lane: LaneT
@@ -79,6 +80,7 @@ class Task(Generic[LaneT]):
     n_cache_bytes: int = 0
     quantization: Quantization = "none"
     shortlist: tuple[str, ...] = ()
+    examples: Examples | None = None
     n_users: int = field(default=0, init=False)
 
     @property

@@ -24,6 +24,7 @@ from model.inference import kernels_of, quantization_of
 from model.kernel_blocks import KernelDecoder
 from model.masks import Mask, MaskParts, RowSpans, length_mask, position_mask, split_by_length
 from model.models import CausalLM, Classifier, MaskedLM, Translator, make_cache
+from model.nearest import Datastore, ExampleIds, read_examples
 from model.quantize import Int8Linear, KernelInt8Linear, Selected
 from model.round_trip import return_logprobs
 from model.sampling import SamplingRows, chosen_logprobs, penalise, sample, top_tokens
@@ -364,6 +365,11 @@ class TranslateRunner(DecodeRunner):
         self.shortlist = checkpoint.shortlist
         # Of rows with a shortlist its language, and what their source may become beside what is common.
         self._lists: list[tuple[str, Selected] | None] = [None] * n_slots
+        # What a static step leaves beside its logits: the states that they are made of.
+        self._states = torch.zeros(n_slots, self.config.d_model, device=self.device, dtype=self.dtype)
+        # Of rows whose sentence is like some examples, what was read in these.
+        self._stores: list[Datastore | None] = [None] * n_slots
+        self._digit_ids = checkpoint.tokenizer.digit_ids
         head: nn.Module = self.model.head
         self._common: dict[str, Selected] = {}
         if self.shortlist is not None and isinstance(head, KernelInt8Linear):
@@ -392,7 +398,17 @@ class TranslateRunner(DecodeRunner):
             selected = self._select(source, languages[i] if languages else None)
             for row in own:
                 self.memory_lengths[row], self._sentences[row] = len(source), number
-                self._lists[row] = selected
+                self._lists[row], self._stores[row] = selected, None
+
+    def read_examples(self, rows: Sequence[int], examples: Sequence[ExampleIds], weight: float) -> None:
+        """Lead the decoder through a sentence's examples, for the rows that translate it.
+
+        Each sentence's alone, so that what is read hangs on no neighbours.
+        """
+        decode = self._decode_whole if isinstance(self.model.decoder, KernelDecoder) else None
+        store = read_examples(self.model, examples, weight, self._digit_ids, decode)
+        for row in rows:
+            self._stores[row] = store
 
     @property
     def shortlist_languages(self) -> tuple[str, ...]:
@@ -445,6 +461,7 @@ class TranslateRunner(DecodeRunner):
             self.memory.read(0, len(token_ids), length),
             RowSpans(lengths - 1) if self.spans else self._to_add(length_mask(lengths, length)),
         )
+        self._states[: len(token_ids)] = hidden[:, -1]
         return self._project(hidden)
 
     def _memory_lengths(self, n_rows: int) -> list[int]:
@@ -460,10 +477,12 @@ class TranslateRunner(DecodeRunner):
                 self.memory_lengths[target] = self.memory_lengths[source]
                 self._sentences[target] = self._sentences[source]
                 self._lists[target] = self._lists[source]
+                self._stores[target] = self._stores[source]
 
     def let_go(self, first: int) -> None:
-        """Rows from `first` on are free: drop their shortlists."""
+        """Rows from `first` on are free: drop their shortlists and examples."""
         self._lists[first:] = [None] * (self.n_slots - first)
+        self._stores[first:] = [None] * (self.n_slots - first)
 
     def copy_beams(self, copies: Sequence[tuple[int, int]], length: int) -> None:
         """Let rows follow others of their group, where the memory is the same anyway."""
@@ -505,8 +524,10 @@ class TranslateRunner(DecodeRunner):
         whatever changes more than what is impossible.
         """
         head: nn.Module = self.model.head
+        stores = self._stores[first : first + len(token_ids)]
         if self.static is not None or not isinstance(head, KernelInt8Linear):
-            logits = self.guard(self.step(first, token_ids, positions, part=part), guards)
+            logits, hidden = self._step_with_states(first, token_ids, positions, part=part)
+            logits = self.guard(self._mix(logits, hidden, stores), guards)
             return self.rank(logits, n_best), self.score(logits, owed)
         hidden = self._read(first, token_ids, positions)[:, -1]
         best: dict[int, Candidates] = {}
@@ -525,16 +546,38 @@ class TranslateRunner(DecodeRunner):
         if others:
             place = {row: n for n, row in enumerate(others)}
             wanted = {place[row]: tokens for row, tokens in owed.items()}
-            free = _rows(hidden, others)
-            likeliest, scored = self._among_all(head, free, n_best, guards.of(others), wanted)
+            free, near = _rows(hidden, others), [stores[row] for row in others]
+            likeliest, scored = self._among_all(head, free, near, n_best, guards.of(others), wanted)
             best |= zip(others, likeliest, strict=True)
             found = {others[n]: each for n, each in scored.items()}
         return [best[row] for row in range(len(token_ids))], found
+
+    def _mix(self, logits: Tensor, hidden: Tensor, stores: Sequence[Datastore | None]) -> Tensor:
+        """logits (B, V) of the states hidden (B, D), in place: with what the rows' examples say."""
+        rows_of: dict[int, list[int]] = {}
+        for row, store in enumerate(stores):
+            if store is not None:
+                rows_of.setdefault(id(store), []).append(row)
+        for rows in rows_of.values():
+            store = stores[rows[0]]
+            assert store is not None
+            logits[rows] = store.mix(logits[rows], hidden[rows])
+        return logits
+
+    def _step_with_states(
+        self, first: int, token_ids: list[int], positions: list[int], *, part: bool
+    ) -> tuple[Tensor, Tensor]:
+        """As `step`, and the states that the logits are made of, (B, D)."""
+        if self.static is not None and not part:
+            return self.step(first, token_ids, positions), self._states[: len(token_ids)]
+        hidden = self._read(first, token_ids, positions)[:, -1]
+        return self._project(hidden[:, None]), hidden
 
     def _among_all(
         self,
         head: KernelInt8Linear,
         hidden: Tensor,
+        stores: Sequence[Datastore | None],
         n_best: int,
         guards: Guards,
         owed: Mapping[int, Sequence[int]],
@@ -543,10 +586,10 @@ class TranslateRunner(DecodeRunner):
 
         On a CPU they are a third of a step.
         """
-        if guards.only_ban and not owed:
+        if guards.only_ban and not owed and all(store is None for store in stores):
             banned = torch.tensor([*self._banned_everywhere, *guards.banned], dtype=torch.long).view(-1, 2)
             return _listed(*head.best(hidden, n_best, banned)), {}
-        logits = self.guard(self._project(hidden[:, None]), guards)
+        logits = self.guard(self._mix(self._project(hidden[:, None]), hidden, stores), guards)
         return self.rank(logits, n_best), self.score(logits, owed)
 
     def score(self, logits: Tensor, tokens: Mapping[int, Sequence[int]]) -> dict[int, Candidates]:

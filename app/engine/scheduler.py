@@ -80,15 +80,16 @@ class Scheduler:
     def admit(self, budget: int | None = None) -> list[Sequence]:
         """Move from waiting to running what the free rows and the budget allow, and give it rows.
 
-        The budget is in padded prompt tokens; without one, that of the scheduler.
+        The budget is in padded prompt tokens, and those of examples; without one, that of the scheduler.
         """
         budget = self.prefill_tokens if budget is None else budget
         admitted: list[Sequence] = []
-        longest = 0
+        longest = n_beside = 0
         while self.waiting and budget > 0:
             head = self.waiting[0]
             longest = max(longest, head.n_prompt_tokens)
-            over_budget = longest * (len(admitted) + 1) > budget
+            n_beside += head.n_example_tokens
+            over_budget = longest * (len(admitted) + 1) + n_beside > budget
             if head.n_rows > self.n_slots - self.n_active or (admitted and over_budget):
                 break
             self.waiting.pop(0)

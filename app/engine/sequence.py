@@ -6,11 +6,13 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 from typing import NamedTuple
 
 from app.engine.errors import EngineError
+from model.nearest import ExampleIds
 from model.sampling import BeamParams, SamplingParams
 
 
@@ -65,7 +67,8 @@ class Sequence:
     Made, read and awaited on the event loop, by as many readers as like, before or after its end; the
     device thread writes what it produces through `deliver`, which the worker calls on the loop. `rows` are
     the cache rows it holds, in the order of its beams; the scheduler moves them. The first of `target_ids`
-    is what a translation begins with, the others are what it must say first.
+    is what a translation begins with, the others are what it must say first; `examples` are translations of
+    sentences like it.
     """
 
     def __init__(
@@ -75,13 +78,14 @@ class Sequence:
         *,
         prompt_logprobs: bool = False,
         target_ids: list[int] | None = None,
+        examples: Items[ExampleIds] = (),
     ) -> None:
         if not prompt_ids:
             raise ValueError("prompt_ids: empty")
         if params.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {params.max_new_tokens} is less than 1")
         self.prompt_ids, self.params, self.prompt_logprobs = prompt_ids, params, prompt_logprobs
-        self.target_ids = target_ids or []
+        self.target_ids, self.examples = target_ids or [], examples
         seed = params.seed if isinstance(params, SamplingParams) else 0
         self.seed = random.getrandbits(63) if seed is None else seed
         self.n_rows = params.num_beams if isinstance(params, BeamParams) else 1
@@ -103,6 +107,11 @@ class Sequence:
     @property
     def n_prompt_tokens(self) -> int:
         return len(self.prompt_ids)
+
+    @property
+    def n_example_tokens(self) -> int:
+        """What is read of examples beside the prompt."""
+        return sum(len(each.source) + len(each.target) for each in self.examples)
 
     @property
     def queue_seconds(self) -> float:

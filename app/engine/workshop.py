@@ -31,6 +31,7 @@ from app.engine.sequence import Sequence
 from model.adopted import AdoptedTokenizer
 from model.checkpoint import Checkpoint, CheckpointError, load, load_config
 from model.config import TransformerConfig
+from model.examples import Examples
 from model.inference import Quantization, optimise, quantization_of
 from model.kernels import Kernels
 from model.models import Model
@@ -59,7 +60,7 @@ class ModelWorkshop:
     models trained here, of which it is known what that costs, and none for those that others made. With
     `sizing`, `n_slots` are the least of the endpoints that it names. Where there is no room for `n_slots`, an
     endpoint of `fewest` has a half of them or a half of that, down to so many. `kernels` are for a CPU;
-    without `use_shortlist` translations choose among all tokens there, too.
+    without `use_shortlist` translations choose among all tokens there, too. `examples` are for translators.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class ModelWorkshop:
         quantization: QuantizationChoice = "none",
         kernels: Kernels | None = None,
         use_shortlist: bool = True,
+        examples: Examples | None = None,
         chunk_tokens: int | None = None,
         n_prefix_tokens: int = 0,
         launch_ahead: bool | None = None,
@@ -87,7 +89,7 @@ class ModelWorkshop:
         self._launch_ahead, self._sizing, self._fewest = launch_ahead, sizing, fewest or {}
         self._n_sized = 0
         self.device, self.dtype, self._quantization = device, dtype, quantization
-        self._kernels, self._use_shortlist = kernels, use_shortlist
+        self._kernels, self._use_shortlist, self._examples = kernels, use_shortlist, examples
         self._chunk_tokens, self._n_prefix_tokens = chunk_tokens, n_prefix_tokens
         self._n_slots, self._max_bytes, self._max_context = n_slots, max_bytes, max_context
         self._prefill_tokens, self._max_batch_tokens = prefill_tokens, max_batch_tokens
@@ -214,6 +216,8 @@ class ModelWorkshop:
             **self._queue,
         )
         steps.door.max_wait_seconds = self._max_wait_seconds
+        if endpoint == "translate":
+            more["examples"] = self._examples
         return Task(steps, *known, **more, shortlist=steps.runner.shortlist_languages)
 
 

@@ -17,7 +17,9 @@ from sacrebleu.metrics.chrf import CHRF
 from torch.nn import functional as F
 
 from model.decoding import Decoded
+from model.examples import Examples
 from model.models import CausalLM, MaskedLM, Translator
+from model.nearest import Datastore, example_ids, find_examples, read_examples
 from model.round_trip import best_first, can_return, return_logprobs
 from model.sampling import BeamParams
 from model.tokenizer import Tokenizer
@@ -66,8 +68,12 @@ def translate_all(
     language: str,
     params: BeamParams,
     max_rows: int = 128,
+    examples: Examples | None = None,
 ) -> list[Translation]:
-    """The best translation of each text into a language, in batches of at most `max_rows` beams."""
+    """The best translation of each text into a language, in batches of at most `max_rows` beams.
+
+    With `examples` it reads, as the service does, those that are like a text.
+    """
     room = model.config.max_len - len(tokenizer.source_ids([], language))
     encoded = [tokenizer.encode(text) for text in texts]
     sources = [tokenizer.source_ids(ids[:room], language) for ids in encoded]
@@ -76,13 +82,30 @@ def translate_all(
     found: dict[int, Translation] = {}
     for batch in by_length(sources, max(1, max_rows // params.num_beams)):
         prompts = [tokenizer.languages[language]] * len(batch)
-        results = search.search([sources[i] for i in batch], prompts)
+        stores = [_store(model, tokenizer, texts[i], language, params, examples) for i in batch]
+        results = search.search([sources[i] for i in batch], prompts, stores)
         if params.round_trip:
             results = look_back(model, [sources[i] for i in batch], results, params)
         for i, (best, *_) in zip(batch, results, strict=True):
             text = tokenizer.decode(best.token_ids).strip()
             found[i] = Translation(text, best.finished, len(encoded[i]) > room, best.score)
     return [found[i] for i in range(len(texts))]
+
+
+def _store(
+    model: Translator,
+    tokenizer: Tokenizer,
+    text: str,
+    language: str,
+    params: BeamParams,
+    examples: Examples | None,
+) -> Datastore | None:
+    if examples is None or not params.example_weight:
+        return None
+    src = next(code for code in tokenizer.sources if code != language)
+    found = find_examples(examples, text, src, language)
+    ids = example_ids(found, text, tokenizer, src, language, model.config.max_len)
+    return read_examples(model, ids, params.example_weight, tokenizer.digit_ids)
 
 
 def look_back(

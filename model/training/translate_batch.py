@@ -16,6 +16,7 @@ from model.cache import KVCache
 from model.decoding import Decoded, normalise, repeated_ngram_tokens
 from model.masks import padding_mask
 from model.models import Translator, make_cache
+from model.nearest import Datastore
 from model.sampling import BeamParams, penalise
 
 
@@ -26,6 +27,7 @@ class _Request:
     index: int
     beams: list[list[int]]
     totals: list[float]
+    store: Datastore | None = None
     finished: list[Decoded] = field(default_factory=list)
 
 
@@ -56,17 +58,26 @@ class BeamTranslator:
         self.eos_id, self.pad_id = model.config.eos_id, model.config.pad_id
 
     @torch.no_grad()
-    def search(self, sources: Sequence[Sequence[int]], prompts: Sequence[int]) -> list[list[Decoded]]:
-        """Encoder inputs, and the token that each target begins with -> n best of each, best first."""
+    def search(
+        self,
+        sources: Sequence[Sequence[int]],
+        prompts: Sequence[int],
+        stores: Sequence[Datastore | None] = (),
+    ) -> list[list[Decoded]]:
+        """Encoder inputs, and the token that each target begins with -> n best of each, best first.
+
+        `stores` has the examples of each, where there are some.
+        """
         k = self.params.num_beams
         rows = self._encode(sources)
         live = [
-            _Request(i, [[] for _ in range(k)], [0.0, *[-torch.inf] * (k - 1)]) for i in range(len(sources))
+            _Request(i, [[] for _ in range(k)], [0.0, *[-torch.inf] * (k - 1)], store)
+            for i, store in enumerate(stores or [None] * len(sources))
         ]
         results: list[list[Decoded]] = [[] for _ in sources]
         tokens = [prompt for prompt in prompts for _ in range(k)]
         for step in range(self.params.max_new_tokens):
-            best = self._best(self._logits(rows, tokens, step), live, step)
+            best = self._best(self._logits(rows, tokens, step, live), live, step)
             parents, still = [], []
             for n, request in enumerate(live):
                 origins = self._advance(request, best[n])
@@ -100,8 +111,8 @@ class BeamTranslator:
         cache = make_cache(config, n, self.params.max_new_tokens, self.device, encoded.dtype)
         return _Rows(cache, memory, padding_mask(src.repeat_interleave(k, 0), self.pad_id))
 
-    def _logits(self, rows: _Rows, tokens: list[int], step: int) -> Tensor:
-        """One token per row -> next-token logits (N, V)."""
+    def _logits(self, rows: _Rows, tokens: list[int], step: int, live: list[_Request]) -> Tensor:
+        """One token per row -> next-token logits (N, V), of log-probabilities where there are examples."""
         n, length = len(tokens), step + 1
         positions = torch.full((n, 1), step, device=self.device)
         hidden = self.model.decoder(
@@ -113,6 +124,12 @@ class BeamTranslator:
             rows.memory_mask,
         )
         logits: Tensor = self.model.head(hidden[:, 0]).float()
+        logits[:, self.suppress] = -torch.inf
+        k = self.params.num_beams
+        for i, request in enumerate(live):
+            if request.store is not None:
+                own = slice(i * k, (i + 1) * k)
+                logits[own] = request.store.mix(logits[own], hidden[own, 0])
         return logits
 
     def _best(self, logits: Tensor, live: list[_Request], step: int) -> list[list[tuple[float, int, int]]]:
@@ -129,9 +146,8 @@ class BeamTranslator:
         return [list(zip(*row, strict=True)) for row in zip(*columns, strict=True)]
 
     def _guard(self, logits: Tensor, beams: list[list[int]], step: int) -> None:
-        """Suppression, minimum length and the repetition guards, in place."""
+        """Minimum length and the repetition guards, in place."""
         params = self.params
-        logits[:, self.suppress] = -torch.inf
         if step < params.min_new_tokens:
             logits[:, self.eos_id] = -torch.inf
         if params.repetition_penalty != 1.0 and step:

@@ -214,8 +214,8 @@ class FakeWorkshop:
 
 
 def make_settings(**values: object) -> Settings:
-    """Settings that no environment and no `.env` can change."""
-    return Settings(_env_file=None, **values)  # type: ignore[arg-type]
+    """Settings that no environment and no `.env` can change; by default without examples."""
+    return Settings(_env_file=None, **({"examples": ""} | values))  # type: ignore[arg-type]
 
 
 def load_fakes(settings: Settings, lifecycle: Lifecycle) -> Services:

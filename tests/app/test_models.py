@@ -146,6 +146,7 @@ def test_series_live_as_long_as_their_model() -> None:
             "generated_tokens_total",
             "reused_tokens_total",
             "reranked_total",
+            "with_examples_total",
             "queue_items",
             "queue_tokens",
             "rows_in_use",

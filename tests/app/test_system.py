@@ -96,6 +96,7 @@ async def test_info(client: Client) -> None:
         "none",
         [],
     )
+    assert info["tasks"]["translate"]["examples"] == 0
     assert info["limits"]["max_texts"] == 64
 
 

@@ -13,6 +13,7 @@ from app.casing import in_small_letters, reads_badly
 from app.endings import is_unmarked, set_apart, without_full_stop
 from app.protection import replace_runs, without_parts
 from app.spelling import narrow, plain_signs, respelt
+from model.examples import Examples
 from tests.app.fakes import FakeDecodeLane, byte_tokenizer
 
 Client = httpx.AsyncClient
@@ -559,6 +560,60 @@ async def test_the_way_back_counts_as_the_model_has_it_unless_something_is_asked
     assert [params.round_trip for params in asked] == [0.5, 0, 2.5, 0.5]
     task.config = replace(task.config, round_trip=0.0, languages={"en": 6, "ko": 7, "fr": 8})
     assert "knows no way back" in await refusal(client, "abc", round_trip=1)
+
+
+EXAMPLES = [
+    ("Close the door.", "문을 닫아라."),
+    ("Close the window.", "창문을 닫아라."),
+    ("Close the window.", "창문 닫아."),
+    ("Buy 3 apples.", "사과 3개를 사라."),
+]
+
+
+@pytest.fixture
+def with_examples(app: FastAPI) -> None:
+    task = app.state.services.tasks["translate"]
+    task.examples = Examples.build({("en", "ko"): EXAMPLES})
+    task.config = replace(task.config, example_weight=0.6)
+
+
+@pytest.mark.usefixtures("with_examples")
+async def test_each_sentence_has_its_examples(client: Client, translate_lane: FakeDecodeLane) -> None:
+    (answer,) = await translate(client, "Close the big window. Buy 4 apples. Zzz.", return_examples=True)
+    first, second, third = answer["examples"]
+    assert {(e["source"], e["target"]) for e in first} == set(EXAMPLES[1:3])
+    assert [e["likeness"] for e in first] == sorted((e["likeness"] for e in first), reverse=True)
+    assert [e["target"] for e in second] == ["사과 3개를 사라."]
+    assert third == []
+    sequences = translate_lane.submitted
+    assert [len(sequence.examples) for sequence in sequences] == [2, 1, 0]
+    assert [s.params.example_weight for s in sequences] == [0.6] * 3  # type: ignore[union-attr]
+    (apples,) = sequences[1].examples
+    assert apples.has_other_numbers
+    assert byte_tokenizer().decode(apples.target) == "사과 3개를 사라."
+    # The other way round.
+    (answer,) = await translate(client, "창문 닫아", return_examples=True)
+    assert [e["target"] for e in answer["examples"][0]] == ["Close the window."]
+    (answer,) = await translate(client, "Close the door.")
+    assert "examples" not in answer
+
+
+@pytest.mark.usefixtures("with_examples")
+async def test_examples_can_be_turned_off_and_up(client: Client, translate_lane: FakeDecodeLane) -> None:
+    for asked in (0, 0.95, None):
+        await translate(client, "Close the door.", examples=asked)
+    await client.post("/translate", json={"q": "Close the door.", "source": "en", "target": "ko"})
+    found = [(s.params.example_weight, len(s.examples)) for s in translate_lane.submitted]  # type: ignore[union-attr]
+    assert found == [(0.0, 0), (0.95, 1), (0.6, 1), (0.6, 1)]
+    (answer,) = await translate(client, "Close the door.", examples=0, return_examples=True)
+    assert answer["examples"] == [[]]
+    for wrong in (-0.1, 0.96):
+        assert f"examples is {wrong}, the limit is 0 to 0.95" in await refusal(client, "a", examples=wrong)
+
+
+async def test_without_examples_none_can_be_asked_for(client: Client) -> None:
+    assert "started without any" in await refusal(client, "a", examples=0.5)
+    assert (await translate(client, "a", examples=0, return_examples=True))[0]["examples"] == [[]]
 
 
 async def test_default_beams_and_length(client: Client, translate_lane: FakeDecodeLane) -> None:

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from app.api.deps import Services
 from app.lifecycle import Lifecycle
-from app.main import create_app, load_services
+from app.main import StartError, create_app, load_services
+from app.settings import Settings
 from model.checkpoint import CheckpointError, load_config, save
 from model.config import TransformerConfig
 from model.models import build_model
@@ -176,6 +178,57 @@ def test_a_shortlist_may_be_left_aside(weights: Path, tmp_path: Path, *, use_sho
     assert (lane.runner.shortlist is not None) is use_shortlist
     assert task.quantization == "int8"
     assert task.shortlist == (("ko",) if use_shortlist and lane.runner.kernels is not None else ())
+
+
+@pytest.mark.parametrize("steps", ["plain", "static"])
+async def test_a_known_sentence_is_translated_as_it_is_known(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: str
+) -> None:
+    """By a model that knows nothing, over HTTP, also where steps are static; others are answered, too."""
+    folder = tmp_path / "translator"
+    shutil.copytree(weights / "translator", folder)
+    values = json.loads((folder / "config.json").read_text())
+    languages = word_tokenizer().languages
+    (folder / "config.json").write_text(json.dumps(values | {"languages": languages, "example_weight": 0.95}))
+    (tmp_path / "own.en-ko.tsv").write_text("Best regards,\t감사합니다.\nGo home now.\t당장 집에 가.\n")
+    settings = make_settings(
+        translate_model=folder,
+        fill_mask_model="",
+        generate_model="",
+        classify_model="",
+        examples=str(tmp_path / "own.en-ko.tsv"),
+        cache_dir=tmp_path / "cache",
+        n_threads=1,
+        device="cpu",
+    )
+
+    def load(settings: Settings, lifecycle: Lifecycle) -> Services:
+        services = load_services(settings, lifecycle)
+        if steps == "static":
+            lane: Any = services.tasks["translate"].lane
+            lane.runner.make_static()
+        return services
+
+    app = create_app(settings, load)
+    async with app.router.lifespan_context(app):
+        transport = httpx.ASGITransport(app)
+        async with Client(transport=transport, base_url="http://test") as client:
+            body = {"inputs": ["Best regards,", "당장 집에 가.", "Something else."]}
+            known, back, other = (await client.post("/translate", json=body)).json()
+            info = (await client.get("/info")).json()
+            text = (await client.get("/metrics")).text
+    assert known["translation_text"] == "감사합니다."
+    assert back["translation_text"] == "Go home now."
+    assert "translation_text" in other
+    assert info["tasks"]["translate"]["examples"] == 2
+    assert 'transformer_with_examples_total{endpoint="translate",model="translator"} 2.0' in text
+    assert list((tmp_path / "cache").iterdir())
+
+
+def test_examples_that_were_asked_for_must_be_there(weights: Path, tmp_path: Path) -> None:
+    settings = make_settings(translate_model=weights / "translator", examples=str(tmp_path / "none"))
+    with pytest.raises(StartError, match=r"examples: .*none: no such file or folder"):
+        load_services(settings, Lifecycle())
 
 
 def test_a_folder_that_was_asked_for_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from model.decoding import Decoded, beam_search, causal_scorer, translator_score
 from model.inference import optimise
 from model.kernels import compiled
 from model.models import CausalLM, Translator
+from model.nearest import Datastore, ExampleIds, read_examples
 from model.quantize import KernelInt8Linear
 from model.round_trip import best_first, can_return, return_logprobs
 from model.sampling import BeamParams, SamplingParams, SamplingRows, penalise, sample
@@ -49,6 +50,8 @@ def load_bold(folder: Path, device: str = "cpu") -> Checkpoint:
         elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "up.weight")):
             weight.data *= 3
     checkpoint.model.embeddings.tokens.weight.data[checkpoint.config.eos_id] *= 2
+    # Its states are far from each other; the examples of tests are to have a say.
+    checkpoint.model.config = replace(checkpoint.config, example_reach=20.0, example_temperature=1.0)
     return checkpoint
 
 
@@ -234,13 +237,19 @@ class FailingTranslateRunner(TranslateRunner):
         self.fault("encode", [token for source in sources for token in source])
         super().encode(rows, sources, languages)
 
-    def step(self, first: int, token_ids: list[int], positions: list[int], *, part: bool = False) -> Tensor:
+    def _step_with_states(
+        self, first: int, token_ids: list[int], positions: list[int], *, part: bool
+    ) -> tuple[Tensor, Tensor]:
         self.fault("step", token_ids)
-        logits = super().step(first, token_ids, positions, part=part)
+        logits, hidden = super()._step_with_states(first, token_ids, positions, part=part)
         for row in (row for row, token in enumerate(token_ids) if token == self.nan_token):
             logits[row] = torch.nan
             self.cache.v[:, first + row] = torch.nan
-        return logits
+        return logits, hidden
+
+    def read_examples(self, rows: Items[int], examples: Items[ExampleIds], weight: float) -> None:
+        self.fault("examples", [token for example in examples for token in example.source])
+        super().read_examples(rows, examples, weight)
 
     def rank(self, logits: Tensor, n_best: int) -> list[list[tuple[int, float]]]:
         self.fault("rank", [])
@@ -265,6 +274,7 @@ class FailingTranslateRunner(TranslateRunner):
         self,
         head: KernelInt8Linear,
         hidden: Tensor,
+        stores: Items[Datastore | None],
         n_best: int,
         guards: Guards,
         owed: Mapping[int, Items[int]],
@@ -273,10 +283,10 @@ class FailingTranslateRunner(TranslateRunner):
             logits = self._project(hidden[:, None])
             if self.impossible is not None:
                 logits[:, self.impossible] = -torch.inf
-            logits = self.guard(logits, guards)
+            logits = self.guard(self._mix(logits, hidden, stores), guards)
             return self.rank(logits, n_best), self.score(logits, owed)
         self.n_ranked_at_once += guards.only_ban and not owed
-        return super()._among_all(head, hidden, n_best, guards, owed)
+        return super()._among_all(head, hidden, stores, n_best, guards, owed)
 
     def _read(self, first: int, token_ids: list[int], positions: list[int]) -> Tensor:
         hidden = super()._read(first, token_ids, positions)
@@ -405,7 +415,10 @@ def expected_translation(checkpoint: Checkpoint, sequence: Sequence) -> list[Dec
     """What the oracle of beam search says."""
     assert isinstance(checkpoint.model, Translator)
     assert isinstance(sequence.params, BeamParams)
-    params, score = sequence.params, translator_scorer(checkpoint.model, [sequence.prompt_ids])
+    params, model = sequence.params, checkpoint.model
+    digits = checkpoint.tokenizer.digit_ids
+    store = read_examples(model, sequence.examples, params.example_weight, digits)
+    score = translator_scorer(model, [sequence.prompt_ids], [store], suppressed(checkpoint))
     all_of_them = replace(params, num_return_sequences=params.num_beams)
     (decoded,) = beam_search(
         score, [[sequence.prompt_ids[1]]], checkpoint.config.eos_id, all_of_them, suppressed(checkpoint)
@@ -465,11 +478,25 @@ def random_translation(checkpoint: Checkpoint, rng: random.Random, **changes: ob
     }
     if values["early_stopping"] is None:  # else what was cut competes, too, and the oracle does not tell it
         values["round_trip"] = rng.choice([0.0, 0.0, 0.7])
+    values["example_weight"] = rng.choice([0.0, 0.0, 0.5, 0.9])
     ids = ordinary_ids(checkpoint)
-    text = [rng.choice(ids) for _ in range(rng.randint(1, 20))]
-    language = rng.choice(sorted(checkpoint.tokenizer.languages))
-    source = checkpoint.tokenizer.source_ids(text, language)
-    return Sequence(source, BeamParams(**(values | changes)))  # type: ignore[arg-type]
+
+    def text(most: int) -> list[int]:
+        return [rng.choice(ids) for _ in range(rng.randint(1, most))]
+
+    tokenizer, language = checkpoint.tokenizer, rng.choice(sorted(checkpoint.tokenizer.languages))
+    examples = [
+        ExampleIds(
+            tokenizer.source_ids(text(20), language),
+            [*tokenizer.target_ids(language), *text(12), tokenizer.eos_id],
+            rng.random(),
+            rng.random() < 0.3,
+        )
+        for _ in range(rng.choice([0, 1, 5]))
+    ]
+    source = tokenizer.source_ids(text(20), language)
+    params = BeamParams(**(values | changes))  # type: ignore[arg-type]
+    return Sequence(source, params, examples=examples)
 
 
 async def check_generations(checkpoint: Checkpoint, sequences: Iterable[Sequence]) -> None:

@@ -1,0 +1,399 @@
+"""Examples of translations, and which of them are most like a sentence that is to be translated.
+
+What `model.nearest` reads for each sentence. The likeness is Dice's coefficient of the features that two
+texts share: words and pairs of neighbouring words, or, in scripts that glue words together, pairs of
+neighbouring syllables; each counts the more, the rarer it is among the examples. An inverted index finds
+them: for each feature, the examples that have it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import lzma
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.weights import replace_file
+
+log = logging.getLogger("model.examples")
+
+MAX_CHARS = 400  # of a text; longer ones have no like
+_NAME = re.compile(r"\.([a-z]{2,3})-([a-z]{2,3})\.tsv(?:\.xz)?$")
+_NUMBER = re.compile(r"\d+")
+_FORM = "NAME.en-ko.tsv or NAME.en-ko.tsv.xz, by the languages of its last two columns"
+_VERSION = "2"  # of the index; another form of it has another
+_ROUNDING = 1e-3  # of sums in 32 bits
+_MOST_ALIKE = 4  # translations of the very same text
+# Of an answer in small letters where the text has none: how a noisy or an unfinished text was translated.
+_CARELESS = 0.8
+_OTHER_NUMBERS = 0.95
+# Of what is no sentence where the text is one, or the other way round.
+_OTHER_KIND = 0.9
+_ENDS = (".", "!", "?", "…", "。", "！", "？", '"', "”")
+_NEWLINE = 10
+_UNKNOWN, _LETTER, _SYLLABLE = 0, 1, 2
+# Hangul, its letters, kana, Han characters: no spaces, or none that part all words.
+_SYLLABLES = (("가", "힣"), ("ㄱ", "ㅣ"), ("\u3040", "\u30ff"), ("\u4e00", "\u9fff"))
+_PLACES = 64  # of a word, told apart
+_U32 = np.uint64(32)
+
+Numbers = NDArray[np.uint64]
+Ids = NDArray[np.int64]
+
+
+class ExamplesError(ValueError):
+    """Examples that cannot be read; the message names the file."""
+
+
+class Example(NamedTuple):
+    """A text, its translation, and how much the text is like the one that was asked for, 0 to 1."""
+
+    source: str
+    target: str
+    likeness: float
+
+
+Languages = tuple[str, str]
+
+
+class Examples:
+    """Examples of some pairs of languages, to be found from either side."""
+
+    def __init__(self, indices: Mapping[Languages, tuple[_Side, _Side]]) -> None:
+        self._indices = dict(indices)
+
+    def __len__(self) -> int:
+        return sum(len(left) for left, _ in self._indices.values())
+
+    @property
+    def languages(self) -> list[Languages]:
+        return list(self._indices)
+
+    def knows(self, src: str, tgt: str) -> bool:
+        """Are there translations between these?"""
+        return (src, tgt) in self._indices or (tgt, src) in self._indices
+
+    def find(self, text: str, src: str, tgt: str, n_best: int, least: float) -> list[Example]:
+        """At most n_best examples with a likeness of at least `least`, the likest first.
+
+        Where there are translations of the very text, those alone.
+        """
+        sides = self._indices.get((src, tgt)) or (self._indices.get((tgt, src)) or ())[::-1]
+        if not sides or len(text) > MAX_CHARS:
+            return []
+        own, other = sides
+        found = [Example(own.text(i), other.text(i), likeness) for i, likeness in own.find(text, least)]
+        return _chosen(text, found, n_best, least)
+
+    @classmethod
+    def build(cls, pairs: Mapping[Languages, Iterable[tuple[str, str]]]) -> Examples:
+        """Each pair of texts once; texts that are empty or longer than MAX_CHARS are left out."""
+        indices = {}
+        for languages, given in pairs.items():
+            kept = list(dict.fromkeys(pair for pair in given if _is_usable(pair)))
+            left, right = ([pair[side] for pair in kept] for side in (0, 1))
+            indices[languages] = _Side.build(left), _Side.build(right)
+        return cls(indices)
+
+    def save(self, path: Path, digest: str) -> None:
+        """Write the index; `digest` says what it was made of."""
+        tensors = {
+            f"{src}-{tgt}.{name}.{part}": torch.from_numpy(array)
+            for (src, tgt), sides in self._indices.items()
+            for name, side in zip(("left", "right"), sides, strict=True)
+            for part, array in side.arrays.items()
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, lambda part: save_file(tensors, part, metadata={"digest": digest}))
+
+    @classmethod
+    def load(cls, path: Path, digest: str) -> Examples | None:
+        """What `save` wrote, mapped into memory; None where there is nothing, or something else."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("digest") != digest:
+                    return None
+                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            indices: dict[Languages, tuple[_Side, _Side]] = {}
+            for code in sorted({name.partition(".")[0] for name in tensors}):
+                src, _, tgt = code.partition("-")
+                left, right = (
+                    _Side({part: tensors[f"{code}.{name}.{part}"].numpy() for part in _Side.PARTS})
+                    for name in ("left", "right")
+                )
+                indices[src, tgt] = left, right
+        except (OSError, SafetensorError, KeyError):
+            return None
+        return cls(indices)
+
+
+def _is_usable(pair: tuple[str, str]) -> bool:
+    return all(0 < len(text) <= MAX_CHARS and "\n" not in text for text in pair)
+
+
+def _chosen(text: str, found: Sequence[Example], n_best: int, least: float) -> list[Example]:
+    """The likest; of the same text all translations, and no others."""
+    careful = [each._replace(likeness=each.likeness * _share(text, each)) for each in found]
+    for same in (
+        [each for each in careful if each.source.strip() == text.strip()],
+        [each for each in careful if _plain(each.source) == _plain(text)],
+    ):
+        if same:
+            best = max(each.likeness for each in same)
+            return [each for each in same if each.likeness == best][:_MOST_ALIKE]
+    ranked = sorted(careful, key=lambda each: -each.likeness)
+    return [each for each in ranked if each.likeness >= least][:n_best]
+
+
+def _share(text: str, example: Example) -> float:
+    """What remains of an example's likeness where it is written in another manner."""
+    careless = example.target[:1].islower() and not text.strip()[:1].islower()
+    ends = text.rstrip().endswith(_ENDS), example.source.endswith(_ENDS)
+    share = (_CARELESS if careless else 1.0) * (_OTHER_KIND if ends[0] != ends[1] else 1.0)
+    return share * (_OTHER_NUMBERS if numbers_of(text) != numbers_of(example.source) else 1.0)
+
+
+def numbers_of(text: str) -> list[str]:
+    """The runs of digits in a text, in rising order."""
+    return sorted(_NUMBER.findall(text))
+
+
+def _plain(text: str) -> str:
+    """A text by its words alone."""
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+# --- one side -----------------------------------------------------------------------------------
+
+
+class _Side:
+    """The texts of one language with their inverted index.
+
+    `blob` holds the texts in UTF-8, text i in blob[ends[i - 1] : ends[i]]. Feature f of F, in rising order of
+    their numbers, has the texts postings[starts[f] : starts[f + 1]]; totals[i] is what all of text i's count.
+    """
+
+    PARTS = ("blob", "ends", "features", "starts", "postings", "totals")
+
+    def __init__(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        self.arrays = dict(arrays)
+        self._blob, self._ends, self._features, self._starts, self._postings, self._totals = (
+            arrays[part] for part in self.PARTS
+        )
+        # What each feature counts, (F,).
+        self._weights = np.log1p(len(self) / np.diff(self._starts)).astype(np.float32)
+
+    @classmethod
+    def build(cls, texts: Sequence[str]) -> _Side:
+        encoded = [text.encode() for text in texts]
+        keys = _features(texts)
+        features = keys >> _U32
+        first = np.ones(len(features), dtype=bool)
+        first[1:] = features[1:] != features[:-1]
+        (begins,) = np.nonzero(first)
+        starts = np.append(begins, len(keys)).astype(np.int64)
+        postings = (keys & np.uint64(0xFFFFFFFF)).astype(np.int32)
+        counts = np.diff(starts)
+        each = np.repeat(np.log1p(len(texts) / counts), counts)
+        return cls(
+            {
+                "blob": np.frombuffer(b"".join(encoded), dtype=np.uint8).copy(),
+                "ends": np.cumsum([len(each) for each in encoded], dtype=np.int64),
+                "features": features[begins].astype(np.int64),
+                "starts": starts,
+                "postings": postings,
+                "totals": np.bincount(postings, each, minlength=len(texts)).astype(np.float32),
+            }
+        )
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def text(self, i: int) -> str:
+        start = int(self._ends[i - 1]) if i else 0
+        return bytes(self._blob[start : int(self._ends[i])]).decode()
+
+    def find(self, text: str, least: float) -> list[tuple[int, float]]:
+        """All texts with a likeness of at least `least`, in no order."""
+        own = (_features([text]) >> _U32).astype(np.int64)
+        known, total = self._weighed(own)
+        if not len(known):
+            return []
+        # Of texts as like as `least` the shared part is at least so much: 2c >= least (total + c).
+        needed = least * total / (2 - least)
+        # The most frequent features, which the longest lists are of, are looked up for those texts alone that
+        # could come to that with all of them; half of it must come from others, so that these are not many.
+        often = known[np.argsort(self._starts[known] - self._starts[known + 1], kind="stable")]
+        n_late = int(np.searchsorted(np.cumsum(self._weights[often]), needed / 2, side="right"))
+        late, soon = often[:n_late], often[n_late:]
+        shared = np.zeros(len(self), dtype=np.float32)
+        for feature in soon:
+            shared[self._texts_with(feature)] += self._weights[feature]
+        (places,) = np.nonzero(shared > max(needed - float(self._weights[late].sum()) - _ROUNDING, 0.0))
+        found = shared[places]
+        for feature in late:
+            having = self._texts_with(feature)
+            at = np.minimum(np.searchsorted(having, places), len(having) - 1)
+            found += self._weights[feature] * (having[at] == places)
+        likeness = 2 * found / (total + self._totals[places])
+        (enough,) = np.nonzero(likeness >= least - _ROUNDING)
+        return [(int(places[i]), float(likeness[i])) for i in enough]
+
+    def _texts_with(self, feature: np.int64) -> NDArray[np.int32]:
+        """In rising order."""
+        texts: NDArray[np.int32] = self._postings[self._starts[feature] : self._starts[feature + 1]]
+        return texts
+
+    def _weighed(self, features: Ids) -> tuple[Ids, float]:
+        """Which of some features there are, and what all of them count: unknown ones as the rarest."""
+        at = np.searchsorted(self._features, features)
+        at = np.minimum(at, max(len(self._features) - 1, 0))
+        known = at[self._features[at] == features] if len(self._features) else at[:0]
+        rarest = float(np.log1p(len(self)))
+        return known, float(self._weights[known].sum()) + rarest * (len(features) - len(known))
+
+
+def _features(texts: Sequence[str]) -> Numbers:
+    """Of all texts (N,) the features that each has, once: feature << 32 | the text's place, in rising order.
+
+    Two features that have one number by chance do no harm: what is found is compared as a whole.
+    """
+    lowered = "".join(text.lower().replace("\n", " ") + "\n" for text in texts)
+    lowered = _NUMBER.sub("0", lowered)  # what is said of a number is said of others
+    # Pictures and rare scripts, beyond the first 65,536 characters, are no letters here.
+    codes = np.minimum(np.frombuffer(lowered.encode("utf-32-le", "surrogatepass"), dtype=np.uint32), 0xFFFF)
+    kinds = _kinds(codes)
+    rows = np.cumsum(codes == _NEWLINE).astype(np.uint64)  # right but for the line's end, which is no feature
+    before = np.concatenate(([_UNKNOWN], kinds[:-1]))
+    begins = (kinds == _LETTER) & (before != _LETTER)
+    (starts,), (letters,) = np.nonzero(begins), np.nonzero(kinds == _LETTER)
+    (syllables,) = np.nonzero(kinds == _SYLLABLE)
+    parts, places = [np.empty(0, dtype=np.uint64)], [np.empty(0, dtype=np.uint64)]
+    if len(starts):
+        in_word = letters - starts[np.cumsum(begins)[letters] - 1]
+        spelt = codes[letters].astype(np.uint64) * _POWERS[in_word % _PLACES]
+        words = np.add.reduceat(spelt, np.searchsorted(letters, starts))
+        row = rows[starts]
+        together = row[1:] == row[:-1]
+        pairs = words[:-1] * np.uint64(31) + words[1:] * _POWERS[1]
+        parts += [_mixed(words), _mixed(pairs[together])]
+        places += [row, row[1:][together]]
+    if len(syllables):
+        # The first of a word with nothing, so that one of a single syllable has a feature, too.
+        first = before[syllables] != _SYLLABLE
+        earlier = np.where(first, 0, codes[np.maximum(syllables - 1, 0)]).astype(np.uint64)
+        parts.append(_mixed((earlier << np.uint64(21) | codes[syllables]) * _POWERS[0]))
+        places.append(rows[syllables])
+    keys = np.sort(np.concatenate(parts) << _U32 | np.concatenate(places))
+    # `np.unique` may hash, which takes twenty times as long.
+    return keys[np.concatenate(([True], keys[1:] != keys[:-1]))[: len(keys)]]
+
+
+_POWERS = np.array([pow(0x9E3779B97F4A7C15, n + 1, 2**64) for n in range(_PLACES)], dtype=np.uint64)
+
+
+def _mixed(numbers: Numbers) -> Numbers:
+    """Numbers of 64 bits -> numbers of 32 in which every bit counts (the last steps of splitmix64)."""
+    mixed = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    return (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB) >> _U32
+
+
+def _kinds(codes: NDArray[np.uint32]) -> NDArray[np.uint8]:
+    """What each character is: a letter or digit, a syllable, or neither."""
+    counts = np.bincount(codes)
+    kinds = np.zeros(len(counts), dtype=np.uint8)
+    for code in np.flatnonzero(counts):
+        sign = chr(code)
+        if any(first <= sign <= last for first, last in _SYLLABLES):
+            kinds[code] = _SYLLABLE
+        elif sign.isalnum():
+            kinds[code] = _LETTER
+    return kinds[codes]
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def find_files(places: Iterable[Path]) -> list[Path]:
+    """Files that are named, and those of the right form in folders. Raises ExamplesError."""
+    files: list[Path] = []
+    for place in places:
+        if place.is_dir():
+            files += sorted(path for path in place.iterdir() if _NAME.search(path.name))
+        elif not place.is_file():
+            raise ExamplesError(f"{place}: no such file or folder")
+        elif not _NAME.search(place.name):
+            raise ExamplesError(f"{place}: a file of examples is called {_FORM}")
+        else:
+            files.append(place)
+    return files
+
+
+def load_examples(places: Iterable[Path], cache: Path) -> Examples:
+    """The examples of files and folders; their index is made once and kept in the folder `cache`.
+
+    Raises ExamplesError.
+    """
+    files = find_files(places)
+    digest = _digest(files)
+    path = cache / f"examples-{digest[:16]}.safetensors"
+    if (kept := Examples.load(path, digest)) is not None:
+        return kept
+    log.info("making an index of the examples in %d files, once", len(files))
+    pairs: dict[Languages, list[tuple[str, str]]] = {}
+    for file in files:
+        src, tgt = _languages_of(file)
+        pairs.setdefault((src, tgt), []).extend(_read(file))
+    n_given = sum(map(len, pairs.values()))
+    examples = Examples.build(pairs)
+    log.info("%d pairs, of which %d differ and have a usable length", n_given, len(examples))
+    try:
+        examples.save(path, digest)
+    except OSError as error:
+        log.warning("the index of examples is not kept, and is made at each start: %s", error)
+    return examples
+
+
+def _languages_of(file: Path) -> Languages:
+    named = _NAME.search(file.name)
+    assert named is not None
+    return named[1], named[2]
+
+
+def _digest(files: Sequence[Path]) -> str:
+    whole = hashlib.sha256(_VERSION.encode())
+    for file in files:
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise ExamplesError(f"{file}: {error.strerror}") from None
+        whole.update(f"\0{file.name}\0{len(content)}\0".encode() + content)
+    return whole.hexdigest()
+
+
+def _read(file: Path) -> Iterator[tuple[str, str]]:
+    """The last two columns of each line that is not empty. Raises ExamplesError."""
+    try:
+        content = file.read_bytes()
+        text = (lzma.decompress(content) if file.suffix == ".xz" else content).decode("utf-8-sig")
+    except (OSError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise ExamplesError(f"{file}: {error}") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        columns = line.rstrip("\r").split("\t")
+        if len(columns) not in (2, 3):
+            raise ExamplesError(
+                f"{file}:{number}: {len(columns)} columns, not 2 (two texts) or 3 (a label, two texts)"
+            )
+        yield columns[-2].strip(), columns[-1].strip()

@@ -1,0 +1,128 @@
+"""Nearest-neighbour translation: what the decoder did in translations that are known helps it in this one.
+
+Khandelwal et al. 2021, "Nearest Neighbor Machine Translation": the decoder is led through examples, and each
+of its states there is kept with the token that followed. While it translates, the states nearest to its own
+say which token may come next, and their word is mixed with the model's. As in Dai et al. 2023, "Simple and
+Scalable Nearest Neighbor Machine Translation", only a few examples that are like the sentence are read, for
+each sentence anew, and what they count falls with their distance: far from all the model speaks alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.examples import Example, Examples, numbers_of
+from model.languages import iso_code
+from model.models import Translator
+from model.tokenizer import Tokenizer
+from model.transfer import padded
+
+_MOST_NEAR = 8  # states that have a say
+# Of examples that are read for a sentence: how many, and how much like it at least.
+_MOST_EXAMPLES, _LEAST_LIKENESS = 6, 0.5
+
+Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class ExampleIds(NamedTuple):
+    """An example in tokens: the encoder's input, and the decoder's, from its first token to the end token.
+
+    `likeness`, 0 to 1, is how much it is like the sentence that is translated. One with other numbers than
+    this has no say where a digit is to come.
+    """
+
+    source: list[int]
+    target: list[int]
+    likeness: float = 1.0
+    has_other_numbers: bool = False
+
+
+class Datastore(NamedTuple):
+    """States of the decoder, keys (N, D), the token that followed each, values (N,), and what they count.
+
+    offsets (N,) are added to the distances: whatever its states, an example that is little like the sentence
+    is far away.
+    """
+
+    keys: Tensor
+    values: Tensor
+    offsets: Tensor
+    weight: float
+    reach: float
+    temperature: float
+
+    def mix(self, logits: Tensor, hidden: Tensor) -> Tensor:
+        """logits (R, V) of the states hidden (R, D) -> log-probabilities (R, V), of which examples are part.
+
+        What is impossible stays so. A distance is the mean of the squared differences of two states.
+        """
+        # Row by row, so that no product's rounding hangs on the number of rows.
+        distances = (hidden.float()[:, None] - self.keys).pow(2).mean(-1) + self.offsets
+        near, places = distances.topk(min(_MOST_NEAR, len(self.keys)), largest=False)
+        share = self.weight * (1 - near[:, :1] / self.reach).clamp(min=0.0)
+        said = torch.zeros_like(logits)
+        said.scatter_add_(1, self.values[places], (-near / self.temperature).softmax(-1))
+        mixed = (1 - share) * logits.softmax(-1) + share * said
+        return mixed.log().masked_fill_(logits == -torch.inf, -torch.inf)
+
+
+def find_examples(examples: Examples, text: str, src: str, tgt: str) -> list[Example]:
+    """Those that are read for a text between two languages of the model's names for them."""
+    return examples.find(text, iso_code(src), iso_code(tgt), _MOST_EXAMPLES, _LEAST_LIKENESS)
+
+
+def example_ids(
+    found: Iterable[Example], text: str, tokenizer: Tokenizer, src: str, tgt: str, max_len: int
+) -> list[ExampleIds]:
+    """Examples that were found for a text in tokens, but for those of more than max_len on either side."""
+    begin, numbers = tokenizer.target_ids(tgt), numbers_of(text)
+    every = (
+        ExampleIds(
+            tokenizer.source_ids(tokenizer.encode(example.source), tgt, src_lang=src),
+            [*begin, *tokenizer.encode(example.target), tokenizer.eos_id],
+            example.likeness,
+            numbers_of(example.source) != numbers,
+        )
+        for example in found
+    )
+    return [each for each in every if max(len(each.source), len(each.target)) <= max_len]
+
+
+@torch.no_grad()
+def read_examples(
+    model: Translator,
+    examples: Sequence[ExampleIds],
+    weight: float,
+    digit_ids: Iterable[int] = (),
+    decode: Decode | None = None,
+) -> Datastore | None:
+    """Lead the decoder through examples; None where they leave nothing to go by.
+
+    `decode` may take the place of `Translator.decode`.
+    """
+    if not examples or not weight:
+        return None
+    config, device = model.config, model.embeddings.tokens.weight.device
+    sources = padded([example.source for example in examples], config.pad_id, device)
+    targets = padded([example.target for example in examples], config.pad_id, device)
+    hidden = (decode or model.decode)(targets[:, :-1], *model.encode(sources))
+    values = targets[:, 1:]
+    counted = values != config.pad_id
+    wary = torch.tensor([example.has_other_numbers for example in examples], device=device)
+    counted &= ~(wary[:, None] & torch.isin(values, torch.tensor([*digit_ids], device=device)))
+    if not bool(counted.any()):
+        return None
+    unlike = torch.tensor([1 - example.likeness for example in examples], device=device)
+    offsets = (config.example_offset * unlike)[:, None].expand(counted.shape)
+    return Datastore(
+        hidden[counted].float(),
+        values[counted],
+        offsets[counted],
+        weight,
+        config.example_reach,
+        config.example_temperature,
+    )
