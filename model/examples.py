@@ -350,10 +350,7 @@ def load_examples(places: Iterable[Path], cache: Path) -> Examples:
     if (kept := Examples.load(path, digest)) is not None:
         return kept
     log.info("making an index of the examples in %d files, once", len(files))
-    pairs: dict[Languages, list[tuple[str, str]]] = {}
-    for file in files:
-        src, tgt = _languages_of(file)
-        pairs.setdefault((src, tgt), []).extend(_read(file))
+    pairs = read_files(files)
     n_given = sum(map(len, pairs.values()))
     examples = Examples.build(pairs)
     log.info("%d pairs, of which %d differ and have a usable length", n_given, len(examples))
@@ -364,10 +361,14 @@ def load_examples(places: Iterable[Path], cache: Path) -> Examples:
     return examples
 
 
-def _languages_of(file: Path) -> Languages:
-    named = _NAME.search(file.name)
-    assert named is not None
-    return named[1], named[2]
+def read_files(files: Iterable[Path]) -> dict[Languages, list[tuple[str, str]]]:
+    """The pairs of files that `find_files` found, by their languages. Raises ExamplesError."""
+    pairs: dict[Languages, list[tuple[str, str]]] = {}
+    for file in files:
+        named = _NAME.search(file.name)
+        assert named is not None
+        pairs.setdefault((named[1], named[2]), []).extend(_read(file))
+    return pairs
 
 
 def _digest(files: Sequence[Path]) -> str:

@@ -23,7 +23,7 @@ from model.transfer import padded
 
 _MOST_NEAR = 8  # states that have a say
 # Of examples that are read for a sentence: how many, and how much like it at least.
-_MOST_EXAMPLES, _LEAST_LIKENESS = 6, 0.5
+_MOST_EXAMPLES, _LEAST_LIKENESS = 4, 0.5
 
 Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -64,10 +64,14 @@ class Datastore(NamedTuple):
         distances = (hidden.float()[:, None] - self.keys).pow(2).mean(-1) + self.offsets
         near, places = distances.topk(min(_MOST_NEAR, len(self.keys)), largest=False)
         share = self.weight * (1 - near[:, :1] / self.reach).clamp(min=0.0)
-        said = torch.zeros_like(logits)
-        said.scatter_add_(1, self.values[places], (-near / self.temperature).softmax(-1))
-        mixed = (1 - share) * logits.softmax(-1) + share * said
-        return mixed.log().masked_fill_(logits == -torch.inf, -torch.inf)
+        tokens = self.values[places]
+        votes = (-near / self.temperature).softmax(-1)
+        # What all states say for a token stands at each of those that say it.
+        said = ((tokens[:, :, None] == tokens[:, None]) * votes[:, None]).sum(-1)
+        mixed = logits.log_softmax(-1).add_((1 - share).log())
+        own = mixed.gather(1, tokens)
+        both = (own.exp() + share * said).log().masked_fill(own == -torch.inf, -torch.inf)
+        return mixed.scatter_(1, tokens, both)
 
 
 def find_examples(examples: Examples, text: str, src: str, tgt: str) -> list[Example]:

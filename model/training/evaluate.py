@@ -13,6 +13,7 @@ import sacrebleu
 import torch
 
 from model.checkpoint import Checkpoint, CheckpointError, load
+from model.examples import Examples, find_files, read_files
 from model.inference import optimise
 from model.kernels import compiled
 from model.models import CausalLM, Classifier, MaskedLM, Translator
@@ -36,7 +37,7 @@ from model.training.scores import (
     score_ngram,
     translate_all,
 )
-from model.training.shards import Document, Shard
+from model.training.shards import Document, Shard, held_out
 
 T = TypeVar("T")
 PAIR_PACK = "written.en-ko.tsv.xz"
@@ -113,6 +114,11 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--beams", type=int, default=4)
     parser.add_argument("--length-penalty", type=float, help="else the model's own")
     parser.add_argument("--round-trip", type=float, help="what the way back counts; else the model's own")
+    parser.add_argument(
+        "--examples", type=Path, action="append", default=[], metavar="PLACE",
+        help="a file or folder of known translations that a translator reads, as the service does, but for "
+        "pairs that are held out; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--no-repeat-ngram-size", type=int, default=0, metavar="N")
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -177,13 +183,13 @@ def _report(arguments: argparse.Namespace) -> str:
 def _translator_rows(
     arguments: argparse.Namespace, checkpoint: Checkpoint, model: Translator
 ) -> tuple[list[Row], str]:
-    params = _beam_params(arguments, checkpoint)
+    params, examples = _beam_params(arguments, checkpoint), _examples(arguments)
     rows = []
     held: dict[str, tuple[Corpus, list[Translation]]] = {}
     for corpus in corpora(arguments):
         language = corpus.direction[-2:]
         translations = translate_all(
-            model, checkpoint.tokenizer, corpus.sources, language, params, arguments.rows
+            model, checkpoint.tokenizer, corpus.sources, language, params, arguments.rows, examples
         )
         rows.append(score_corpus(corpus, translations))
         _show(corpus, translations[: arguments.show])
@@ -197,7 +203,19 @@ def _translator_rows(
         f"sacrebleu {sacrebleu.__version__}; BLEU with {bleu_tokenizer('en')} for English and "
         f"{bleu_tokenizer('ko')} for Korean, chrF2; {_search(params)}."
     )
+    if examples is not None:
+        note += f" With {len(examples)} examples, among them none that is held out."
     return rows, note
+
+
+def _examples(arguments: argparse.Namespace) -> Examples | None:
+    """What the service reads, but for what is measured."""
+    pairs = read_files(find_files(arguments.examples))
+    kept = {
+        languages: (pair for pair in each if not any(map(held_out, pair)))
+        for languages, each in pairs.items()
+    }
+    return Examples.build(kept) if kept else None
 
 
 def _search(params: BeamParams) -> str:
@@ -224,6 +242,7 @@ def _beam_params(arguments: argparse.Namespace, checkpoint: Checkpoint) -> BeamP
         no_repeat_ngram_size=arguments.no_repeat_ngram_size,
         repetition_penalty=arguments.repetition_penalty,
         max_new_tokens=longest,
+        example_weight=checkpoint.config.example_weight if arguments.examples else 0.0,
         round_trip=checkpoint.config.round_trip if arguments.round_trip is None else arguments.round_trip,
     )
 
@@ -232,10 +251,10 @@ def _failure_tables(
     arguments: argparse.Namespace, checkpoint: Checkpoint, model: Translator
 ) -> list[list[Row]]:
     """What should be copied, and the counts of failures over held-out sentences of every source."""
-    params = _beam_params(arguments, checkpoint)
+    params, examples = _beam_params(arguments, checkpoint), _examples(arguments)
 
     def translate(texts: Sequence[str], language: str) -> list[Translation]:
-        return translate_all(model, checkpoint.tokenizer, texts, language, params, arguments.rows)
+        return translate_all(model, checkpoint.tokenizer, texts, language, params, arguments.rows, examples)
 
     tables = [copying_rows(translate, read_copying())] if arguments.copying else []
     if arguments.everyday:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from model.decoding import Decoded
+from model.examples import Examples
 from model.models import CausalLM, MaskedLM, Translator, build_model
 from model.round_trip import return_logprobs
 from model.sampling import BeamParams
@@ -18,6 +19,7 @@ from model.tokenizer import Tokenizer
 from model.training.evaluate import (
     START,
     STOP,
+    _examples,
     add_evaluate_arguments,
     corpora,
     evaluate_command,
@@ -38,7 +40,10 @@ from model.training.scores import (
     translate_all,
     wrong_script,
 )
+from model.training.shards import held_out
 from tests.tiny import PAIRS, TinyFolders, fitting_config
+
+EN, KO = [en for en, _ in PAIRS], [ko for _, ko in PAIRS]
 
 
 @pytest.fixture
@@ -108,6 +113,33 @@ def test_a_perfect_translation() -> None:
 def test_bleu_knows_its_tokenizer() -> None:
     assert bleu_tokenizer("en") == "13a"
     assert bleu_tokenizer("ko") in ("ko-mecab", "char")
+
+
+def test_known_sentences_are_translated_as_they_are_known(tokenizer: Tokenizer) -> None:
+    torch.manual_seed(19)
+    model = build_model(fitting_config("translator", tokenizer)).eval()
+    assert isinstance(model, Translator)
+    examples = Examples.build({("en", "ko"): PAIRS})
+    params = BeamParams(2, max_new_tokens=60, example_weight=0.95)
+    for language, sources, targets in (("ko", EN, KO), ("en", KO, EN)):
+        found = translate_all(model, tokenizer, sources, language, params, examples=examples)
+        assert [each.text for each in found] == targets
+    without = translate_all(
+        model, tokenizer, EN, "ko", replace(params, example_weight=0.0), examples=examples
+    )
+    assert [each.text for each in without] != KO
+
+
+def test_what_is_measured_is_no_example(tmp_path: Path) -> None:
+    texts = [f"text {n}" for n in range(300)]
+    held = [text for text in texts if held_out(text)]
+    assert held
+    pack = tmp_path / "a.en-ko.tsv"
+    pack.write_text("".join(f"{text}\t글\n" for text in texts))
+    examples = _examples(argparse.Namespace(examples=[tmp_path]))
+    assert examples is not None
+    assert len(examples) == len(texts) - len(held)
+    assert _examples(argparse.Namespace(examples=[])) is None
 
 
 def test_translations_keep_their_order_and_do_not_depend_on_the_batch(tokenizer: Tokenizer) -> None:
