@@ -9,6 +9,8 @@ closed  so many clients, each sending its next request when the last one is answ
         into the bare engine (same settings, another process, same number at a time) for what HTTP costs
 open    requests at a fixed rate, whatever is still under way; latencies count from the due time
 mixed   the three endpoints at once
+examples  translations of a hundred everyday sentences with and without known ones of similar sentences, in
+        turn, by so many clients; everything else translates without, as the bare engine does
 long    streams that run alone, then with one long prompt coming in; random weights, which know long contexts
 
 Generations are streamed, and all of full length: the end token's row of the shipped weights is zeroed.
@@ -43,6 +45,7 @@ from model.tokenizer import Tokenizer
 
 TASKS = ("generate", "translate", "fill-mask")
 SHARES = (0.5, 0.95, 0.99)
+EVERYDAY = ROOT / "model/training/texts/everyday.tsv"  # which no examples hold
 SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": 7}
 LONG, LONG_PROMPT, LONG_CONTEXT = "long", 2000, 4096
 # The shipped generation model's sizes, with a longer context.
@@ -64,7 +67,7 @@ def call(task: str, number: int, n_new: int, at: float = 0.0, sampling: dict[str
     """The request of a number; sampling is what a generation draws by, nothing means greedy."""
     parameters: dict[str, dict[str, Any]] = {
         "fill-mask": {"top_k": 5},
-        "translate": {"tgt_lang": "ko", "num_beams": 4, "max_new_tokens": n_new},
+        "translate": {"tgt_lang": "ko", "num_beams": 4, "max_new_tokens": n_new, "examples": 0},
         # As the bare engine is asked: without the penalty that the model has of its own.
         "generate": {"max_new_tokens": n_new, "repetition_penalty": 1.0} | (sampling or {}),
     }
@@ -195,6 +198,26 @@ def mixed(port: int, report: Report, arguments: argparse.Namespace) -> None:
     report.add("mixed, 24 clients", send(port, calls, min(24, len(calls))))
 
 
+def examples(port: int, report: Report, arguments: argparse.Namespace) -> None:
+    """What reading examples costs over HTTP; the table has the first round with them."""
+    texts = [line.partition("\t")[2] for line in EVERYDAY.read_text(encoding="utf-8").splitlines()]
+    without, with_them = (
+        [Call("/translate", json.dumps({"inputs": text, "parameters": parameters})) for text in texts]
+        for parameters in ({"examples": 0}, {})
+    )
+    for n in arguments.clients:
+        send(port, with_them[:n], n)  # warm
+        rounds = [(send(port, without, n), send(port, with_them, n)) for _ in range(arguments.rounds)]
+        shares = [100 * off.seconds / on.seconds for off, on in rounds]
+        added = [
+            1000
+            * (median(a.ended - a.sent for a in on.answers) - median(a.ended - a.sent for a in off.answers))
+            for off, on in rounds
+        ]
+        cost = f"{spread(shares, 0)}% of the requests without examples, adds {spread(added, 1)} ms"
+        report.add(f"examples, {n} clients", rounds[0][1], cost)
+
+
 def long_prompt(folder: Path, settings: dict[str, str], arguments: argparse.Namespace) -> None:
     """How far the gaps of running streams stretch when a long prompt comes in. Raises `LoadFailed`."""
     n, vocab_size = arguments.streams, Tokenizer.load(folder).vocab_size
@@ -237,7 +260,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = make_parser(__doc__)
     add_settings(parser)
-    parts = ["closed", "open", "mixed", "long"]
+    parts = ["closed", "open", "mixed", "examples", "long"]
     add = parser.add_argument
     add("--parts", nargs="+", choices=parts, default=parts)
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -270,7 +293,7 @@ def main(words: list[str] | None = None) -> None:
     )
     print(head(command_line("serve", words), "fastapi", "uvicorn", notes=notes))
     with tempfile.TemporaryDirectory() as scratch:
-        if set(arguments.parts) & {"closed", "open", "mixed"}:
+        if set(arguments.parts) - {"long"}:
             endless = make_endless(SHIPPED["generate"], Path(scratch) / "generate")
             shipped_weights({"generate_model": str(endless)} | settings, arguments)
         if "long" in arguments.parts:
@@ -289,6 +312,8 @@ def shipped_weights(settings: dict[str, str], arguments: argparse.Namespace) -> 
             open_loop(port, report, arguments)
         if "mixed" in arguments.parts:
             mixed(port, report, arguments)
+        if "examples" in arguments.parts:
+            examples(port, report, arguments)
     print()
 
 
