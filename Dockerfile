@@ -47,6 +47,11 @@ COPY LICENSE pyproject.toml ./
 COPY weights ./weights
 COPY model ./model
 COPY app ./app
+# The index of known translations, which every start else would make.
+ENV TRANSFORMER_CACHE_DIR=/srv/cache
+RUN python -c "from pathlib import Path; from model.examples import load_examples; \
+      load_examples([Path('model/training/texts')], Path('cache'))" \
+ && chmod -R a+rX cache
 USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM
