@@ -113,7 +113,7 @@ def load_services(settings: Settings, lifecycle: Lifecycle) -> Services:
     with ThreadPoolExecutor(1) as pool:  # a second of a compiler's time, beside a second of Python's
         compiling = pool.submit(wanted_kernels, settings, device)
         languages.load()
-        examples = wanted_examples(settings)
+        examples = wanted_examples(settings, wanted)
     workshop = ModelWorkshop(
         device,
         dtype,
@@ -199,13 +199,22 @@ def wanted_kernels(settings: Settings, device: torch.device) -> Kernels | None:
     return compiled() if device.type == "cpu" and settings.compile_kernels else None
 
 
-def wanted_examples(settings: Settings) -> Examples | None:
-    """Those that the settings name, without a default folder that is not there. Raises StartError."""
+def wanted_examples(settings: Settings, wanted: Iterable[tuple[str, str, Path]]) -> Examples | None:
+    """Those that the settings name, for a translator; without a default folder that is not there.
+
+    Raises StartError.
+    """
     places = [Path(place.strip()) for place in settings.examples.split(",") if place.strip()]
+    if not any(endpoint == "translate" for endpoint, _, _ in wanted):
+        return None
     if not is_given(settings, "examples"):
         places = [place for place in places if place.is_dir()]
     try:
-        return load_examples(places, settings.cache_dir.expanduser()) if places else None
+        cache = settings.cache_dir.expanduser()
+    except RuntimeError:  # a user without a home
+        cache = None
+    try:
+        return load_examples(places, cache) if places else None
     except ExamplesError as error:
         raise StartError(f"examples: {error}") from None
 

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.languages import iso_code
 from model.weights import replace_file
 
 log = logging.getLogger("model.examples")
@@ -31,14 +32,20 @@ MAX_CHARS = 400  # of a text; longer ones have no like
 _NAME = re.compile(r"\.([a-z]{2,3})-([a-z]{2,3})\.tsv(?:\.xz)?$")
 _NUMBER = re.compile(r"\d+")
 _FORM = "NAME.en-ko.tsv or NAME.en-ko.tsv.xz, by the languages of its last two columns"
-_VERSION = "2"  # of the index; another form of it has another
+_KEPT, _MOST_KEPT = "examples-", 3
+_VERSION = "3"  # of the index; another form of it has another
 _ROUNDING = 1e-3  # of sums in 32 bits
 _MOST_ALIKE = 4  # translations of the very same text
 # Of an answer in small letters where the text has none: how a noisy or an unfinished text was translated.
 _CARELESS = 0.8
 _OTHER_NUMBERS = 0.95
+# Of a question where the text is none, or the other way round.
+_NO_QUESTION = 0.7
 # Of what is no sentence where the text is one, or the other way round.
 _OTHER_KIND = 0.9
+# What a word is made of when two texts are to be the same: signs of programs, units and money belong to it.
+_WORD = re.compile(r"[\w+#%$€£₩°&/@-]+")
+_MOST_FOUND = 64  # texts that are looked at one by one
 _ENDS = (".", "!", "?", "…", "。", "！", "？", '"', "”")
 _NEWLINE = 10
 _UNKNOWN, _LETTER, _SYLLABLE = 0, 1, 2
@@ -69,11 +76,11 @@ Languages = tuple[str, str]
 class Examples:
     """Examples of some pairs of languages, to be found from either side."""
 
-    def __init__(self, indices: Mapping[Languages, tuple[_Side, _Side]]) -> None:
+    def __init__(self, indices: Mapping[Languages, _Index]) -> None:
         self._indices = dict(indices)
 
     def __len__(self) -> int:
-        return sum(len(left) for left, _ in self._indices.values())
+        return sum(len(index.ranks) for index in self._indices.values())
 
     @property
     def languages(self) -> list[Languages]:
@@ -81,40 +88,49 @@ class Examples:
 
     def knows(self, src: str, tgt: str) -> bool:
         """Are there translations between these?"""
-        return (src, tgt) in self._indices or (tgt, src) in self._indices
+        return _in_order(src, tgt) in self._indices
 
     def find(self, text: str, src: str, tgt: str, n_best: int, least: float) -> list[Example]:
         """At most n_best examples with a likeness of at least `least`, the likest first.
 
-        Where there are translations of the very text, those alone.
+        Where there are translations of the very text, those alone of the last place that has some.
         """
-        sides = self._indices.get((src, tgt)) or (self._indices.get((tgt, src)) or ())[::-1]
-        if not sides or len(text) > MAX_CHARS:
+        index = self._indices.get(_in_order(src, tgt))
+        if index is None or not text.strip() or len(text) > MAX_CHARS:
             return []
-        own, other = sides
-        found = [Example(own.text(i), other.text(i), likeness) for i, likeness in own.find(text, least)]
+        own, other = (index.left, index.right) if src <= tgt else (index.right, index.left)
+        found = [
+            (Example(own.text(i), other.text(i), likeness), int(index.ranks[i]))
+            for i, likeness in own.find(text, least)
+        ]
         return _chosen(text, found, n_best, least)
 
     @classmethod
-    def build(cls, pairs: Mapping[Languages, Iterable[tuple[str, str]]]) -> Examples:
-        """Each pair of texts once; texts that are empty or longer than MAX_CHARS are left out."""
-        indices = {}
-        for languages, given in pairs.items():
-            kept = list(dict.fromkeys(pair for pair in given if _is_usable(pair)))
-            left, right = ([pair[side] for pair in kept] for side in (0, 1))
-            indices[languages] = _Side.build(left), _Side.build(right)
-        return cls(indices)
+    def build(cls, *places: Mapping[Languages, Iterable[tuple[str, str]]]) -> Examples:
+        """From pairs of texts by their languages, each pair once, as of the last place that has it.
+
+        Texts that are empty or longer than MAX_CHARS are left out.
+        """
+        ranks: dict[Languages, dict[tuple[str, str], int]] = {}
+        for rank, place in enumerate(places):
+            for (src, tgt), given in place.items():
+                own = ranks.setdefault(_in_order(src, tgt), {})
+                pairs = given if src <= tgt else (pair[::-1] for pair in given)
+                own |= dict.fromkeys(filter(_is_usable, pairs), rank)
+        return cls({languages: _Index.build(own) for languages, own in ranks.items()})
 
     def save(self, path: Path, digest: str) -> None:
-        """Write the index; `digest` says what it was made of."""
+        """Write the index; `digest` says what it was made of. Raises OSError."""
         tensors = {
-            f"{src}-{tgt}.{name}.{part}": torch.from_numpy(array)
-            for (src, tgt), sides in self._indices.items()
-            for name, side in zip(("left", "right"), sides, strict=True)
-            for part, array in side.arrays.items()
+            f"{src}-{tgt}.{name}": torch.from_numpy(array)
+            for (src, tgt), index in self._indices.items()
+            for name, array in index.arrays().items()
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, lambda part: save_file(tensors, part, metadata={"digest": digest}))
+        try:
+            replace_file(path, lambda part: save_file(tensors, part, metadata={"digest": digest}))
+        except SafetensorError as error:  # of what the system says, too
+            raise OSError(str(error)) from None
 
     @classmethod
     def load(cls, path: Path, digest: str) -> Examples | None:
@@ -124,43 +140,59 @@ class Examples:
                 if (file.metadata() or {}).get("digest") != digest:
                     return None
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            indices: dict[Languages, tuple[_Side, _Side]] = {}
-            for code in sorted({name.partition(".")[0] for name in tensors}):
+            arrays: dict[Languages, dict[str, NDArray[Any]]] = {}
+            for name, tensor in tensors.items():
+                code, _, part = name.partition(".")
                 src, _, tgt = code.partition("-")
-                left, right = (
-                    _Side({part: tensors[f"{code}.{name}.{part}"].numpy() for part in _Side.PARTS})
-                    for name in ("left", "right")
-                )
-                indices[src, tgt] = left, right
+                arrays.setdefault((src, tgt), {})[part] = tensor.numpy()
+            return cls({languages: _Index.read(own) for languages, own in arrays.items()})
         except (OSError, SafetensorError, KeyError):
             return None
-        return cls(indices)
+
+
+def _in_order(src: str, tgt: str) -> Languages:
+    """Two languages in the order of the alphabet: either way they have one index."""
+    return min(src, tgt), max(src, tgt)
 
 
 def _is_usable(pair: tuple[str, str]) -> bool:
     return all(0 < len(text) <= MAX_CHARS and "\n" not in text for text in pair)
 
 
-def _chosen(text: str, found: Sequence[Example], n_best: int, least: float) -> list[Example]:
-    """The likest; of the same text all translations, and no others."""
-    careful = [each._replace(likeness=each.likeness * _share(text, each)) for each in found]
+def _chosen(text: str, found: Sequence[tuple[Example, int]], n_best: int, least: float) -> list[Example]:
+    """The likest, of equal ones those of later places; of the very text all translations, and no others."""
+    bare, plain, numbers = text.strip(), _plain(text), numbers_of(text)
+    careful = [
+        (example._replace(likeness=example.likeness * _share(bare, numbers, example)), rank)
+        for example, rank in found
+    ]
+    ranked = sorted(careful, key=lambda each: (-each[0].likeness, -each[1]))
     for same in (
-        [each for each in careful if each.source.strip() == text.strip()],
-        [each for each in careful if _plain(each.source) == _plain(text)],
+        [each for each in ranked if each[0].source == bare],
+        [each for each in ranked if _plain(each[0].source) == plain],
     ):
         if same:
-            best = max(each.likeness for each in same)
-            return [each for each in same if each.likeness == best][:_MOST_ALIKE]
-    ranked = sorted(careful, key=lambda each: -each.likeness)
-    return [each for each in ranked if each.likeness >= least][:n_best]
+            last = max(rank for _, rank in same)
+            of_last = [example for example, rank in same if rank == last]
+            return [each for each in of_last if each.likeness == of_last[0].likeness][:_MOST_ALIKE]
+    return [example for example, _ in ranked if example.likeness >= least][:n_best]
 
 
-def _share(text: str, example: Example) -> float:
-    """What remains of an example's likeness where it is written in another manner."""
-    careless = example.target[:1].islower() and not text.strip()[:1].islower()
-    ends = text.rstrip().endswith(_ENDS), example.source.endswith(_ENDS)
-    share = (_CARELESS if careless else 1.0) * (_OTHER_KIND if ends[0] != ends[1] else 1.0)
-    return share * (_OTHER_NUMBERS if numbers_of(text) != numbers_of(example.source) else 1.0)
+def _share(text: str, numbers: Sequence[str], example: Example) -> float:
+    """What remains of an example's likeness where it is written in another manner, or of other numbers."""
+    careless = example.target[:1].islower() and not text[:1].islower()
+    asks = _asks(text) != _asks(example.source)
+    ends = text.endswith(_ENDS) != example.source.endswith(_ENDS)
+    return (
+        (_CARELESS if careless else 1.0)
+        * (_NO_QUESTION if asks else 1.0)
+        * (_OTHER_KIND if ends else 1.0)
+        * (_OTHER_NUMBERS if numbers_of(example.source) != numbers else 1.0)
+    )
+
+
+def _asks(text: str) -> bool:
+    return text.rstrip("\"'”’) ").endswith(("?", "？"))
 
 
 def numbers_of(text: str) -> list[str]:
@@ -169,8 +201,37 @@ def numbers_of(text: str) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """A text by its words alone."""
-    return " ".join(re.findall(r"\w+", text.casefold()))
+    """A text without its case, its marks (but whether it asks) and how its words are parted."""
+    return " ".join(_WORD.findall(text.casefold())) + "?" * _asks(text)
+
+
+# --- one pair of languages ----------------------------------------------------------------------
+
+
+class _Index:
+    """The texts of two languages side by side; ranks (N,) are the places that they come from."""
+
+    def __init__(self, left: _Side, right: _Side, ranks: NDArray[np.int32]) -> None:
+        self.left, self.right, self.ranks = left, right, ranks
+
+    @classmethod
+    def build(cls, ranks: Mapping[tuple[str, str], int]) -> _Index:
+        left, right = ([pair[side] for pair in ranks] for side in (0, 1))
+        return cls(_Side.build(left), _Side.build(right), np.array([*ranks.values()], dtype=np.int32))
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Everything by name, to be kept."""
+        sides = {"left": self.left, "right": self.right}
+        parts = {f"{name}.{part}": a for name, side in sides.items() for part, a in side.arrays.items()}
+        return parts | {"ranks": self.ranks}
+
+    @classmethod
+    def read(cls, arrays: Mapping[str, NDArray[Any]]) -> _Index:
+        """The inverse of `arrays`. Raises KeyError."""
+        left, right = (
+            _Side({part: arrays[f"{name}.{part}"] for part in _Side.PARTS}) for name in ("left", "right")
+        )
+        return cls(left, right, arrays["ranks"])
 
 
 # --- one side -----------------------------------------------------------------------------------
@@ -184,6 +245,7 @@ class _Side:
     """
 
     PARTS = ("blob", "ends", "features", "starts", "postings", "totals")
+    _MOST_READ = 4096  # texts of one size that are compared with one that is looked for
 
     def __init__(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         self.arrays = dict(arrays)
@@ -224,7 +286,7 @@ class _Side:
         return bytes(self._blob[start : int(self._ends[i])]).decode()
 
     def find(self, text: str, least: float) -> list[tuple[int, float]]:
-        """All texts with a likeness of at least `least`, in no order."""
+        """The _MOST_FOUND likest texts with a likeness of at least `least`, the text itself among them."""
         own = (_features([text]) >> _U32).astype(np.int64)
         known, total = self._weighed(own)
         if not len(known):
@@ -247,7 +309,20 @@ class _Side:
             found += self._weights[feature] * (having[at] == places)
         likeness = 2 * found / (total + self._totals[places])
         (enough,) = np.nonzero(likeness >= least - _ROUNDING)
+        if len(enough) > _MOST_FOUND:
+            likest = enough[np.argpartition(-likeness[enough], _MOST_FOUND)[:_MOST_FOUND]]
+            # Among many that have the same words in the same order, up to their numbers, the text itself.
+            bare = text.strip()
+            alike = enough[likeness[enough] > 1 - _ROUNDING]
+            sizes = self._ends[places[alike]] - self._begins(places[alike])
+            of_its_size = alike[sizes == len(bare.encode("utf-8", "replace"))][: self._MOST_READ]
+            same = [i for i in of_its_size if self.text(int(places[i])) == bare]
+            enough = np.union1d(likest, np.array(same[:_MOST_FOUND], dtype=likest.dtype))
         return [(int(places[i]), float(likeness[i])) for i in enough]
+
+    def _begins(self, places: Ids) -> Ids:
+        begins: Ids = np.where(places > 0, self._ends[places - 1], 0)
+        return begins
 
     def _texts_with(self, feature: np.int64) -> NDArray[np.int32]:
         """In rising order."""
@@ -324,61 +399,71 @@ def _kinds(codes: NDArray[np.uint32]) -> NDArray[np.uint8]:
 # --- files --------------------------------------------------------------------------------------
 
 
-def find_files(places: Iterable[Path]) -> list[Path]:
-    """Files that are named, and those of the right form in folders. Raises ExamplesError."""
-    files: list[Path] = []
+def find_files(places: Iterable[Path]) -> list[list[Path]]:
+    """Of each place the file that it is, or those of the right form in the folder. Raises ExamplesError."""
+    files = []
     for place in places:
-        if place.is_dir():
-            files += sorted(path for path in place.iterdir() if _NAME.search(path.name))
-        elif not place.is_file():
+        try:
+            found = sorted(p for p in place.iterdir() if _NAME.search(p.name)) if place.is_dir() else [place]
+        except OSError as error:
+            raise ExamplesError(f"{place}: {error.strerror}") from None
+        if not found:
+            raise ExamplesError(f"{place}: holds no file of examples, which is called {_FORM}")
+        if not place.exists():
             raise ExamplesError(f"{place}: no such file or folder")
-        elif not _NAME.search(place.name):
+        if not _NAME.search(found[0].name):
             raise ExamplesError(f"{place}: a file of examples is called {_FORM}")
-        else:
-            files.append(place)
+        files.append(found)
     return files
 
 
-def load_examples(places: Iterable[Path], cache: Path) -> Examples:
-    """The examples of files and folders; their index is made once and kept in the folder `cache`.
+def load_examples(places: Iterable[Path], cache: Path | None) -> Examples:
+    """The examples of files and folders; their index is made once and kept in the folder `cache`, if any.
 
     Raises ExamplesError.
     """
     files = find_files(places)
     digest = _digest(files)
-    path = cache / f"examples-{digest[:16]}.safetensors"
-    if (kept := Examples.load(path, digest)) is not None:
+    path = (cache or Path()) / f"{_KEPT}{digest[:16]}.safetensors"
+    if cache and (kept := Examples.load(path, digest)) is not None:
         return kept
-    log.info("making an index of the examples in %d files, once", len(files))
+    log.info("making an index of the examples in %d files, once", sum(map(len, files)))
     pairs = read_files(files)
-    n_given = sum(map(len, pairs.values()))
-    examples = Examples.build(pairs)
+    n_given = sum(len(each) for place in pairs for each in place.values())
+    examples = Examples.build(*pairs)
     log.info("%d pairs, of which %d differ and have a usable length", n_given, len(examples))
     try:
+        if cache is None:
+            raise FileNotFoundError("there is no folder for it")
         examples.save(path, digest)
+        for old in sorted(cache.glob(f"{_KEPT}*.safetensors"), key=lambda p: p.stat().st_mtime)[:-_MOST_KEPT]:
+            old.unlink(missing_ok=True)
     except OSError as error:
         log.warning("the index of examples is not kept, and is made at each start: %s", error)
     return examples
 
 
-def read_files(files: Iterable[Path]) -> dict[Languages, list[tuple[str, str]]]:
-    """The pairs of files that `find_files` found, by their languages. Raises ExamplesError."""
-    pairs: dict[Languages, list[tuple[str, str]]] = {}
-    for file in files:
-        named = _NAME.search(file.name)
-        assert named is not None
-        pairs.setdefault((named[1], named[2]), []).extend(_read(file))
-    return pairs
+def read_files(files: Iterable[Iterable[Path]]) -> list[dict[Languages, list[tuple[str, str]]]]:
+    """Of each place the pairs of its files by their languages, in ISO's code. Raises ExamplesError."""
+    places = []
+    for of_place in files:
+        pairs: dict[Languages, list[tuple[str, str]]] = {}
+        for file in of_place:
+            named = _NAME.search(file.name)
+            assert named is not None
+            pairs.setdefault((iso_code(named[1]), iso_code(named[2])), []).extend(_read(file))
+        places.append(pairs)
+    return places
 
 
-def _digest(files: Sequence[Path]) -> str:
+def _digest(files: Iterable[Iterable[Path]]) -> str:
     whole = hashlib.sha256(_VERSION.encode())
-    for file in files:
+    for rank, file in ((rank, file) for rank, of_place in enumerate(files) for file in of_place):
         try:
             content = file.read_bytes()
         except OSError as error:
             raise ExamplesError(f"{file}: {error.strerror}") from None
-        whole.update(f"\0{file.name}\0{len(content)}\0".encode() + content)
+        whole.update(f"\0{rank}\0{file.name}\0{len(content)}\0".encode() + content)
     return whole.hexdigest()
 
 
@@ -397,4 +482,7 @@ def _read(file: Path) -> Iterator[tuple[str, str]]:
             raise ExamplesError(
                 f"{file}:{number}: {len(columns)} columns, not 2 (two texts) or 3 (a label, two texts)"
             )
-        yield columns[-2].strip(), columns[-1].strip()
+        pair = columns[-2].strip(), columns[-1].strip()
+        if not all(pair):
+            raise ExamplesError(f"{file}:{number}: a text is empty")
+        yield pair

@@ -81,19 +81,17 @@ def find_examples(examples: Examples, text: str, src: str, tgt: str) -> list[Exa
 
 def example_ids(
     found: Iterable[Example], text: str, tokenizer: Tokenizer, src: str, tgt: str, max_len: int
-) -> list[ExampleIds]:
-    """Examples that were found for a text in tokens, but for those of more than max_len on either side."""
+) -> list[tuple[Example, ExampleIds]]:
+    """Examples that were found for a text, with their tokens, but for those of more than max_len a side."""
     begin, numbers = tokenizer.target_ids(tgt), numbers_of(text)
-    every = (
-        ExampleIds(
-            tokenizer.source_ids(tokenizer.encode(example.source), tgt, src_lang=src),
-            [*begin, *tokenizer.encode(example.target), tokenizer.eos_id],
-            example.likeness,
-            numbers_of(example.source) != numbers,
-        )
-        for example in found
-    )
-    return [each for each in every if max(len(each.source), len(each.target)) <= max_len]
+    pairs = []
+    for example in found:
+        source = tokenizer.source_ids(tokenizer.encode(example.source), tgt, src_lang=src)
+        target = [*begin, *tokenizer.encode(example.target), tokenizer.eos_id]
+        if max(len(source), len(target)) <= max_len:
+            wary = numbers_of(example.source) != numbers
+            pairs.append((example, ExampleIds(source, target, example.likeness, wary)))
+    return pairs
 
 
 @torch.no_grad()
@@ -111,12 +109,16 @@ def read_examples(
     if not examples or not weight:
         return None
     config, device = model.config, model.embeddings.tokens.weight.device
-    sources = padded([example.source for example in examples], config.pad_id, device)
+    # Several translations of one text are usual: it is encoded once.
+    place = {source: n for n, source in enumerate(dict.fromkeys(tuple(e.source) for e in examples))}
+    rows = torch.tensor([place[tuple(example.source)] for example in examples], device=device)
+    memory, mask = model.encode(padded([*place], config.pad_id, device))
     targets = padded([example.target for example in examples], config.pad_id, device)
-    hidden = (decode or model.decode)(targets[:, :-1], *model.encode(sources))
+    hidden = (decode or model.decode)(targets[:, :-1], memory[rows], mask[rows])
     values = targets[:, 1:]
     counted = values != config.pad_id
     wary = torch.tensor([example.has_other_numbers for example in examples], device=device)
+    counted &= hidden.isfinite().all(-1)
     counted &= ~(wary[:, None] & torch.isin(values, torch.tensor([*digit_ids], device=device)))
     if not bool(counted.any()):
         return None

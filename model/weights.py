@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -248,7 +249,7 @@ def empty_model(build: Callable[[], Any]) -> Any:
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file that appears whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # its own, where several write the same
     write(part)
     part.chmod(0o644)  # safetensors makes it private; a service may run as another user
     part.replace(path)

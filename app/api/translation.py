@@ -4,6 +4,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate, pairwise
 
 from app.api.deps import Attendance, gather, note_times, prepare
@@ -85,6 +86,7 @@ _AFTER_A_DOT = re.compile(
     r"(?:com|net|org|io|ai|edu|gov|kr|jp|uk|md|txt|pdf|docx?|xlsx?|py|js|ts|java|html?|json|ya?ml|out|exe)\b",
     re.IGNORECASE,
 )
+_LOOKUP_CHARS = 1024  # of text are prepared in the time of one look-up
 _BESIDE_PICTURE = re.compile("[\\s\ufe0f\u200d\u20e3\U000e0020-\U000e007f]")
 
 
@@ -137,7 +139,7 @@ class Sentence:
     shield: Shield
     elements: list[Element]
     is_unmarked: bool
-    examples: list[Example]  # that it reads
+    examples: tuple[Example, ...]  # that it reads
 
 
 Piece = str | Sentence
@@ -242,8 +244,14 @@ async def plan_texts(
     Raises InvalidRequest where a text is in a language that the model does not know.
     """
     n_chars = sum(map(len, texts.values()))
-    examples = task.examples if search.beams.example_weight else None
-    drafts = await prepare(n_chars, _draft_all, texts, direction, task, form, examples)
+    beams = search.beams
+    reads = beams.example_weight > 0 and beams.repetition_penalty == 1.0  # which is on the model's own logits
+    examples = task.examples if reads else None
+    drafts = await prepare(n_chars, _draft_all, texts, direction, task, form)
+    if examples is not None:
+        n_sentences = sum(isinstance(draft, _Draft) for text in drafts for draft in text)
+        if n_sentences <= task.lane.limits.max_queue_items:  # else no queue takes them
+            drafts = await prepare(_LOOKUP_CHARS * n_sentences, _with_examples, drafts, examples, task)
     pieces = [[_piece(draft, search) for draft in text] for text in drafts]
     return Plan(task.tokenizer, form, pieces, search.beams.num_return_sequences)
 
@@ -291,16 +299,17 @@ class _Draft:
     shield: Shield
     elements: list[Element]
     is_unmarked: bool
-    examples: list[Example]
-    example_ids: list[ExampleIds]
+    languages: tuple[str, str]
+    examples: tuple[tuple[Example, ExampleIds], ...] = ()
 
 
 def _piece(draft: str | _Draft, search: Search) -> Piece:
     if isinstance(draft, str):
         return draft
     params = search.of_sentence(len(draft.prompt_ids), draft.shield.phrases, align=bool(draft.elements))
-    sequence = Sequence(draft.prompt_ids, params, target_ids=draft.target_ids, examples=draft.example_ids)
-    return Sentence(sequence, draft.shield, draft.elements, draft.is_unmarked, draft.examples)
+    examples, in_tokens = zip(*draft.examples, strict=True) if draft.examples else ((), ())
+    sequence = Sequence(draft.prompt_ids, params, target_ids=draft.target_ids, examples=in_tokens)
+    return Sentence(sequence, draft.shield, draft.elements, draft.is_unmarked, examples)
 
 
 def _draft_all(
@@ -308,14 +317,13 @@ def _draft_all(
     direction: Direction,
     task: Task[GeneratingLane],
     form: TextForm,
-    examples: Examples | None,
 ) -> list[list[str | _Draft]]:
     """The sentences of all texts; no further than to the one with which no queue could take them any more."""
     drafts: list[list[str | _Draft]] = []
     n_sentences, limit = 0, task.lane.limits.max_queue_items
     for name, text in texts.items():
         src, tgt = direction(name, text)
-        drafts.append(_draft(text, _Drafting(task, form, src, tgt, examples)))
+        drafts.append(_draft(text, _Drafting(task, form, src, tgt)))
         n_sentences += sum(isinstance(draft, _Draft) for draft in drafts[-1])
         if n_sentences > limit and len(drafts) < len(texts):
             raise InvalidRequest(
@@ -323,6 +331,28 @@ def _draft_all(
                 f"the limit is {limit} in one request"
             )
     return drafts
+
+
+def _with_examples(
+    drafts: list[list[str | _Draft]], examples: Examples, task: Task[GeneratingLane]
+) -> list[list[str | _Draft]]:
+    """Every sentence with those that it reads; one that comes again is looked up once."""
+    tokenizer, max_len = task.tokenizer, task.lane.limits.max_prompt_tokens
+
+    @cache
+    def look_up(text: str, src: str, tgt: str) -> tuple[tuple[Example, ExampleIds], ...]:
+        found = find_examples(examples, text, src, tgt)
+        return tuple(example_ids(found, text, tokenizer, src, tgt, max_len))
+
+    return [
+        [
+            draft
+            if isinstance(draft, str)
+            else replace(draft, examples=look_up(draft.shield.text, *draft.languages))
+            for draft in text
+        ]
+        for text in drafts
+    ]
 
 
 def _draft(text: str, drafting: "_Drafting") -> list[str | _Draft]:
@@ -342,7 +372,6 @@ class _Drafting:
     form: TextForm
     src: str
     tgt: str
-    examples: Examples | None
 
     def draft(self, segment: Segment) -> list[str | _Draft]:
         """The sentences of a segment, and between them white space and tags that go around several."""
@@ -429,17 +458,9 @@ class _Drafting:
         elements = _moved(_moved(elements, usual), edited)
         ends = spans[usual.text.count(mark) - 1].source if usual.text.endswith(mark) else usual.text
         target_ids = tokenizer.target_ids(self.tgt)
-        examples, in_tokens = self._examples_of(hidden.text)
-        draft = _Draft(prompt_ids, target_ids, hidden, elements, is_unmarked(ends), examples, in_tokens)
+        languages = self.src, self.tgt
+        draft = _Draft(prompt_ids, target_ids, hidden, elements, is_unmarked(ends), languages)
         return [before, draft, behind]
-
-    def _examples_of(self, text: str) -> tuple[list[Example], list[ExampleIds]]:
-        """What is known of sentences like one, as it stands and in tokens."""
-        if self.examples is None:
-            return [], []
-        found = find_examples(self.examples, text, self.src, self.tgt)
-        max_len = self.task.lane.limits.max_prompt_tokens
-        return found, example_ids(found, text, self.task.tokenizer, self.src, self.tgt, max_len)
 
     def _in_words(self, signs: str, *, attached: bool) -> str:
         return signs if iso_code(self.tgt) == "ko" else in_words(signs, attached=attached)

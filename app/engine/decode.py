@@ -123,10 +123,13 @@ class DecodeLane(ABC, Generic[Choice]):
             raise TypeError(f"{self.name} wants {self.params_type.__name__}, not {sequence.params!r}")
         if sequence.n_rows > self.limits.n_slots:
             raise ValueError(f"num_beams {sequence.n_rows} exceeds the {self.limits.n_slots} rows")
-        # On a GPU an index out of range would take the device down, and everybody with it.
-        if min(sequence.prompt_ids) < 0 or max(sequence.prompt_ids) >= self.runner.config.vocab_size:
-            raise ValueError(f"a token id is outside the vocabulary of {self.runner.config.vocab_size}")
+        self._check_ids(sequence.prompt_ids)
         self._check_length(sequence)
+
+    def _check_ids(self, token_ids: Items[int]) -> None:
+        # On a GPU an index out of range would take the device down, and everybody with it.
+        if min(token_ids) < 0 or max(token_ids) >= self.runner.config.vocab_size:
+            raise ValueError(f"a token id is outside the vocabulary of {self.runner.config.vocab_size}")
 
     def tell_before_calls(self, tell: Callable[[], None]) -> bool:
         """Have `tell` called before kernels run that leave the interpreter to others; False without."""
@@ -780,9 +783,10 @@ class TranslateLane(DecodeLane[Ranked]):
             raise PromptTooLong(sequence.n_prompt_tokens, self.limits.max_prompt_tokens)
         if sequence.params.max_new_tokens > self.limits.max_new_tokens:
             raise PromptTooLong(sequence.params.max_new_tokens, self.limits.max_new_tokens)
-        longest = max((max(map(len, each[:2])) for each in sequence.examples), default=0)
-        if longest > self.limits.max_prompt_tokens:
-            raise PromptTooLong(longest, self.limits.max_prompt_tokens)
+        for ids in (ids for example in sequence.examples for ids in (example.source, example.target)):
+            if len(ids) > self.limits.max_prompt_tokens:
+                raise PromptTooLong(len(ids), self.limits.max_prompt_tokens)
+            self._check_ids(ids)
 
     def _open(self, sequence: Sequence) -> None:
         assert isinstance(sequence.params, BeamParams)
@@ -800,20 +804,26 @@ class TranslateLane(DecodeLane[Ranked]):
         failed: list[Sequence] = []
         for group in _alike(admitted):
             self._note_padding([sequence.n_prompt_tokens for sequence in group])
-            failed += halving(group, self._encode, self.failures.note)[1]
+            lost = halving(group, self._encode, self.failures.note)[1]
+            failed += lost
+            n_read = sum(self.runner.has_examples(s.rows[0]) for s in group if s not in lost)
+            metrics.with_examples_total.labels(self.name, self.runner.model_name).inc(n_read)
         self._end(failed, _step_failed)
 
     def _encode(self, group: Items[Sequence]) -> None:
         languages = [self._listed_language(sequence) for sequence in group]
         self.runner.encode([s.rows for s in group], [s.prompt_ids for s in group], languages)
-        for sequence in group:
-            if self._has_examples(sequence):
-                weight = self._groups[sequence].params.example_weight
+        for sequence in filter(self._has_examples, group):
+            weight = self._groups[sequence].params.example_weight
+            try:
                 self.runner.read_examples(sequence.rows, sequence.examples, weight)
-                metrics.with_examples_total.labels(self.name, self.runner.model_name).inc()
+            except Exception as error:  # the sentence can do without
+                self.failures.note(error, 1)
 
     def _has_examples(self, sequence: Sequence) -> bool:
-        return bool(sequence.examples) and self._groups[sequence].params.example_weight > 0
+        """Are there some that may have a say? A penalty is on the model's own logits."""
+        params = self._groups[sequence].params
+        return bool(sequence.examples) and params.example_weight > 0 and params.repetition_penalty == 1.0
 
     def _listed_language(self, sequence: Sequence) -> str | None:
         """The language of a translation that a shortlist may be chosen for.

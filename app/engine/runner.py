@@ -410,6 +410,10 @@ class TranslateRunner(DecodeRunner):
         for row in rows:
             self._stores[row] = store
 
+    def has_examples(self, row: int) -> bool:
+        """Do examples have a say in what a row says?"""
+        return self._stores[row] is not None
+
     @property
     def shortlist_languages(self) -> tuple[str, ...]:
         """Those of the kept tables; none where steps are static."""

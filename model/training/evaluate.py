@@ -210,12 +210,11 @@ def _translator_rows(
 
 def _examples(arguments: argparse.Namespace) -> Examples | None:
     """What the service reads, but for what is measured."""
-    pairs = read_files(find_files(arguments.examples))
-    kept = {
-        languages: (pair for pair in each if not any(map(held_out, pair)))
-        for languages, each in pairs.items()
-    }
-    return Examples.build(kept) if kept else None
+    places = [
+        {languages: [p for p in pairs if not any(map(held_out, p))] for languages, pairs in place.items()}
+        for place in read_files(find_files(arguments.examples))
+    ]
+    return Examples.build(*places) if places else None
 
 
 def _search(params: BeamParams) -> str:

@@ -100,12 +100,12 @@ def _store(
     params: BeamParams,
     examples: Examples | None,
 ) -> Datastore | None:
-    if examples is None or not params.example_weight:
+    if examples is None or not params.example_weight or params.repetition_penalty != 1.0:
         return None
     src = next(code for code in tokenizer.sources if code != language)
     found = find_examples(examples, text, src, language)
-    ids = example_ids(found, text, tokenizer, src, language, model.config.max_len)
-    return read_examples(model, ids, params.example_weight, tokenizer.digit_ids)
+    pairs = example_ids(found, text, tokenizer, src, language, model.config.max_len)
+    return read_examples(model, [ids for _, ids in pairs], params.example_weight, tokenizer.digit_ids)
 
 
 def look_back(

@@ -417,7 +417,8 @@ def expected_translation(checkpoint: Checkpoint, sequence: Sequence) -> list[Dec
     assert isinstance(sequence.params, BeamParams)
     params, model = sequence.params, checkpoint.model
     digits = checkpoint.tokenizer.digit_ids
-    store = read_examples(model, sequence.examples, params.example_weight, digits)
+    weight = params.example_weight if params.repetition_penalty == 1.0 else 0.0
+    store = read_examples(model, sequence.examples, weight, digits)
     score = translator_scorer(model, [sequence.prompt_ids], [store], suppressed(checkpoint))
     all_of_them = replace(params, num_return_sequences=params.num_beams)
     (decoded,) = beam_search(

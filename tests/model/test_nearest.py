@@ -60,6 +60,10 @@ def test_what_is_read_of_examples(model: Translator) -> None:
         # Others beside it change nothing.
         for key in states[0]:
             assert (store.keys - key).abs().amax(-1).min() < 1e-5
+    # Nor does it that a text has another translation, too.
+    twice = read_examples(model, [second, first, second._replace(target=[KO, 23, END])], 0.9)
+    assert twice is not None
+    torch.testing.assert_close(twice.keys[2:5], store.keys[:3])
     assert read_examples(model, [], 0.9) is None
     assert read_examples(model, [first], 0.0) is None
     model.config = replace(model.config, example_offset=2.0)
@@ -99,8 +103,10 @@ def test_examples_in_tokens() -> None:
         Example("Go at 8.", "8시에 가.", 0.6),
         Example("x" * 99, "y", 0.5),
     ]
-    ids = example_ids(found, "Go home at 7.", tokenizer, "en", "ko", 60)
-    assert [each.has_other_numbers for each in ids] == [False, True]  # the third is too long
+    pairs = example_ids(found, "Go home at 7.", tokenizer, "en", "ko", 60)
+    assert [example for example, _ in pairs] == found[:2]  # the third is too long
+    ids = [each for _, each in pairs]
+    assert [each.has_other_numbers for each in ids] == [False, True]
     assert [each.likeness for each in ids] == [0.7, 0.6]
     assert tokenizer.decode(ids[0].source) == "Go at 7."
     assert ids[0].target[0] == tokenizer.target_ids("ko")[0]
