@@ -9,12 +9,13 @@ each sentence anew, and what they count falls with their distance: far from all 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from model.block import WeightsTap
 from model.examples import Example, Examples, numbers_of
 from model.languages import iso_code
 from model.models import Translator
@@ -22,10 +23,9 @@ from model.tokenizer import Tokenizer
 from model.transfer import padded
 
 _MOST_NEAR = 8  # states that have a say
+_THE_SAME = 0.999  # likeness of a text that is known
 # Of examples that are read for a sentence: how many, and how much like it at least.
 _MOST_EXAMPLES, _LEAST_LIKENESS = 4, 0.5
-
-Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class ExampleIds(NamedTuple):
@@ -89,7 +89,9 @@ def example_ids(
         source = tokenizer.source_ids(tokenizer.encode(example.source), tgt, src_lang=src)
         target = [*begin, *tokenizer.encode(example.target), tokenizer.eos_id]
         if max(len(source), len(target)) <= max_len:
-            wary = numbers_of(example.source) != numbers
+            given, made = numbers_of(example.source), numbers_of(example.target)
+            # "at six" becomes digits, too: they are its own unless the text is the same.
+            wary = given != numbers or (given != made and example.likeness < _THE_SAME)
             pairs.append((example, ExampleIds(source, target, example.likeness, wary)))
     return pairs
 
@@ -97,28 +99,33 @@ def example_ids(
 @torch.no_grad()
 def read_examples(
     model: Translator,
+    source: Sequence[int],
     examples: Sequence[ExampleIds],
     weight: float,
     digit_ids: Iterable[int] = (),
-    decode: Decode | None = None,
 ) -> Datastore | None:
-    """Lead the decoder through examples; None where they leave nothing to go by.
+    """Lead the decoder through examples of a sentence, an encoder's input; None if nothing is left to go by.
 
-    `decode` may take the place of `Translator.decode`.
+    Left out is what says nothing of the sentence: states that look most at a token which it has not (the last
+    layer's attention, the mean over its heads), and digits of examples with other numbers.
     """
     if not examples or not weight:
         return None
     config, device = model.config, model.embeddings.tokens.weight.device
     # Several translations of one text are usual: it is encoded once.
-    place = {source: n for n, source in enumerate(dict.fromkeys(tuple(e.source) for e in examples))}
+    place = {text: n for n, text in enumerate(dict.fromkeys(tuple(e.source) for e in examples))}
     rows = torch.tensor([place[tuple(example.source)] for example in examples], device=device)
-    memory, mask = model.encode(padded([*place], config.pad_id, device))
+    sources = padded([*place], config.pad_id, device)
     targets = padded([example.target for example in examples], config.pad_id, device)
-    hidden = (decode or model.decode)(targets[:, :-1], memory[rows], mask[rows])
+    memory, mask = model.encode(sources)
+    with WeightsTap(model.decoder) as tap:
+        hidden = model.decode(targets[:, :-1], memory[rows], mask[rows])
+    *_, last = (name for name in tap.weights if name.endswith("cross_attention"))
+    looked_at = sources[rows].gather(1, tap.weights[last][0].mean(1).argmax(-1))
     values = targets[:, 1:]
-    counted = values != config.pad_id
+    counted = (values != config.pad_id) & hidden.isfinite().all(-1)
+    counted &= torch.isin(looked_at, torch.tensor([*source], device=device))
     wary = torch.tensor([example.has_other_numbers for example in examples], device=device)
-    counted &= hidden.isfinite().all(-1)
     counted &= ~(wary[:, None] & torch.isin(values, torch.tensor([*digit_ids], device=device)))
     if not bool(counted.any()):
         return None

@@ -816,7 +816,7 @@ class TranslateLane(DecodeLane[Ranked]):
         for sequence in filter(self._has_examples, group):
             weight = self._groups[sequence].params.example_weight
             try:
-                self.runner.read_examples(sequence.rows, sequence.examples, weight)
+                self.runner.read_examples(sequence.rows, sequence.prompt_ids, sequence.examples, weight)
             except Exception as error:  # the sentence can do without
                 self.failures.note(error, 1)
 

@@ -400,13 +400,14 @@ class TranslateRunner(DecodeRunner):
                 self.memory_lengths[row], self._sentences[row] = len(source), number
                 self._lists[row], self._stores[row] = selected, None
 
-    def read_examples(self, rows: Sequence[int], examples: Sequence[ExampleIds], weight: float) -> None:
+    def read_examples(
+        self, rows: Sequence[int], source: Sequence[int], examples: Sequence[ExampleIds], weight: float
+    ) -> None:
         """Lead the decoder through a sentence's examples, for the rows that translate it.
 
         Each sentence's alone, so that what is read hangs on no neighbours.
         """
-        decode = self._decode_whole if isinstance(self.model.decoder, KernelDecoder) else None
-        store = read_examples(self.model, examples, weight, self._digit_ids, decode)
+        store = read_examples(self.model, source, examples, weight, self._digit_ids)
         for row in rows:
             self._stores[row] = store
 

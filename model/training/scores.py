@@ -105,7 +105,9 @@ def _store(
     src = next(code for code in tokenizer.sources if code != language)
     found = find_examples(examples, text, src, language)
     pairs = example_ids(found, text, tokenizer, src, language, model.config.max_len)
-    return read_examples(model, [ids for _, ids in pairs], params.example_weight, tokenizer.digit_ids)
+    source = tokenizer.source_ids(tokenizer.encode(text), language)
+    in_tokens = [ids for _, ids in pairs]
+    return read_examples(model, source, in_tokens, params.example_weight, tokenizer.digit_ids)
 
 
 def look_back(

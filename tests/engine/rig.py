@@ -247,9 +247,11 @@ class FailingTranslateRunner(TranslateRunner):
             self.cache.v[:, first + row] = torch.nan
         return logits, hidden
 
-    def read_examples(self, rows: Items[int], examples: Items[ExampleIds], weight: float) -> None:
+    def read_examples(
+        self, rows: Items[int], source: Items[int], examples: Items[ExampleIds], weight: float
+    ) -> None:
         self.fault("examples", [token for example in examples for token in example.source])
-        super().read_examples(rows, examples, weight)
+        super().read_examples(rows, source, examples, weight)
 
     def rank(self, logits: Tensor, n_best: int) -> list[list[tuple[int, float]]]:
         self.fault("rank", [])
@@ -418,7 +420,7 @@ def expected_translation(checkpoint: Checkpoint, sequence: Sequence) -> list[Dec
     params, model = sequence.params, checkpoint.model
     digits = checkpoint.tokenizer.digit_ids
     weight = params.example_weight if params.repetition_penalty == 1.0 else 0.0
-    store = read_examples(model, sequence.examples, weight, digits)
+    store = read_examples(model, sequence.prompt_ids, sequence.examples, weight, digits)
     score = translator_scorer(model, [sequence.prompt_ids], [store], suppressed(checkpoint))
     all_of_them = replace(params, num_return_sequences=params.num_beams)
     (decoded,) = beam_search(
@@ -486,16 +488,17 @@ def random_translation(checkpoint: Checkpoint, rng: random.Random, **changes: ob
         return [rng.choice(ids) for _ in range(rng.randint(1, most))]
 
     tokenizer, language = checkpoint.tokenizer, rng.choice(sorted(checkpoint.tokenizer.languages))
+    own = text(20)
     examples = [
         ExampleIds(
-            tokenizer.source_ids(text(20), language),
+            tokenizer.source_ids(rng.choices(own, k=rng.randint(1, 20)) + text(3), language),
             [*tokenizer.target_ids(language), *text(12), tokenizer.eos_id],
             rng.random(),
             rng.random() < 0.3,
         )
         for _ in range(rng.choice([0, 1, 5]))
     ]
-    source = tokenizer.source_ids(text(20), language)
+    source = tokenizer.source_ids(own, language)
     params = BeamParams(**(values | changes))  # type: ignore[arg-type]
     return Sequence(source, params, examples=examples)
 

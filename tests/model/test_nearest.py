@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from model.block import WeightsTap
 from model.decoding import beam_search, translator_scorer
 from model.examples import Example
 from model.models import Translator, build_model
@@ -47,11 +48,12 @@ def test_a_mix_by_hand() -> None:
 def test_what_is_read_of_examples(model: Translator) -> None:
     first = ExampleIds([TAG, KO, 14, END], [KO, 20, 21, END])
     second = ExampleIds([TAG, KO, 14, 15, 16, END], [KO, 22, END], likeness=0.5)
-    store = read_examples(model, [first, second], 0.9)
+    source = [TAG, KO, 14, 15, 16, END]
+    store = read_examples(model, source, [first, second], 0.9)
     assert store is not None
     assert sorted(store.values.tolist()) == sorted([20, 21, END, 22, END])
     for example in (first, second):
-        alone = read_examples(model, [example], 0.9)
+        alone = read_examples(model, source, [example], 0.9)
         states = model.decode(
             torch.tensor([example.target[:-1]]), *model.encode(torch.tensor([example.source]))
         )
@@ -61,31 +63,48 @@ def test_what_is_read_of_examples(model: Translator) -> None:
         for key in states[0]:
             assert (store.keys - key).abs().amax(-1).min() < 1e-5
     # Nor does it that a text has another translation, too.
-    twice = read_examples(model, [second, first, second._replace(target=[KO, 23, END])], 0.9)
+    twice = read_examples(model, source, [second, first, second._replace(target=[KO, 23, END])], 0.9)
     assert twice is not None
     torch.testing.assert_close(twice.keys[2:5], store.keys[:3])
-    assert read_examples(model, [], 0.9) is None
-    assert read_examples(model, [first], 0.0) is None
+    assert read_examples(model, source, [], 0.9) is None
+    assert read_examples(model, source, [first], 0.0) is None
     model.config = replace(model.config, example_offset=2.0)
-    farther = read_examples(model, [second], 0.9)
+    farther = read_examples(model, source, [second], 0.9)
     assert farther is not None
     assert farther.offsets.tolist() == [1.0, 1.0]
 
 
+@torch.no_grad()
+def test_states_that_look_at_what_the_sentence_lacks_are_left_out(model: Translator) -> None:
+    target = [KO, *range(20, 36), END]
+    example = ExampleIds([TAG, KO, 11, 14, 12, 15, END], target)
+    with WeightsTap(model.decoder) as tap:
+        model.decode(torch.tensor([target[:-1]]), *model.encode(torch.tensor([example.source])))
+    *_, last = (weights[0] for name, weights in tap.weights.items() if name.endswith("cross_attention"))
+    looks = [example.source[int(row.argmax())] for row in last[0].mean(0)]
+    wanted = [token for token, at in zip(target[1:], looks, strict=True) if at not in (14, 15)]
+    assert 0 < len(wanted) < len(target) - 1
+    store = read_examples(model, SOURCE, [example], 0.9)
+    assert store is not None
+    assert store.values.tolist() == wanted
+
+
 def test_an_example_with_other_numbers_proposes_no_digits(model: Translator) -> None:
     example = ExampleIds(SOURCE, [KO, 20, 30, 21, END], has_other_numbers=True)
-    store = read_examples(model, [example], 0.9, digit_ids=[30, 31])
+    store = read_examples(model, SOURCE, [example], 0.9, digit_ids=[30, 31])
     assert store is not None
     assert store.values.tolist() == [20, 21, END]
-    whole = read_examples(model, [example._replace(has_other_numbers=False)], 0.9, digit_ids=[30, 31])
+    whole = read_examples(model, SOURCE, [example._replace(has_other_numbers=False)], 0.9, digit_ids=[30, 31])
     assert whole is not None
     assert whole.values.tolist() == [20, 30, 21, END]
-    assert read_examples(model, [ExampleIds(SOURCE, [KO, 30], 1.0, True)], 0.9, digit_ids=[30]) is None
+    assert (
+        read_examples(model, SOURCE, [ExampleIds(SOURCE, [KO, 30], 1.0, True)], 0.9, digit_ids=[30]) is None
+    )
 
 
 def test_the_very_sentence_is_translated_as_the_example_was(model: Translator) -> None:
     target = [33, 17, 25, 33, 9]
-    store = read_examples(model, [ExampleIds(SOURCE, [KO, *target, END])], 0.95)
+    store = read_examples(model, SOURCE, [ExampleIds(SOURCE, [KO, *target, END])], 0.95)
     params = BeamParams(num_beams=3, max_new_tokens=12, example_weight=0.95)
 
     def translate(*stores: Datastore | None) -> list[int]:
@@ -113,3 +132,9 @@ def test_examples_in_tokens() -> None:
     assert ids[0].target[-1] == tokenizer.eos_id
     assert tokenizer.decode(ids[0].target) == "7시에 가."
     assert example_ids([], "Go.", tokenizer, "en", "ko", 60) == []
+    # Digits that come of words count as other numbers, unless the text is known.
+    for likeness, wary in ((1.0, False), (0.9, True)):
+        ((_, spelt),) = example_ids(
+            [Example("Go at six.", "6시에 가.", likeness)], "Go at six.", tokenizer, "en", "ko", 60
+        )
+        assert spelt.has_other_numbers is wary
