@@ -14,6 +14,7 @@ from app.engine.errors import Aborted, Draining, Overloaded, PromptTooLong, Requ
 from app.engine.sequence import FinishReason, Sequence
 from model.checkpoint import Checkpoint
 from model.constraints import Phrase, Progress
+from model.nearest import ExampleIds
 from model.sampling import BeamParams, SamplingParams
 from model.shortlist import Shortlist, Table
 from tests.engine.rig import (
@@ -22,6 +23,7 @@ from tests.engine.rig import (
     check_generations,
     check_translations,
     drive,
+    expected_translation,
     fails_on,
     gauge,
     generate_lane,
@@ -91,6 +93,33 @@ async def test_translations_equal_the_oracle_in_any_mix(
     lane.abort(aborted)
     drive(lane)
     await check_translations(translator_oracle, (s for s in sequences if s not in aborted))
+
+
+async def test_a_sentence_whose_examples_cannot_be_read_does_without(
+    translator: Checkpoint, translator_oracle: Checkpoint
+) -> None:
+    tokenizer = translator.tokenizer
+    source = tokenizer.source_ids([300, 301, 302], "ko")
+    good, bad = (
+        ExampleIds(tokenizer.source_ids(ids, "ko"), [*tokenizer.target_ids("ko"), 310, tokenizer.eos_id])
+        for ids in ([300, 301], [300, 399])
+    )
+    params = BeamParams(num_beams=2, max_new_tokens=6, example_weight=0.9)
+    lane = translate_lane(translator)
+    assert isinstance(lane.runner, FailingTranslateRunner)
+    lane.runner.fault = fails_on(399, "examples")
+    sequences = [Sequence(source, params, examples=[example]) for example in (good, bad, good)]
+    labels = {"endpoint": "translate", "model": lane.runner.model_name}
+    before = REGISTRY.get_sample_value("transformer_with_examples_total", labels) or 0.0
+    lane.submit(sequences)
+    drive(lane)
+    assert REGISTRY.get_sample_value("transformer_with_examples_total", labels) == before + 2
+    await check_translations(translator_oracle, [sequences[0], sequences[2]])
+    without = Sequence(source, replace(params, example_weight=0.0))
+    (wanted,) = expected_translation(translator_oracle, without)
+    (found,) = await sequences[1].result()
+    assert found.token_ids == wanted.token_ids
+    assert lane.runner._stores == [None] * lane.runner.n_slots
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from model.examples import MAX_CHARS, Example, Examples, ExamplesError, find_files, load_examples
 from tests.tiny import PAIRS
@@ -124,6 +125,36 @@ def test_all_that_are_like_enough_are_found(seed: int) -> None:
             assert found == pytest.approx({source: likeness[source] for source in found}, abs=1e-4)
 
 
+def test_a_question_is_no_statement() -> None:
+    examples = made(("Did you take your medicine?", "약 드셨어요?"), ("I cleaned my room.", "방 치웠어."))
+    (asked,) = examples.find("약 드셨어요.", "ko", "en", 6, 0.1)
+    assert asked.likeness < 0.8
+    (asked,) = examples.find("약 드셨어요? ", "ko", "en", 6, 0.1)
+    assert asked.likeness > 0.999
+
+
+def test_signs_of_words_are_part_of_them() -> None:
+    examples = made(("C++ is old", "C++는 오래되었다"), ("C is old", "C는 오래되었다"))
+    assert sources(examples.find("C is old!", "en", "ko", 6, 0.1)) == ["C is old"]
+
+
+def test_the_last_place_that_knows_a_text_says_how_it_is_translated() -> None:
+    ours = [("Close", word) for word in ("닫기", "가까운", "가깝다", "폐쇄")]
+    mine = [("마감", "Close"), ("열기", "Open")]
+    examples = Examples.build({EN_KO: ours}, {("ko", "en"): mine})
+    assert [each.target for each in examples.find("Close", "en", "ko", 6, 0.1)] == ["마감"]
+    assert [each.target for each in examples.find("열기", "ko", "en", 6, 0.1)] == ["Open"]
+    assert {each.target for each in Examples.build({EN_KO: ours}).find("close", "en", "ko", 6, 0.1)} == {
+        word for _, word in ours
+    }
+
+
+def test_among_many_that_are_alike_the_text_itself_is_found() -> None:
+    examples = made(*((f"Invoice {n} is due.", f"청구서 {n}의 기한입니다.") for n in range(1000, 3000)))
+    assert sources(examples.find("Invoice 2999 is due.", "en", "ko", 6, 0.5)) == ["Invoice 2999 is due."]
+    assert len(examples.find("Invoice 7 is due.", "en", "ko", 6, 0.5)) == 6
+
+
 def test_numbers_are_all_alike() -> None:
     examples = made(("Buy 3 apples.", "사과 3개를 사라."), ("Buy 12 apples.", "사과 12개를 사라."))
     found = examples.find("Buy 7 apples.", "en", "ko", 6, 0.9)
@@ -172,7 +203,13 @@ def test_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for path in cache.iterdir():
         path.write_bytes(b"nothing")
     assert len(load_examples([own], cache)) == 2
+    # No more than a few are kept.
+    for n in range(5):
+        write(own, "a.en-ko.tsv", f"Go home.\t집에 {n}.\n")
+        assert len(load_examples([own], cache)) == 2
+    assert len(list(cache.iterdir())) == 3
     # Where nothing can be kept it does without.
+    assert len(load_examples([own], None)) == 2
     blocked = write(tmp_path, "file", "")
     assert len(load_examples([own], blocked / "cache")) == 2
     assert "not kept" in caplog.text
@@ -183,6 +220,7 @@ def test_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     [
         ("a.en-ko.tsv", b"one column\n", r"a\.en-ko\.tsv:1: 1 columns, not 2"),
         ("a.en-ko.tsv", b"a\tb\n\tc\td\te\n", r"a\.en-ko\.tsv:2: 4 columns"),
+        ("a.en-ko.tsv", b"a\tb\t\n", r"a\.en-ko\.tsv:1: a text is empty"),
         ("a.en-ko.tsv", b"\xff\tb\n", r"a\.en-ko\.tsv: .*utf-8"),
         ("a.en-ko.tsv.xz", b"a\tb\n", r"a\.en-ko\.tsv\.xz: .*format"),
         ("pairs.tsv", b"a\tb\n", r"pairs\.tsv: a file of examples is called NAME\.en-ko\.tsv"),
@@ -204,3 +242,23 @@ def test_files_of_a_folder_are_those_of_the_right_form(tmp_path: Path) -> None:
         "a.ko-en.tsv.xz",
         "b.en-ko.tsv",
     ]
+
+
+def test_a_folder_without_examples_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExamplesError, match="holds no file of examples"):
+        load_examples([tmp_path], None)
+
+
+def test_a_full_disk_does_not_end_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of which safetensors speaks in an error of its own."""
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("model.examples.save_file", full)
+    write(tmp_path, "a.eng-kor.tsv", "Go home.\t집에 가.\n")
+    examples = load_examples([tmp_path], tmp_path / "cache")
+    assert sources(examples.find("Go home.", "en", "ko", 1, 0.5)) == ["Go home."]
+    assert "No space left" in caplog.text
