@@ -42,15 +42,17 @@ class ExampleIds(NamedTuple):
 
 
 class Datastore(NamedTuple):
-    """States of the decoder, keys (N, D), the token that followed each, values (N,), and what they count.
+    """States of the decoder, keys (N, D), the token after each, values (N,), and what they count.
 
     offsets (N,) are added to the distances: whatever its states, an example that is little like the sentence
-    is far away.
+    is far away. Where speaks (N,) is False the model has the say of a state, rather than another state that is
+    farther off.
     """
 
     keys: Tensor
     values: Tensor
     offsets: Tensor
+    speaks: Tensor
     weight: float
     reach: float
     temperature: float
@@ -65,10 +67,10 @@ class Datastore(NamedTuple):
         near, places = distances.topk(min(_MOST_NEAR, len(self.keys)), largest=False)
         share = self.weight * (1 - near[:, :1] / self.reach).clamp(min=0.0)
         tokens = self.values[places]
-        votes = (-near / self.temperature).softmax(-1)
+        votes = (-near / self.temperature).softmax(-1) * self.speaks[places]
         # What all states say for a token stands at each of those that say it.
         said = ((tokens[:, :, None] == tokens[:, None]) * votes[:, None]).sum(-1)
-        mixed = logits.log_softmax(-1).add_((1 - share).log())
+        mixed = logits.log_softmax(-1).add_((1 - share * votes.sum(-1, keepdim=True)).log())
         own = mixed.gather(1, tokens)
         both = (own.exp() + share * said).log().masked_fill(own == -torch.inf, -torch.inf)
         return mixed.scatter_(1, tokens, both)
@@ -104,10 +106,11 @@ def read_examples(
     weight: float,
     digit_ids: Iterable[int] = (),
 ) -> Datastore | None:
-    """Lead the decoder through examples of a sentence, an encoder's input; None if nothing is left to go by.
+    """Lead the decoder through a sentence's examples; None where there are none. `source` is what the encoder
+    reads of the sentence.
 
-    Left out is what says nothing of the sentence: states that look most at a token which it has not (the last
-    layer's attention, the mean over its heads), and digits of examples with other numbers.
+    Without a say are states that look most at a token which the sentence has not (the last layer's attention,
+    the mean over its heads), and those before digits in examples with other numbers.
     """
     if not examples or not weight:
         return None
@@ -124,10 +127,10 @@ def read_examples(
     looked_at = sources[rows].gather(1, tap.weights[last][0].mean(1).argmax(-1))
     values = targets[:, 1:]
     counted = (values != config.pad_id) & hidden.isfinite().all(-1)
-    counted &= torch.isin(looked_at, torch.tensor([*source], device=device))
+    speaks = torch.isin(looked_at, torch.tensor([*source], device=device))
     wary = torch.tensor([example.has_other_numbers for example in examples], device=device)
-    counted &= ~(wary[:, None] & torch.isin(values, torch.tensor([*digit_ids], device=device)))
-    if not bool(counted.any()):
+    speaks &= ~(wary[:, None] & torch.isin(values, torch.tensor([*digit_ids], device=device)))
+    if not bool((counted & speaks).any()):
         return None
     unlike = torch.tensor([1 - example.likeness for example in examples], device=device)
     offsets = (config.example_offset * unlike)[:, None].expand(counted.shape)
@@ -135,6 +138,7 @@ def read_examples(
         hidden[counted].float(),
         values[counted],
         offsets[counted],
+        speaks[counted],
         weight,
         config.example_reach,
         config.example_temperature,

@@ -30,7 +30,8 @@ def model() -> Translator:
 
 def test_a_mix_by_hand() -> None:
     keys = torch.tensor([[0.0, 0.0], [2.0, 0.0], [9.0, 9.0]])
-    store = Datastore(keys, torch.tensor([3, 1, 0]), torch.tensor([0.0, 0.5, 0.0]), 0.8, 4.0, 0.5)
+    values, offsets, speaks = torch.tensor([3, 1, 0]), torch.tensor([0.0, 0.5, 0.0]), torch.tensor([True] * 3)
+    store = Datastore(keys, values, offsets, speaks, 0.8, 4.0, 0.5)
     logits = torch.tensor([[1.0, 2.0, 0.5, -math.inf], [0.0, 0.0, 0.0, 0.0]])
     hidden = torch.tensor([[1.0, 0.0], [50.0, 0.0]])
     mixed = store.mix(logits, hidden)
@@ -42,6 +43,11 @@ def test_a_mix_by_hand() -> None:
     assert mixed[0, :3].exp().tolist() == pytest.approx(expected[:3].tolist(), abs=1e-6)
     assert mixed[0, 3] == -math.inf  # what is impossible stays so
     assert mixed[1].exp().tolist() == pytest.approx([0.25] * 4)  # far from all: the model alone
+    # What has no say is said by the model.
+    part = store._replace(speaks=torch.tensor([True, False, True])).mix(logits, hidden)
+    others = share * said
+    expected = (1 - others[0] - others[2]) * own + torch.tensor([others[2], 0.0, 0.0, others[0]])
+    assert part[0, :3].exp().tolist() == pytest.approx(expected[:3].tolist(), abs=1e-6)
 
 
 @torch.no_grad()
@@ -86,17 +92,18 @@ def test_states_that_look_at_what_the_sentence_lacks_are_left_out(model: Transla
     assert 0 < len(wanted) < len(target) - 1
     store = read_examples(model, SOURCE, [example], 0.9)
     assert store is not None
-    assert store.values.tolist() == wanted
+    assert store.values[store.speaks].tolist() == wanted
+    assert len(store.values) == len(target) - 1
 
 
 def test_an_example_with_other_numbers_proposes_no_digits(model: Translator) -> None:
     example = ExampleIds(SOURCE, [KO, 20, 30, 21, END], has_other_numbers=True)
     store = read_examples(model, SOURCE, [example], 0.9, digit_ids=[30, 31])
     assert store is not None
-    assert store.values.tolist() == [20, 21, END]
+    assert store.values[store.speaks].tolist() == [20, 21, END]
     whole = read_examples(model, SOURCE, [example._replace(has_other_numbers=False)], 0.9, digit_ids=[30, 31])
     assert whole is not None
-    assert whole.values.tolist() == [20, 30, 21, END]
+    assert whole.values[whole.speaks].tolist() == [20, 30, 21, END]
     assert (
         read_examples(model, SOURCE, [ExampleIds(SOURCE, [KO, 30], 1.0, True)], 0.9, digit_ids=[30]) is None
     )
