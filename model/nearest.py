@@ -42,11 +42,10 @@ class ExampleIds(NamedTuple):
 
 
 class Datastore(NamedTuple):
-    """States of the decoder, keys (N, D), the token after each, values (N,), and what they count.
+    """States of the decoder, keys (N, D), what followed each, values (N,), and how much they count.
 
     offsets (N,) are added to the distances: whatever its states, an example that is little like the sentence
-    is far away. Where speaks (N,) is False the model has the say of a state, rather than another state that is
-    farther off.
+    is far away. Where speaks (N,) is False the model has the say of a state, rather than one farther off.
     """
 
     keys: Tensor
