@@ -63,11 +63,15 @@ class ExamplesError(ValueError):
 
 
 class Example(NamedTuple):
-    """A text, its translation, and how much the text is like the one that was asked for, 0 to 1."""
+    """A text and its translation; how much the text is like the one that was asked for, 0 to 1.
+
+    It `is_same` but for case, marks and how words are parted.
+    """
 
     source: str
     target: str
     likeness: float
+    is_same: bool = False
 
 
 Languages = tuple[str, str]
@@ -174,7 +178,8 @@ def _chosen(text: str, found: Sequence[tuple[Example, int]], n_best: int, least:
         if same:
             last = max(rank for _, rank in same)
             of_last = [example for example, rank in same if rank == last]
-            return [each for each in of_last if each.likeness == of_last[0].likeness][:_MOST_ALIKE]
+            best = [each for each in of_last if each.likeness == of_last[0].likeness]
+            return [each._replace(is_same=True) for each in best[:_MOST_ALIKE]]
     return [example for example, _ in ranked if example.likeness >= least][:n_best]
 
 

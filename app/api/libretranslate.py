@@ -199,7 +199,7 @@ async def plan_libretranslate(
     def direction(name: str, text: str) -> tuple[str, str]:
         if source != _AUTO:
             return source, target
-        found, code = known_language(name, text, task.tokenizer, "source")
+        found, code = known_language(name, text, task, "source")
         detected.append(Detection(confidence=round(100 * found.probability), language=found.code))
         return code, target
 

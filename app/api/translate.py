@@ -264,7 +264,7 @@ async def _plan(body: TranslateRequest, task: Task[GeneratingLane], settings: Se
     texts = dict(zip(input_names(body.inputs), check_texts(body.inputs, settings), strict=True))
 
     def direction(name: str, text: str) -> tuple[str, str]:
-        return _languages(name, text, parameters, task.tokenizer)
+        return _languages(name, text, parameters, task)
 
     plan = await plan_texts(texts, direction, search, task, form)
     return TranslateWork(plan, parameters, isinstance(body.inputs, list))
@@ -371,13 +371,13 @@ def _named_languages(parameters: TranslateParameters, tokenizer: Tokenizer) -> t
 
 
 def _languages(
-    name: str, text: str, parameters: TranslateParameters, tokenizer: Tokenizer
+    name: str, text: str, parameters: TranslateParameters, task: Task[GeneratingLane]
 ) -> tuple[str, str]:
     """Source and target: as given, else what the text is in (it may be the target), and the other."""
-    src, tgt = _named_languages(parameters, tokenizer)
+    src, tgt = _named_languages(parameters, task.tokenizer)
     if src is None:
-        _, src = known_language(name, text, tokenizer, "src_lang")
-    return src, tgt or counterpart(src, tokenizer.targets) or src
+        _, src = known_language(name, text, task, "src_lang")
+    return src, tgt or counterpart(src, task.tokenizer.targets) or src
 
 
 def _alignment(sequence: Sequence, hypothesis: Hypothesis, tokenizer: Tokenizer) -> Alignment:

@@ -99,8 +99,10 @@ class Search:
     limit: int
     default_beams: int
 
-    def of_sentence(self, n_source: int, phrases: tuple[Phrase, ...], *, align: bool) -> BeamParams:
-        """The parameters for a sentence of n_source tokens.
+    def of_sentence(
+        self, n_source: int, phrases: tuple[Phrase, ...], longest: int, *, align: bool
+    ) -> BeamParams:
+        """The parameters for a sentence of n_source tokens, whose longest known translation has so many.
 
         Where there are phrases to be said the search is as wide as usual at least: one beam alone would say
         them at once. And it gives all it has found, because other tokens need not be another text.
@@ -111,7 +113,7 @@ class Search:
             beams,
             num_beams=num_beams,
             num_return_sequences=num_beams if phrases or beams.num_return_sequences > 1 else 1,
-            max_new_tokens=self.max_new_tokens or min(self.limit, 3 * n_source + 20),
+            max_new_tokens=self.max_new_tokens or min(self.limit, max(3 * n_source + 20, longest)),
             required=phrases,
             return_alignment=beams.return_alignment or align,
         )
@@ -278,10 +280,18 @@ def counterpart(language: str, known: list[str]) -> str | None:
     return next((code for code in (*usual, *known) if code is not None and code != language), None)
 
 
-def known_language(name: str, text: str, tokenizer: Tokenizer, parameter: str) -> tuple[Detected, str]:
-    """The language of a text, and what the model calls it; raises InvalidRequest where it knows none."""
-    detected, known = detect_language(narrow(composed(text))), tokenizer.sources
+def known_language(name: str, text: str, task: Task[GeneratingLane], parameter: str) -> tuple[Detected, str]:
+    """The language of a text, and what the model calls it; raises InvalidRequest where it knows none.
+
+    A short sentence may look like one of another language: what is known is what it is known to be.
+    """
+    detected, known = detect_language(narrow(composed(text))), task.tokenizer.sources
     found = find_language(detected.code, known) or find_language(UNDETERMINED, known)
+    if found is None and task.examples is not None:
+        pairs = ((src, tgt) for src in known for tgt in task.tokenizer.targets if src != tgt)
+        for src, tgt in pairs:
+            if any(example.is_same for example in find_examples(task.examples, text, src, tgt)):
+                return Detected(iso_code(src), 1.0), src
     if found is None:
         raise InvalidRequest(
             f"{name} is in {detected.name} ({detected.code}), as it seems, and there is no such direction: "
@@ -306,10 +316,18 @@ class _Draft:
 def _piece(draft: str | _Draft, search: Search) -> Piece:
     if isinstance(draft, str):
         return draft
-    params = search.of_sentence(len(draft.prompt_ids), draft.shield.phrases, align=bool(draft.elements))
     examples, in_tokens = zip(*draft.examples, strict=True) if draft.examples else ((), ())
-    sequence = Sequence(draft.prompt_ids, params, target_ids=draft.target_ids, examples=in_tokens)
-    return Sentence(sequence, draft.shield, draft.elements, draft.is_unmarked, examples)
+    phrases = draft.shield.phrases
+    # What must be said may not stand in it as it must.
+    known = [ids.target[1:] for example, ids in draft.examples if example.is_same and not phrases]
+    longest = max(map(len, known), default=0)
+    params = search.of_sentence(len(draft.prompt_ids), phrases, longest, align=bool(draft.elements))
+    sequence = Sequence(
+        draft.prompt_ids, params, target_ids=draft.target_ids, examples=in_tokens, known=known
+    )
+    # A translation of exactly this text has the marks that it should have.
+    is_exact = bool(known) and examples[0].source == draft.shield.text.strip()
+    return Sentence(sequence, draft.shield, draft.elements, draft.is_unmarked and not is_exact, examples)
 
 
 def _draft_all(

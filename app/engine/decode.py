@@ -783,7 +783,8 @@ class TranslateLane(DecodeLane[Ranked]):
             raise PromptTooLong(sequence.n_prompt_tokens, self.limits.max_prompt_tokens)
         if sequence.params.max_new_tokens > self.limits.max_new_tokens:
             raise PromptTooLong(sequence.params.max_new_tokens, self.limits.max_new_tokens)
-        for ids in (ids for example in sequence.examples for ids in (example.source, example.target)):
+        every = (ids for example in sequence.examples for ids in (example.source, example.target))
+        for ids in (*every, *sequence.known):
             if len(ids) > self.limits.max_prompt_tokens:
                 raise PromptTooLong(len(ids), self.limits.max_prompt_tokens)
             self._check_ids(ids)
@@ -806,7 +807,8 @@ class TranslateLane(DecodeLane[Ranked]):
             self._note_padding([sequence.n_prompt_tokens for sequence in group])
             lost = halving(group, self._encode, self.failures.note)[1]
             failed += lost
-            n_read = sum(self.runner.has_examples(s.rows[0]) for s in group if s not in lost)
+            sound = (s for s in group if s not in lost)
+            n_read = sum(bool(s.known) or self.runner.has_examples(s.rows[0]) for s in sound)
             metrics.with_examples_total.labels(self.name, self.runner.model_name).inc(n_read)
         self._end(failed, _step_failed)
 
@@ -823,7 +825,8 @@ class TranslateLane(DecodeLane[Ranked]):
     def _has_examples(self, sequence: Sequence) -> bool:
         """Are there some that may have a say? A penalty is on the model's own logits."""
         params = self._groups[sequence].params
-        return bool(sequence.examples) and params.example_weight > 0 and params.repetition_penalty == 1.0
+        has_some = bool(sequence.examples) and not sequence.known
+        return has_some and params.example_weight > 0 and params.repetition_penalty == 1.0
 
     def _listed_language(self, sequence: Sequence) -> str | None:
         """The language of a translation that a shortlist may be chosen for.
@@ -833,7 +836,8 @@ class TranslateLane(DecodeLane[Ranked]):
         """
         params = self._groups[sequence].params
         if (
-            self._has_examples(sequence)
+            sequence.known
+            or self._has_examples(sequence)
             or params.required
             or params.repetition_penalty != 1.0
             or len(sequence.target_ids) > 1
@@ -888,13 +892,15 @@ class TranslateLane(DecodeLane[Ranked]):
         for sequence in running:
             group = self._groups[sequence]
             forced = sequence.target_ids[group.n_steps + 1 :][:1]
-            if group.is_unguarded and not forced:
+            if group.is_unguarded and not forced and not sequence.known:
                 continue
             for index, tokens, banned in group.guards():
                 row = sequence.rows[index]
                 if row in rows:
                     if forced:
                         guards.forced[row - rows[0]] = forced[0]
+                    elif sequence.known:
+                        guards.allowed[row - rows[0]] = _after(tokens, sequence.known)
                     guards.banned += [(row - rows[0], token) for token in banned]
                     guards.penalty(row - rows[0], tokens, group.params.repetition_penalty)
         return guards
@@ -993,6 +999,12 @@ class TranslateLane(DecodeLane[Ranked]):
             alignment = self.runner.align(sequence.prompt_ids, shifted) if shifted else []
         reason = FinishReason.EOS if ended.finished else FinishReason.LENGTH
         return Hypothesis(ended.tokens, ended.score, ended.logprobs, reason, alignment)
+
+
+def _after(tokens: list[int], known: Items[list[int]]) -> list[int]:
+    """What may follow tokens with which some known translations begin."""
+    n = len(tokens)
+    return sorted({ids[n] for ids in known if ids[:n] == tokens and len(ids) > n})
 
 
 def _alike(sequences: list[Sequence]) -> list[list[Sequence]]:

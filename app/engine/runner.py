@@ -52,11 +52,14 @@ class Guards:
     presence: dict[int, float] = field(default_factory=dict)
     bias: list[tuple[int, int, float]] = field(default_factory=list)  # (row, token, added to its logit)
     forced: dict[int, int] = field(default_factory=dict)  # rows with the one token that may follow
+    allowed: dict[int, list[int]] = field(
+        default_factory=dict
+    )  # rows with the tokens of which one may follow
 
     @property
     def only_ban(self) -> bool:
         """Is nothing changed but what is impossible?"""
-        return not (self.histories or self.bias or self.forced)
+        return not (self.histories or self.bias or self.forced or self.allowed)
 
     def of(self, rows: Sequence[int]) -> Guards:
         """Those of some rows alone, numbered as they stand here."""
@@ -74,6 +77,7 @@ class Guards:
             presence,
             [(place[row], token, amount) for row, token, amount in self.bias if row in place],
             {place[row]: token for row, token in self.forced.items() if row in place},
+            {place[row]: tokens for row, tokens in self.allowed.items() if row in place},
         )
 
     def penalty(
@@ -214,7 +218,7 @@ class DecodeRunner:
         return responds(self.device)
 
     def guard(self, logits: Tensor, guards: Guards) -> Tensor:
-        """Apply penalties, then biases, then bans, then what is forced, to logits (B, V)."""
+        """Apply penalties, then biases, then bans, then what is allowed or forced, to logits (B, V)."""
         if guards.histories:
             rows = sorted(guards.histories)
             history = padded([guards.histories[row] for row in rows], -1, self.device)
@@ -229,6 +233,10 @@ class DecodeRunner:
         if guards.banned:
             rows_, tokens = zip(*guards.banned, strict=True)
             logits[list(rows_), list(tokens)] = -torch.inf
+        for row, allowed in guards.allowed.items():
+            kept = logits[row, allowed]
+            logits[row] = -torch.inf
+            logits[row, allowed] = kept
         for row, token in guards.forced.items():
             logits[row] = -torch.inf
             logits[row, token] = 0.0

@@ -68,7 +68,8 @@ class Sequence:
     device thread writes what it produces through `deliver`, which the worker calls on the loop. `rows` are
     the cache rows it holds, in the order of its beams; the scheduler moves them. The first of `target_ids`
     is what a translation begins with, the others are what it must say first; `examples` are translations of
-    sentences like it.
+    sentences like it. With `known`, translations of the very sentence from their second token to the end
+    token, it becomes one of these.
     """
 
     def __init__(
@@ -79,13 +80,14 @@ class Sequence:
         prompt_logprobs: bool = False,
         target_ids: list[int] | None = None,
         examples: Items[ExampleIds] = (),
+        known: Items[list[int]] = (),
     ) -> None:
         if not prompt_ids:
             raise ValueError("prompt_ids: empty")
         if params.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {params.max_new_tokens} is less than 1")
         self.prompt_ids, self.params, self.prompt_logprobs = prompt_ids, params, prompt_logprobs
-        self.target_ids, self.examples = target_ids or [], examples
+        self.target_ids, self.examples, self.known = target_ids or [], examples, known
         seed = params.seed if isinstance(params, SamplingParams) else 0
         self.seed = random.getrandbits(63) if seed is None else seed
         self.n_rows = params.num_beams if isinstance(params, BeamParams) else 1

@@ -190,7 +190,12 @@ async def test_a_known_sentence_is_translated_as_it_is_known(
     values = json.loads((folder / "config.json").read_text())
     languages = word_tokenizer().languages
     (folder / "config.json").write_text(json.dumps(values | {"languages": languages, "example_weight": 0.95}))
-    (tmp_path / "own.en-ko.tsv").write_text("Best regards,\t감사합니다.\nGo home now.\t당장 집에 가.\n")
+    pairs = [
+        ("Best regards,", "감사합니다. 안녕히 계세요"),
+        ("Go home now.", "당장 집에 가."),
+        ("The door is open.", "문이 열려 있다."),
+    ]
+    (tmp_path / "own.en-ko.tsv").write_text("".join(f"{en}\t{ko}\n" for en, ko in pairs))
     settings = make_settings(
         translate_model=folder,
         fill_mask_model="",
@@ -213,15 +218,16 @@ async def test_a_known_sentence_is_translated_as_it_is_known(
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app)
         async with Client(transport=transport, base_url="http://test") as client:
-            body = {"inputs": ["Best regards,", "당장 집에 가.", "Something else."]}
-            known, back, other = (await client.post("/translate", json=body)).json()
+            body = {"inputs": ["Best regards,", "당장 집에 가.", "Something else.", "The door is open."]}
+            known, back, other, dutch = (await client.post("/translate", json=body)).json()
             info = (await client.get("/info")).json()
             text = (await client.get("/metrics")).text
-    assert known["translation_text"] == "감사합니다."
+    assert known["translation_text"] == "감사합니다. 안녕히 계세요"
+    assert dutch["translation_text"] == "문이 열려 있다."  # English, though it looks like another language
     assert back["translation_text"] == "Go home now."
     assert "translation_text" in other
-    assert info["tasks"]["translate"]["examples"] == 2
-    assert 'transformer_with_examples_total{endpoint="translate",model="translator"} 2.0' in text
+    assert info["tasks"]["translate"]["examples"] == 3
+    assert 'transformer_with_examples_total{endpoint="translate",model="translator"} 3.0' in text
     assert list((tmp_path / "cache").iterdir())
 
 

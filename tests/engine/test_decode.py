@@ -122,6 +122,38 @@ async def test_a_sentence_whose_examples_cannot_be_read_does_without(
     assert lane.runner._stores == [None] * lane.runner.n_slots
 
 
+@pytest.mark.parametrize("way", ["plain", "static", "kernels", "int8"])
+async def test_a_known_sentence_becomes_one_of_its_translations(translator: Checkpoint, way: str) -> None:
+    """In a crowd; where there are several, the likeliest comes first, and no other text is among them."""
+    rng, ends = random.Random(5), [translator.config.eos_id]
+    checkpoint = (
+        with_kernels(translator, "int8" if way == "int8" else "none")
+        if way in ("kernels", "int8")
+        else translator
+    )
+    lane = translate_lane(checkpoint, n_slots=16, **WAYS.get(way, {}))
+    source = translator.tokenizer.source_ids([300, 301, 302], "ko")
+    one = [310, 311, 310, 311, 310, *ends]
+    several = [one, [310, 312, *ends], [320, *ends]]
+    for known in ([one], several):
+        for num_beams in (1, 4):
+            params = BeamParams(num_beams=num_beams, num_return_sequences=num_beams, max_new_tokens=9)
+            made = Sequence(source, params, known=known)
+            lane.submit([random_translation(translator, rng), made])
+            turn(lane)
+            lane.submit([random_translation(translator, rng)])
+            drive(lane)
+            found = await made.result()
+            ended = [[*h.token_ids, *ends] for h in found if h.finish_reason == "eos_token"]
+            assert len(ended) == min(num_beams, len(known))
+            assert all(each in known for each in ended)
+            assert found[0].finish_reason == "eos_token"
+    cut = Sequence(source, BeamParams(num_beams=2, max_new_tokens=3), known=[one])
+    lane.submit([cut])
+    drive(lane)
+    assert (await cut.result())[0].token_ids == one[:3]
+
+
 @pytest.mark.parametrize("seed", range(3))
 async def test_ranking_without_logits_changes_nothing(translator: Checkpoint, seed: int) -> None:
     """Nor does it matter which of a crowd asks for what needs logits."""

@@ -14,7 +14,7 @@ from model.examples import MAX_CHARS, Example, Examples, ExamplesError, find_fil
 from tests.tiny import PAIRS
 
 EN_KO = ("en", "ko")
-GOOD_NIGHT = Example("Good night.", "잘 자.", pytest.approx(1.0))  # type: ignore[arg-type]
+GOOD_NIGHT = Example("Good night.", "잘 자.", pytest.approx(1.0), is_same=True)  # type: ignore[arg-type]
 
 
 def made(*pairs: tuple[str, str]) -> Examples:
