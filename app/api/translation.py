@@ -80,6 +80,7 @@ _AFTER_SENTENCE = re.compile(
     "(?<=[요죠까ㅋㅎㅠㅜ])(?:[\u2600-\u26ff\u2764\U0001f000-\U0001faff\ufe0f\u200d]+|\\^\\^+) (?=[가-힣])"
     "|(?<![ㅋㅎㅠㅜ])[ㅋㅎㅠㅜ]{2,}[.!?~]* +(?=\\S)"
 )
+_MARK = re.compile(r"[.!?](?=[\"'”’)]*\s*$)")
 _SENTENCE_END = re.compile(r"""[.!?…。！？]["'”’)\]]*$""")
 # Of names that look as if a sentence ended in them: Booking.Com, README.Md.
 _AFTER_A_DOT = re.compile(
@@ -174,7 +175,7 @@ class Plan:
         ]
         n_different = max(map(len, variants), default=1)
         return [
-            Joined([each[min(rank, len(each) - 1)] for each in variants])
+            Joined(_marked([each[min(rank, len(each) - 1)] for each in variants]))
             for rank in range(min(self.n_best, n_different))
         ]
 
@@ -226,6 +227,23 @@ class Joined:
     def unmet(self) -> list[str]:
         """What had to be kept, or said, and is not there."""
         return [source for piece in self.pieces for source in piece.unmet]
+
+
+def _marked(pieces: list["Rendered"]) -> list["Rendered"]:
+    """Pieces in which no translation runs into the next of its line for want of its sentence's mark."""
+    marked: list[Rendered] = []
+    goes_on = False
+    for piece in reversed(pieces):
+        made = piece
+        if piece.sentence:
+            mark = _MARK.search(piece.sentence.shield.text)
+            if goes_on and mark and piece.text[-1:].isalnum():
+                made = replace(piece, text=piece.text + mark.group())
+            goes_on = True
+        elif "\n" in piece.text:
+            goes_on = False
+        marked.append(made)
+    return marked[::-1]
 
 
 def default_round_trip(settings: Settings, task: Task[GeneratingLane]) -> float:

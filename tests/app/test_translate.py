@@ -11,9 +11,11 @@ from fastapi import FastAPI
 from app.api.translation import _AFTER_SENTENCE
 from app.casing import in_small_letters, reads_badly
 from app.endings import is_unmarked, set_apart, without_full_stop
+from app.engine.sequence import Hypothesis
 from app.protection import replace_runs, without_parts
 from app.spelling import narrow, plain_signs, respelt
 from model.examples import Examples
+from model.sampling import BeamParams
 from tests.app.fakes import FakeDecodeLane, byte_tokenizer
 
 Client = httpx.AsyncClient
@@ -614,6 +616,33 @@ async def test_examples_can_be_turned_off_and_up(client: Client, translate_lane:
 async def test_without_examples_none_can_be_asked_for(client: Client) -> None:
     assert "started without any" in await refusal(client, "a", examples=0.5)
     assert (await translate(client, "a", examples=0, return_examples=True))[0]["examples"] == [[]]
+
+
+@pytest.mark.parametrize(
+    ("text", "translated"),
+    [
+        ("Go home. Now!", "GO HOME. NOW"),
+        ("Go home! Now!", "GO HOME! NOW"),
+        ("Go home.\nNow!", "GO HOME\nNOW"),
+        ("Go home.", "GO HOME"),
+    ],
+)
+async def test_no_sentence_runs_into_the_next(
+    client: Client,
+    translate_lane: FakeDecodeLane,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    translated: str,
+) -> None:
+    """Though a translation ends without a mark, as one that is known may."""
+    shout = translate_lane._translate
+
+    def without_marks(source_ids: list[int], params: BeamParams) -> list[Hypothesis]:
+        said = byte_tokenizer().decode(source_ids).rstrip(".!")
+        return shout(byte_tokenizer().encode(said), params)
+
+    monkeypatch.setattr(translate_lane, "_translate", without_marks)
+    assert await translate(client, text) == [{"translation_text": translated}]
 
 
 async def test_default_beams_and_length(client: Client, translate_lane: FakeDecodeLane) -> None:
