@@ -34,6 +34,7 @@ _FREE = {
     *("max_len", "dropout", "norm_eps", "languages", "labels", "nsp_head", "pool_activation"),
     "length_penalty",
     "round_trip",
+    *("example_weight", "example_reach", "example_offset", "example_temperature"),
     "repetition_penalty",
     *("pad_id", "bos_id", "eos_id", "mask_id", "cls_id", "sep_id"),
 }

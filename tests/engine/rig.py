@@ -50,8 +50,9 @@ def load_bold(folder: Path, device: str = "cpu") -> Checkpoint:
         elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "up.weight")):
             weight.data *= 3
     checkpoint.model.embeddings.tokens.weight.data[checkpoint.config.eos_id] *= 2
-    # Its states are far from each other; the examples of tests are to have a say.
-    checkpoint.model.config = replace(checkpoint.config, example_reach=20.0, example_temperature=1.0)
+    if isinstance(checkpoint.model, Translator):
+        # Its states are far from each other; the examples of tests are to have a say.
+        checkpoint.model.config = replace(checkpoint.config, example_reach=20.0, example_temperature=1.0)
     return checkpoint
 
 
