@@ -349,10 +349,7 @@ def _piece(draft: str | _Draft, search: Search) -> Piece:
 
 
 def _draft_all(
-    texts: dict[str, str],
-    direction: Direction,
-    task: Task[GeneratingLane],
-    form: TextForm,
+    texts: dict[str, str], direction: Direction, task: Task[GeneratingLane], form: TextForm
 ) -> list[list[str | _Draft]]:
     """The sentences of all texts; no further than to the one with which no queue could take them any more."""
     drafts: list[list[str | _Draft]] = []

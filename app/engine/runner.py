@@ -52,9 +52,7 @@ class Guards:
     presence: dict[int, float] = field(default_factory=dict)
     bias: list[tuple[int, int, float]] = field(default_factory=list)  # (row, token, added to its logit)
     forced: dict[int, int] = field(default_factory=dict)  # rows with the one token that may follow
-    allowed: dict[int, list[int]] = field(
-        default_factory=dict
-    )  # rows with the tokens of which one may follow
+    allowed: dict[int, list[int]] = field(default_factory=dict)  # rows with those of which one may follow
 
     @property
     def only_ban(self) -> bool:

@@ -157,8 +157,9 @@ def _report(arguments: argparse.Namespace) -> str:
     started = time.monotonic()
     more: list[list[Row]] = []
     if isinstance(checkpoint.model, Translator):
-        rows, note = _translator_rows(arguments, checkpoint, checkpoint.model)
-        more = _failure_tables(arguments, checkpoint, checkpoint.model)
+        examples = _examples(arguments)
+        rows, note = _translator_rows(arguments, checkpoint, checkpoint.model, examples)
+        more = _failure_tables(arguments, checkpoint, checkpoint.model, examples)
     elif isinstance(checkpoint.model, MaskedLM):
         rows, note = _masked_rows(arguments, checkpoint, checkpoint.model)
         if arguments.cloze:
@@ -181,9 +182,9 @@ def _report(arguments: argparse.Namespace) -> str:
 
 
 def _translator_rows(
-    arguments: argparse.Namespace, checkpoint: Checkpoint, model: Translator
+    arguments: argparse.Namespace, checkpoint: Checkpoint, model: Translator, examples: Examples | None
 ) -> tuple[list[Row], str]:
-    params, examples = _beam_params(arguments, checkpoint), _examples(arguments)
+    params = _beam_params(arguments, checkpoint)
     rows = []
     held: dict[str, tuple[Corpus, list[Translation]]] = {}
     for corpus in corpora(arguments):
@@ -247,10 +248,10 @@ def _beam_params(arguments: argparse.Namespace, checkpoint: Checkpoint) -> BeamP
 
 
 def _failure_tables(
-    arguments: argparse.Namespace, checkpoint: Checkpoint, model: Translator
+    arguments: argparse.Namespace, checkpoint: Checkpoint, model: Translator, examples: Examples | None
 ) -> list[list[Row]]:
     """What should be copied, and the counts of failures over held-out sentences of every source."""
-    params, examples = _beam_params(arguments, checkpoint), _examples(arguments)
+    params = _beam_params(arguments, checkpoint)
 
     def translate(texts: Sequence[str], language: str) -> list[Translation]:
         return translate_all(model, checkpoint.tokenizer, texts, language, params, arguments.rows, examples)
