@@ -200,12 +200,12 @@ def wanted_kernels(settings: Settings, device: torch.device) -> Kernels | None:
 
 
 def wanted_examples(settings: Settings, wanted: Iterable[tuple[str, str, Path]]) -> Examples | None:
-    """Those that the settings name, for a translator; without a default folder that is not there.
+    """Those that the settings name, for what reads them; without a default folder that is not there.
 
     Raises StartError.
     """
     places = [Path(place.strip()) for place in settings.examples.split(",") if place.strip()]
-    if not any(endpoint == "translate" for endpoint, _, _ in wanted):
+    if not any(endpoint in ("translate", "fill-mask") for endpoint, _, _ in wanted):
         return None
     if not is_given(settings, "examples"):
         places = [place for place in places if place.is_dir()]

@@ -109,6 +109,16 @@ class Examples:
         ]
         return _chosen(text, found, n_best, least)
 
+    def alike(self, text: str, n_best: int, least: float) -> list[tuple[str, float]]:
+        """Texts of either side of all languages with their likeness, the likest first, each once."""
+        if not text.strip() or len(text) > MAX_CHARS:
+            return []
+        likeness: dict[str, float] = {}
+        for side in (side for index in self._indices.values() for side in (index.left, index.right)):
+            for i, each in side.find(text, least):
+                likeness[side.text(i)] = max(each, likeness.get(side.text(i), 0.0))
+        return sorted(likeness.items(), key=lambda found: -found[1])[:n_best]
+
     @classmethod
     def build(cls, *places: Mapping[Languages, Iterable[tuple[str, str]]]) -> Examples:
         """From pairs of texts by their languages, each pair once, as of the last place that has it.

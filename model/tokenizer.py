@@ -202,6 +202,14 @@ class Tokenizer:
             return False
         return spaced is None or text.startswith(" ") == spaced
 
+    @cached_property
+    def fillers(self) -> dict[bool | None, frozenset[int]]:
+        """All tokens that can fill a mask, by what `may_fill` calls `spaced`."""
+        return {
+            spaced: frozenset(i for i in range(self.vocab_size) if self.may_fill(i, spaced))
+            for spaced in (None, True, False)
+        }
+
     @property
     def prompt_prefix(self) -> list[int]:
         """The tokens that stand before every prompt."""

@@ -8,16 +8,21 @@ from typing_extensions import TypedDict
 
 from app.api.bounds import Strict, Texts, check_count, check_length, check_text, check_texts, input_names
 from app.api.deps import BodyRoute, Call, CallDep, gather, note_times, prepare
+from app.api.examples import LOOKUP_CHARS, example_weight
 from app.engine.batch import BatchItem, Filled
 from app.engine.registry import OneShotLane, Task
 from app.errors import InvalidRequest, Json, NotLoaded, brief
+from app.sentences import split_text
 from app.settings import Settings
 from app.spaces import plain
+from model.examples import Examples
+from model.nearest_words import Votes, find_votes
 from model.tokenizer import Tokenizer
 
 router = APIRouter(route_class=BodyRoute)
 
 DEFAULT_TOP_K = 5
+_SPLIT_AS = "en"  # whose rules for the ends of sentences, and abbreviations, do for the others
 _FILLING_CHARS = 16  # the least that a filling counts for, so that a few hundred are no small work
 
 
@@ -26,6 +31,11 @@ class FillMaskParameters(Strict):
 
     top_k: int | None = Field(None, description="fillings of each mask; 5 by default")
     targets: str | Texts | None = Field(None, description="rank only these words, each one token long")
+    examples: float | None = Field(
+        None,
+        description="the most that words count which stand there in known sentences like the text, 0 to "
+        "0.95; 0 is off; by default as the model has it",
+    )
 
 
 class FillMaskRequest(Strict):
@@ -83,7 +93,8 @@ async def admit(body: FillMaskRequest, call: Call) -> FillMaskWork:
         top_k = min(top_k, len(targets))
     _check_fillings(sum(len(text.spaced) for text in masked), top_k, settings)
     wanted = await prepare(n_chars, _resolve, targets, masked, task.tokenizer)
-    items = [_item(text, wanted, top_k) for text in masked]
+    votes = await _votes(masked, task, example_weight(parameters.examples, task))
+    items = [_item(text, wanted, top_k, own) for text, own in zip(masked, votes, strict=True)]
     call.record.n_prompt_tokens = sum(len(item.token_ids) for item in items)
     call.submit(task.lane, items)
     return FillMaskWork(task, masked, items, isinstance(body.inputs, list))
@@ -170,7 +181,41 @@ def _resolve(
     return {spaced: [_target_id(target, spaced, tokenizer) for target in targets] for spaced in places}
 
 
-def _item(masked: MaskedText, wanted: dict[bool, list[int] | None], top_k: int) -> BatchItem:
+async def _votes(
+    masked: list[MaskedText], task: Task[OneShotLane], weight: float
+) -> list[list[Votes | None]]:
+    """What known sentences say about each mask of each text."""
+    examples = task.examples
+    # No queue takes more.
+    if examples is None or not weight or len(masked) > task.lane.limits.max_queue_items:
+        return [[] for _ in masked]
+    return await prepare(LOOKUP_CHARS * len(masked), _look_up, masked, examples, task, weight)
+
+
+def _look_up(
+    masked: list[MaskedText], examples: Examples, task: Task[OneShotLane], weight: float
+) -> list[list[Votes | None]]:
+    tokenizer = task.tokenizer
+    places = (_masked_part(text.text, tokenizer) for text in masked)
+    return [find_votes(examples, place, tokenizer, task.config, weight) for place in places]
+
+
+def _masked_part(text: str, tokenizer: Tokenizer) -> str:
+    """The sentence that holds the masks; the whole text where they are in several."""
+    whole = plain(text)
+    parts = split_text(whole, _SPLIT_AS, tokenizer, max_tokens=4 * len(whole))  # as they are, however long
+    places = [n for n, part in enumerate(parts) if tokenizer.mask_token in part.text]
+    if len(places) != 1:
+        return whole
+    (place,) = places
+    # A space before it belongs to a mask that it begins with.
+    before = " " if place and parts[place - 1].text.endswith(" ") else ""
+    return before + parts[place].text
+
+
+def _item(
+    masked: MaskedText, wanted: dict[bool, list[int] | None], top_k: int, votes: list[Votes | None]
+) -> BatchItem:
     return BatchItem(
         token_ids=masked.token_ids,
         segment_ids=[0] * len(masked.token_ids),
@@ -178,6 +223,7 @@ def _item(masked: MaskedText, wanted: dict[bool, list[int] | None], top_k: int) 
         top_k=top_k,
         targets=[wanted[spaced] for spaced in masked.spaced],
         allowed=["space" if spaced else "no_space" for spaced in masked.spaced],
+        votes=votes,
     )
 
 

@@ -12,13 +12,13 @@ from typing_extensions import TypedDict
 
 from app.api.bounds import Strict, Texts, check_count, check_text, check_texts, input_names
 from app.api.deps import CallDep
+from app.api.examples import default_example_weight
 from app.api.generation import max_new_tokens
 from app.api.translation import (
     Found,
     Plan,
     Search,
     TextForm,
-    default_example_weight,
     default_round_trip,
     known_language,
     named_language,

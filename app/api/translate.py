@@ -20,6 +20,7 @@ from app.api.bounds import (
     input_names,
 )
 from app.api.deps import BodyRoute, Call, CallDep, prepare
+from app.api.examples import example_weight
 from app.api.generation import max_new_tokens
 from app.api.libretranslate import (
     FORM_BODY,
@@ -39,7 +40,6 @@ from app.api.translation import (
     Search,
     TextForm,
     counterpart,
-    default_example_weight,
     default_round_trip,
     known_language,
     named_language,
@@ -60,7 +60,7 @@ from model.tokenizer import TextStream, Tokenizer
 
 router = APIRouter(route_class=BodyRoute)
 
-_MAX_ROUND_TRIP, _MAX_EXAMPLE_WEIGHT = 10.0, 0.95
+_MAX_ROUND_TRIP = 10.0
 
 
 class BeamParameters(Strict):
@@ -318,7 +318,7 @@ def _resolve(parameters: TranslateParameters, settings: Settings, task: Task[Gen
     given["num_beams"] = num_beams
     beams = BeamParams(
         return_alignment=bool(parameters.return_alignment),
-        example_weight=_example_weight(parameters, task),
+        example_weight=example_weight(parameters.examples, task),
         round_trip=_round_trip(parameters, settings, task, stops_as_asked=asked.early_stopping is not None),
         **({"max_new_tokens": limit, "length_penalty": task.config.length_penalty} | given),
     )
@@ -342,16 +342,6 @@ def _round_trip(
         raise InvalidRequest("round_trip and early_stopping: one rule or the other says which is best")
     if asked and (isinstance(task.tokenizer, AdoptedTokenizer) or not ways_back(task.config)):
         raise InvalidRequest(f"round_trip is {brief(asked)}, but model {task.name} knows no way back")
-    return asked
-
-
-def _example_weight(parameters: TranslateParameters, task: Task[GeneratingLane]) -> float:
-    asked = parameters.examples
-    if asked is None:
-        return default_example_weight(task)
-    check_range("examples", asked, 0.0, _MAX_EXAMPLE_WEIGHT)
-    if asked and task.examples is None:
-        raise InvalidRequest(f"examples is {brief(asked)}, but the service was started without any")
     return asked
 
 

@@ -19,6 +19,7 @@ from app.engine.scheduler import fits
 from model.checkpoint import Checkpoint
 from model.kernel_blocks import tell_before_blocks
 from model.models import Classifier
+from model.nearest_words import Votes
 
 Filled = list[list[tuple[int, float]]]  # per mask: token ids with scores, best first
 
@@ -45,7 +46,8 @@ class BatchLimits:
 class BatchItem:
     """One text with masks, one pair of sentences, or one text to classify.
 
-    `targets` and `allowed` hold an entry per mask. Made and awaited on the event loop.
+    `targets` and `allowed` hold an entry per mask, `votes` as well, or none. Made and awaited on the event
+    loop.
     """
 
     token_ids: list[int]
@@ -54,6 +56,7 @@ class BatchItem:
     top_k: int = 5
     targets: list[list[int] | None] = field(default_factory=list)
     allowed: list[str | None] = field(default_factory=list)
+    votes: list[Votes | None] = field(default_factory=list)
     aborted: bool = False
     submitted_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
@@ -161,7 +164,8 @@ class BatchLane:
             raise PromptTooLong(item.n_tokens, self.limits.max_item_tokens)
         # On a GPU an index out of range would take the device down, and everybody with it.
         known = range(self.runner.model.config.vocab_size)
-        ids = (*item.token_ids, *(target for wanted in item.targets for target in wanted or ()))
+        wished = (*item.targets, *(votes and votes.token_ids for votes in item.votes))
+        ids = (*item.token_ids, *(token for tokens in wished for token in tokens or ()))
         if min(ids) not in known or max(ids) not in known:
             raise ValueError(f"a token id is outside the vocabulary of {len(known)}")
 
@@ -216,6 +220,7 @@ class BatchLane:
         metrics.batch_rows.labels(self.name, "batch").observe(len(batch))
         padding = 1 - sum(lengths) / (max(lengths) * len(batch))
         metrics.batch_padding_ratio.labels(self.name, "batch").observe(padding)
+        metrics.with_examples_total.labels(self.name, self.model_name).inc(sum(any(i.votes) for i in batch))
         _, failed = halving(batch, self._answer, self.failures.note)
         for item in failed:
             self._end(item, StepFailed())
@@ -246,8 +251,9 @@ class BatchLane:
         if item.task == "next-sentence":
             return []
         slots = [slot for slot, token in enumerate(item.token_ids) if token == self.mask_id]
-        each = zip(slots, item.allowed, item.targets, strict=True)
-        return [(slot, Wish(allowed, item.top_k, targets)) for slot, allowed, targets in each]
+        votes = item.votes or [None] * len(slots)
+        each = zip(slots, item.allowed, item.targets, votes, strict=True)
+        return [(slot, Wish(allowed, item.top_k, targets, own)) for slot, allowed, targets, own in each]
 
     def _end(self, item: BatchItem, outcome: BatchResult | EngineError) -> None:
         item.ended_at = time.monotonic()

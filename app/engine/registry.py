@@ -67,7 +67,7 @@ class Task(Generic[LaneT]):
 
     `n_cache_bytes` is what its rows' caches take on the device, `quantization` how its weights are held,
     `shortlist` the languages into which it chooses among a shortlist's tokens, `examples` translations it
-    may read beside a sentence; `n_users` counts the requests that chose it and have not ended.
+    may read beside a text; `n_users` counts the requests that chose it and have not ended.
     """
 
     lane: LaneT

@@ -25,6 +25,7 @@ from model.kernel_blocks import KernelDecoder
 from model.masks import Mask, MaskParts, RowSpans, length_mask, position_mask, split_by_length
 from model.models import CausalLM, Classifier, MaskedLM, Translator, make_cache
 from model.nearest import Datastore, ExampleIds, read_examples
+from model.nearest_words import Votes, fillable
 from model.quantize import Int8Linear, KernelInt8Linear, Selected
 from model.round_trip import return_logprobs
 from model.sampling import SamplingRows, chosen_logprobs, penalise, sample, top_tokens
@@ -653,11 +654,15 @@ class TranslateRunner(DecodeRunner):
 
 
 class Wish(NamedTuple):
-    """What may fill a mask: words that begin with a space or not, so many, or certain ones alone."""
+    """What may fill a mask: words that begin with a space or not, so many, or certain ones alone.
+
+    `votes` is what examples say.
+    """
 
     allowed: str | None
     top_k: int
     targets: Sequence[int] | None = None
+    votes: Votes | None = None
 
 
 class MaskedRunner:
@@ -668,9 +673,9 @@ class MaskedRunner:
         self.model, self.tokenizer = checkpoint.model, checkpoint.tokenizer
         self.device = next(self.model.parameters()).device
         self.allowed = {
-            None: _fillable(self.tokenizer, None).to(self.device),
-            "space": _fillable(self.tokenizer, True).to(self.device),
-            "no_space": _fillable(self.tokenizer, False).to(self.device),
+            None: fillable(self.tokenizer, None).to(self.device),
+            "space": fillable(self.tokenizer, True).to(self.device),
+            "no_space": fillable(self.tokenizer, False).to(self.device),
         }
         self.n_allowed = {name: int(mask.sum()) for name, mask in self.allowed.items()}
 
@@ -698,6 +703,9 @@ class MaskedRunner:
         if isinstance(project, Int8Linear) and self.model.config.tied:
             self._make_exact(logits, features)
         probs = logits.softmax(-1)
+        for row, wish in enumerate(wishes):
+            if wish.votes is not None:
+                probs[row] = wish.votes.mix(probs[row])
         return [
             self._best(probs[row : row + 1], wish)
             if wish.targets is None
@@ -785,8 +793,3 @@ def _zero(cache: KVCache, rows: Sequence[int]) -> None:
 def _suppressed(tokenizer: Tokenizer, config: TransformerConfig) -> frozenset[int]:
     """What must never be generated: every special token but the ends."""
     return tokenizer.special_ids - set(config.eos_ids)
-
-
-def _fillable(tokenizer: Tokenizer, spaced: bool | None) -> Tensor:
-    """(V,) True for what can fill a mask."""
-    return torch.tensor([tokenizer.may_fill(token_id, spaced) for token_id in range(tokenizer.vocab_size)])

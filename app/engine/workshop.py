@@ -60,7 +60,8 @@ class ModelWorkshop:
     models trained here, of which it is known what that costs, and none for those that others made. With
     `sizing`, `n_slots` are the least of the endpoints that it names. Where there is no room for `n_slots`, an
     endpoint of `fewest` has a half of them or a half of that, down to so many. `kernels` are for a CPU;
-    without `use_shortlist` translations choose among all tokens there, too. `examples` are for translators.
+    without `use_shortlist` translations choose among all tokens there, too. `examples` are for
+    translators and masked models.
     """
 
     def __init__(
@@ -203,6 +204,8 @@ class ModelWorkshop:
         if endpoint not in self._n_slots:
             batches = BatchLane(endpoint, checkpoint, max_batch_tokens=self._max_batch_tokens, **self._queue)
             batches.door.max_wait_seconds = self._max_wait_seconds
+            if endpoint == "fill-mask":
+                more["examples"] = self._examples
             return Task(batches, *known, **more)
         steps = make_decode_lane(
             endpoint,

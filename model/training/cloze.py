@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from model.examples import Examples
 from model.models import MaskedLM
+from model.nearest_words import fillable, find_votes
 from model.tokenizer import MASK, Tokenizer
 from model.training.packs import TEXTS, PackError
 from model.training.scores import Row, percent
@@ -37,25 +40,33 @@ def read_cloze(path: Path = CLOZE) -> list[Cloze]:
 
 
 @torch.no_grad()
-def cloze_rows(model: MaskedLM, tokenizer: Tokenizer, sentences: Sequence[Cloze]) -> list[Row]:
+def cloze_rows(
+    model: MaskedLM, tokenizer: Tokenizer, sentences: Sequence[Cloze], examples: Examples | None = None
+) -> list[Row]:
     """Per language: of how many sentences the best filling is an answer, and one of the five best.
 
-    Fillings are such as the service gives: begun with a space where the mask has one before it.
+    Fillings are such as the service gives: begun with a space where the mask has one before it. With
+    `examples` once more, after the words that stand there in known sentences.
     """
     device = next(model.parameters()).device
-    allowed = {
-        spaced: torch.tensor([tokenizer.may_fill(i, spaced) for i in range(tokenizer.vocab_size)])
-        for spaced in (False, True)
-    }
+    allowed = {spaced: fillable(tokenizer, spaced) for spaced in (False, True)}
     hits: dict[str, list[tuple[bool, bool]]] = {}
+
+    def note(name: str, probs: Tensor, answers: frozenset[str]) -> None:
+        words = [tokenizer.token_text(i).strip().casefold() for i in probs.topk(5).indices.tolist()]
+        hits.setdefault(name, []).append((words[0] in answers, any(word in answers for word in words)))
+
     for language, text, answers in sentences:
         ids, (spaced,) = tokenizer.masked_ids(text)
         slot = torch.tensor([[ids.index(tokenizer.mask_id)]], device=device)
         token_ids = torch.tensor([ids], device=device)
         hidden = model.encode(token_ids, torch.zeros_like(token_ids))[0, slot[0]]
         logits = model.mlm_head(hidden)[0].cpu().masked_fill(~allowed[spaced], -torch.inf)
-        words = [tokenizer.token_text(i).strip().casefold() for i in logits.topk(5).indices.tolist()]
-        hits.setdefault(language, []).append((words[0] in answers, any(word in answers for word in words)))
+        probs = logits.softmax(-1)
+        note(language, probs, answers)
+        if examples is not None:
+            (votes,) = find_votes(examples, text, tokenizer, model.config, model.config.example_weight)
+            note(f"{language}, with examples", votes.mix(probs) if votes else probs, answers)
     return [
         {
             "sentences with one mask": language,

@@ -116,8 +116,8 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--round-trip", type=float, help="what the way back counts; else the model's own")
     parser.add_argument(
         "--examples", type=Path, action="append", default=[], metavar="PLACE",
-        help="a file or folder of known translations that a translator reads, as the service does, but for "
-        "pairs that are held out; may be repeated",
+        help="a file or folder of known translations that a translator, and --cloze, reads, as the service "
+        "does, but for pairs that are held out; may be repeated",
     )  # fmt: skip
     parser.add_argument("--no-repeat-ngram-size", type=int, default=0, metavar="N")
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
@@ -163,7 +163,8 @@ def _report(arguments: argparse.Namespace) -> str:
     elif isinstance(checkpoint.model, MaskedLM):
         rows, note = _masked_rows(arguments, checkpoint, checkpoint.model)
         if arguments.cloze:
-            more.append(cloze_rows(checkpoint.model, checkpoint.tokenizer, read_cloze()))
+            examples = _examples(arguments)
+            more.append(cloze_rows(checkpoint.model, checkpoint.tokenizer, read_cloze(), examples))
     elif isinstance(checkpoint.model, Classifier):
         rows, note = _classifier_rows(arguments, checkpoint, checkpoint.model)
     else:

@@ -1,12 +1,15 @@
 """POST /fill-mask and /next-sentence on the lane that ranks a fixed list."""
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from app.errors import Json
+from model.examples import Examples
 from model.tokenizer import Tokenizer
 from tests.app.fakes import FakeBatchLane, word_tokenizer
 
@@ -90,6 +93,53 @@ async def test_each_target_is_resolved_once(client: Client, monkeypatch: pytest.
         *(" home", " school"),
         *("home", "school"),
     ]
+
+
+@pytest.fixture
+def with_examples(app: FastAPI) -> None:
+    task = app.state.services.tasks["fill-mask"]
+    pairs = [("I go home now.", "나는 지금 집에 간다."), ("Go to school!", "학교에 가!")]
+    task.examples = Examples.build({("en", "ko"): pairs})
+    task.config = replace(task.config, example_weight=0.5)
+
+
+@pytest.mark.usefixtures("with_examples")
+async def test_words_of_known_texts_have_votes(client: Client, fill_mask_lane: FakeBatchLane) -> None:
+    tokenizer = word_tokenizer()
+    texts = [
+        *("I go [MASK] now.", "Zzz. I go [MASK] now. Qqq.", "나는 지금 [MASK]에 간다."),
+        *("Zzz qqq [MASK]", "I go [MASK]. Go to [MASK]!"),
+    ]
+    await fill(client, texts)
+    one, among, korean, none, two = (item.votes for item in fill_mask_lane.submitted)
+    for votes, word in ((one, " home"), (among, " home"), (korean, " 집")):
+        (found,) = votes
+        assert found is not None
+        best, _ = max(zip(found.token_ids, found.shares, strict=True), key=lambda pair: pair[1])
+        assert [best] == tokenizer.encode(word)
+        assert 0 < found.weight <= 0.5
+    assert one == among  # by the sentence that holds the mask
+    assert none == [None]
+    assert len(two) == 2
+
+
+@pytest.mark.usefixtures("with_examples")
+async def test_examples_can_be_turned_off_and_up(client: Client, fill_mask_lane: FakeBatchLane) -> None:
+    for asked in (0, 0.25, 0.95, None):
+        await fill(client, "I go [MASK] now.", examples=asked)
+    off, *others = (item.votes for item in fill_mask_lane.submitted)
+    assert off == []
+    weights = [votes.weight for (votes,) in others if votes is not None]
+    assert [weight / weights[-1] for weight in weights] == pytest.approx([0.5, 1.9, 1.0])
+    for wrong in (-0.1, 0.96):
+        body = {"inputs": "[MASK]", "parameters": {"examples": wrong}}
+        assert await refusal(client, "/fill-mask", body) == f"examples is {wrong}, the limit is 0 to 0.95"
+
+
+async def test_without_examples_none_can_be_asked_for(client: Client) -> None:
+    body = {"inputs": "[MASK]", "parameters": {"examples": 0.5}}
+    assert "started without any" in await refusal(client, "/fill-mask", body)
+    await fill(client, "[MASK]", examples=0)
 
 
 class TestFillings:

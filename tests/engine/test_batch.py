@@ -13,6 +13,7 @@ from app.engine.errors import Aborted, Draining, EngineError, Overloaded, Prompt
 from app.engine.runner import MaskedRunner
 from model.checkpoint import Checkpoint
 from model.models import MaskedLM
+from model.nearest_words import Votes
 from tests.engine.rig import gauge, ordinary_ids
 
 
@@ -61,7 +62,12 @@ def random_item(checkpoint: Checkpoint, rng: random.Random) -> BatchItem:
     n_masks = rng.randint(1, 3)
     targets = [rng.choice([None, rng.sample(ids, 4)]) for _ in range(n_masks)]
     allowed = [rng.choice([None, "space", "no_space"]) for _ in range(n_masks)]
-    return fill(checkpoint, words, n_masks, targets=targets, allowed=allowed, top_k=rng.choice([1, 5, 1000]))
+    votes = [
+        rng.choice([None, Votes(tuple(rng.sample(ids, 3)), (0.5, 1.0, 2.0), rng.random())])
+        for _ in range(n_masks)
+    ]
+    wishes = {"targets": targets, "allowed": allowed, "votes": rng.choice([[], votes])}
+    return fill(checkpoint, words, n_masks, top_k=rng.choice([1, 5, 1000]), **wishes)
 
 
 @torch.inference_mode()
@@ -111,12 +117,14 @@ def expected(checkpoint: Checkpoint, item: BatchItem) -> list[list[tuple[int, fl
         return [[(0, nsp.softmax(-1)[0, 1].item())]]
     slots = [i for i, token in enumerate(item.token_ids) if token == tokenizer.mask_id]
     ranked = []
-    for slot, allowed, targets in zip(slots, item.allowed, item.targets, strict=True):
+    every = item.votes or [None] * len(slots)
+    for slot, allowed, targets, votes in zip(slots, item.allowed, item.targets, every, strict=True):
         fits = [
             fillable(tokenizer.token_text(t), t, allowed, tokenizer.special_ids)
             for t in range(logits.size(-1))
         ]
-        probs = logits[0, slot].masked_fill(~torch.tensor(fits), -torch.inf).softmax(-1).tolist()
+        probs = logits[0, slot].masked_fill(~torch.tensor(fits), -torch.inf).softmax(-1)
+        probs = (votes.mix(probs) if votes else probs).tolist()
         tokens = targets or [token for token, fit in enumerate(fits) if fit]
         ranked.append(sorted(((t, probs[t]) for t in tokens), key=lambda entry: -entry[1])[: item.top_k])
     return ranked

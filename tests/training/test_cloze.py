@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.examples import Examples
 from model.models import MaskedLM, build_model
 from model.tokenizer import Tokenizer
 from model.training.cloze import Cloze, cloze_rows, read_cloze
@@ -43,3 +44,17 @@ def test_shares(tokenizer: Tokenizer) -> None:
     english, korean = cloze_rows(model, tokenizer, sentences)
     assert (english["n"], english["best makes sense"], english["one of five does"]) == ("2", "50.0", "50.0")
     assert korean["best makes sense"] == "0.0"  # what begins with a space does not go there
+
+
+def test_with_examples(tokenizer: Tokenizer) -> None:
+    torch.manual_seed(2)
+    model = build_model(fitting_config("masked_lm", tokenizer, example_weight=0.95)).eval()
+    assert isinstance(model, MaskedLM)
+    (spaced,) = tokenizer.encode(" home")[:1]
+    word = tokenizer.token_text(spaced).strip()
+    sentences = [Cloze("en", f"I go [MASK] {tail}.", frozenset({word})) for tail in ("now", "then")]
+    examples = Examples.build({("en", "ko"): [(f"I go {word} now.", "나는 간다.")]})
+    alone, with_examples = cloze_rows(model, tokenizer, sentences, examples)
+    assert (alone["sentences with one mask"], alone["best makes sense"]) == ("en", "0.0")
+    assert with_examples["sentences with one mask"] == "en, with examples"
+    assert (with_examples["n"], with_examples["best makes sense"]) == ("2", "100.0")
