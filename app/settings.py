@@ -158,7 +158,7 @@ class Settings(BaseSettings):
         "model/training/texts",
         description="known translations: files NAME.en-ko.tsv (or .tsv.xz; a line holds a text, a tab, its "
         "translation), or folders of such, with commas between; a sentence that is like some of them is "
-        "translated after their example; empty: none",
+        "translated after their example, a mask filled after what stands there in them; empty: none",
     )
     cache_dir: Path = Field(
         Path("~/.cache/transformer-server"),

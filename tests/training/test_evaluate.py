@@ -47,8 +47,9 @@ EN, KO = [en for en, _ in PAIRS], [ko for _, ko in PAIRS]
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """A small folder in the layout of the packs, with something held out."""
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small folder in the layout of the packs, with something held out; beside it one of our own."""
+    monkeypatch.setattr("model.training.evaluate.OWN_PACKS", ("phrases.en-ko.tsv.xz",))
     folder = tmp_path / "data"
     (folder / "dev").mkdir(parents=True)
     lines = [f"written-daily\tI have {i} apples.\t나는 사과가 {i}개 있다.\n" for i in range(200)]
