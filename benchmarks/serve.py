@@ -9,8 +9,9 @@ closed  so many clients, each sending its next request when the last one is answ
         into the bare engine (same settings, another process, same number at a time) for what HTTP costs
 open    requests at a fixed rate, whatever is still under way; latencies count from the due time
 mixed   the three endpoints at once
-examples  translations of a hundred everyday sentences with and without known ones of similar sentences, in
-        turn, by so many clients; everything else translates without, as the bare engine does
+examples  translations of a hundred everyday sentences, and fillings of everyday sentences with a mask, with
+        and without known texts that are like them, in turn, by so many clients; everything else does without,
+        as the bare engine does
 long    streams that run alone, then with one long prompt coming in; random weights, which know long contexts
 
 Generations are streamed, and all of full length: the end token's row of the shipped weights is zeroed.
@@ -45,7 +46,11 @@ from model.tokenizer import Tokenizer
 
 TASKS = ("generate", "translate", "fill-mask")
 SHARES = (0.5, 0.95, 0.99)
-EVERYDAY = ROOT / "model/training/texts/everyday.tsv"  # which no examples hold
+# What examples do not hold (of sentences with a mask, few as they would be filled).
+EVERYDAY = {
+    "translate": ROOT / "model/training/texts/everyday.tsv",
+    "fill-mask": ROOT / "model/training/texts/cloze.tsv",
+}
 SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": 7}
 LONG, LONG_PROMPT, LONG_CONTEXT = "long", 2000, 4096
 # The shipped generation model's sizes, with a longer context.
@@ -66,7 +71,7 @@ def text(task: str, number: int) -> str:
 def call(task: str, number: int, n_new: int, at: float = 0.0, sampling: dict[str, Any] | None = None) -> Call:
     """The request of a number; sampling is what a generation draws by, nothing means greedy."""
     parameters: dict[str, dict[str, Any]] = {
-        "fill-mask": {"top_k": 5},
+        "fill-mask": {"top_k": 5, "examples": 0},
         "translate": {"tgt_lang": "ko", "num_beams": 4, "max_new_tokens": n_new, "examples": 0},
         # As the bare engine is asked: without the penalty that the model has of its own.
         "generate": {"max_new_tokens": n_new, "repetition_penalty": 1.0} | (sampling or {}),
@@ -200,22 +205,24 @@ def mixed(port: int, report: Report, arguments: argparse.Namespace) -> None:
 
 def examples(port: int, report: Report, arguments: argparse.Namespace) -> None:
     """What reading examples costs over HTTP; the table has the first round with them."""
-    texts = [line.partition("\t")[2] for line in EVERYDAY.read_text(encoding="utf-8").splitlines()]
-    without, with_them = (
-        [Call("/translate", json.dumps({"inputs": text, "parameters": parameters})) for text in texts]
-        for parameters in ({"examples": 0}, {})
-    )
-    for n in arguments.clients:
-        send(port, with_them[:n], n)  # warm
-        rounds = [(send(port, without, n), send(port, with_them, n)) for _ in range(arguments.rounds)]
-        shares = [100 * off.seconds / on.seconds for off, on in rounds]
-        added = [
-            1000
-            * (median(a.ended - a.sent for a in on.answers) - median(a.ended - a.sent for a in off.answers))
-            for off, on in rounds
-        ]
-        cost = f"{spread(shares, 0)}% of the requests without examples, adds {spread(added, 1)} ms"
-        report.add(f"examples, {n} clients", rounds[0][1], cost)
+    for task in (task for task in EVERYDAY if task in arguments.tasks):
+        texts = [line.split("\t")[1] for line in EVERYDAY[task].read_text(encoding="utf-8").splitlines()]
+        without, with_them = (
+            [Call(f"/{task}", json.dumps({"inputs": text, "parameters": parameters})) for text in texts]
+            for parameters in ({"examples": 0}, {})
+        )
+        for n in arguments.clients:
+            send(port, with_them[:n], n)  # warm
+            rounds = [(send(port, without, n), send(port, with_them, n)) for _ in range(arguments.rounds)]
+            shares = [100 * off.seconds / on.seconds for off, on in rounds]
+            added = [1000 * (_median_seconds(on) - _median_seconds(off)) for off, on in rounds]
+            cost = f"{spread(shares, 0)}% of the requests without examples, adds {spread(added, 1)} ms"
+            report.add(f"examples, {n} clients", rounds[0][1], cost)
+
+
+def _median_seconds(run: Results) -> float:
+    seconds: float = median(answer.ended - answer.sent for answer in run.answers)
+    return seconds
 
 
 def long_prompt(folder: Path, settings: dict[str, str], arguments: argparse.Namespace) -> None:
