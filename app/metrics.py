@@ -119,7 +119,7 @@ reranked_total = _counter(
     "reranked_total", "Translations of which the reranking put another first than the search.", _LANE_MODEL
 )
 with_examples_total = _counter(
-    "with_examples_total", "Sentences translated, and masks filled, after known texts like them.", _LANE_MODEL
+    "with_examples_total", "Sentences translated, and texts with masks filled, after known ones.", _LANE_MODEL
 )
 generated_tokens_total = _counter("generated_tokens_total", "Tokens produced.", _LANE_MODEL)
 

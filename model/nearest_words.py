@@ -47,34 +47,82 @@ class Votes(NamedTuple):
 
 
 def find_votes(
-    examples: Examples, text: str, tokenizer: Tokenizer, config: TransformerConfig, weight: float
+    examples: Examples,
+    sentence: str,
+    tokenizer: Tokenizer,
+    config: TransformerConfig,
+    weight: float,
+    *,
+    follows: bool = False,
 ) -> list[Votes | None]:
-    """Of each mask in a text what examples say about it; None where there is nothing like it.
+    """Of each mask in a sentence what examples say about it; None where there is nothing like it.
 
     `weight` is the most that votes count together. The distance of a word in an example is what its text
     lacks in likeness, and what stands around it otherwise than around the mask; the nearest one's, over the
-    config's `example_reach`, is what the weight loses.
+    config's `example_reach`, is what the weight loses. A sentence that `follows` another, behind a space, is
+    looked up as if it stood alone; what fills a mask that it begins with has that space.
     """
-    ids, spaced = tokenizer.masked_ids(text)
+    ids, spaced = tokenizer.masked_ids(sentence)
     slots = [slot for slot, token in enumerate(ids) if token == tokenizer.mask_id]
     # Without its masks, which no text has.
-    found = examples.alike(text.replace(tokenizer.mask_token, " "), _MOST_TEXTS, _LEAST_LIKENESS)
+    found = examples.alike(sentence.replace(tokenizer.mask_token, " "), _MOST_TEXTS, _LEAST_LIKENESS)
     rows = [(tokenizer.text_ids(known), likeness) for known, likeness in found]
-    votes: list[Votes | None] = []
+    said = _twins(ids, tokenizer)
+    votes = []
     for slot, has_space in zip(slots, spaced, strict=True):
-        # What the sentence says already is not what it lacks.
-        fitting = tokenizer.fillers[has_space].difference(ids)
+        fillers = tokenizer.fillers[has_space]
+        glued = _glued(ids, slot, tokenizer, has_space)
         near = heapq.nsmallest(
             _MOST_NEAR,
             (
                 (1 - likeness + _unlike(ids, slot, row, place), token)
                 for row, likeness in rows
                 for place, token in enumerate(row)
-                if token in fitting
+                if token in fillers and all(_at(row, place + side) == ids[slot + side] for side in glued)
             ),
         )
-        votes.append(_votes(near, config, weight))
+        own = _votes(near, said, config, weight)
+        is_first = follows and sentence.startswith(tokenizer.mask_token) and slot == slots[0]
+        votes.append(_with_space(own, tokenizer) if own and is_first else own)
     return votes
+
+
+def _twins(ids: Sequence[int], tokenizer: Tokenizer) -> frozenset[int]:
+    """Tokens, and the same ones with and without a space before them."""
+    twins = set(ids)
+    for token in set(ids) - tokenizer.special_ids:
+        text = tokenizer.token_text(token)
+        if "\ufffd" not in text:
+            twins.update(_one_token(tokenizer, text[1:] if text.startswith(" ") else f" {text}"))
+    return frozenset(twins)
+
+
+def _one_token(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The token that a text is; none where it is several."""
+    ids = tokenizer.encode(text)
+    return ids if len(ids) == 1 else []
+
+
+def _glued(ids: Sequence[int], slot: int, tokenizer: Tokenizer, spaced: bool) -> list[int]:
+    """On which sides of a mask letters or digits stand without a space.
+
+    What fills it makes a word with them, so that words in which they do not stand there have no vote.
+    """
+    behind, before = (tokenizer.token_text(ids[slot + side]) for side in (1, -1))
+    sides = [1] if ids[slot + 1] not in tokenizer.special_ids and behind[:1].isalnum() else []
+    if not spaced and ids[slot - 1] not in tokenizer.special_ids and before[-1:].isalnum():
+        sides.append(-1)
+    return sides
+
+
+def _with_space(votes: Votes, tokenizer: Tokenizer) -> Votes | None:
+    """The same words behind a space; those that are one token there."""
+    shares = {
+        token: share
+        for bare, share in zip(votes.token_ids, votes.shares, strict=True)
+        for token in _one_token(tokenizer, f" {tokenizer.token_text(bare)}")
+    }
+    return Votes(tuple(shares), tuple(shares.values()), votes.weight) if shares else None
 
 
 def fillable(tokenizer: Tokenizer, spaced: bool | None) -> Tensor:
@@ -102,15 +150,20 @@ def _at(ids: Sequence[int], place: int) -> int | None:
     return ids[place] if 0 <= place < len(ids) else None
 
 
-def _votes(near: Sequence[tuple[float, int]], config: TransformerConfig, weight: float) -> Votes | None:
-    """Of tokens with their distances, the nearest first."""
+def _votes(
+    near: Sequence[tuple[float, int]], said: frozenset[int], config: TransformerConfig, weight: float
+) -> Votes | None:
+    """Of tokens with their distances, the nearest first.
+
+    What the sentence says already is hardly what it lacks, so that no votes are counted for it; but they say
+    that others count for less.
+    """
     if not near:
         return None
     nearest = near[0][0]
-    counted = weight * (1 - nearest / config.example_reach)
-    if counted <= 0:
-        return None
     shares: dict[int, float] = {}
     for distance, token in near:
         shares[token] = shares.get(token, 0.0) + math.exp((nearest - distance) / config.example_temperature)
-    return Votes(tuple(shares), tuple(shares.values()), counted)
+    others = {token: share for token, share in shares.items() if token not in said}
+    weight *= (1 - nearest / config.example_reach) * sum(others.values()) / sum(shares.values())
+    return Votes(tuple(others), tuple(others.values()), weight) if weight > 0 else None

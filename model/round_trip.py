@@ -23,6 +23,8 @@ from model.transfer import padded
 # Tokens of a text. Of a word the way back says which translation means nothing else, not which is usual:
 # "Hello" would be what is said on the telephone.
 _FEWEST = 4
+# Hypotheses of a text that are asked, the best of the search: further ones are hardly ever right.
+MOST_ASKED = 3
 
 T = TypeVar("T")
 Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -47,18 +49,20 @@ def best_first(
 ) -> list[T]:
     """Hypotheses in order by both ways; `found` has of each its search's score, and its number of tokens.
 
-    As they are where a number is none.
+    Those that were not asked, for which `returned` has no number any more, come last. As they are where a
+    number is none.
     """
     try:
         scores = [
             score * n_tokens ** (params.length_penalty - 1) + params.round_trip * back
-            for (score, n_tokens), back in zip(found, returned, strict=True)
+            for (score, n_tokens), back in zip(found, returned, strict=False)
         ]
     except OverflowError:
         return list(hypotheses)
     if not all(map(math.isfinite, scores)):
         return list(hypotheses)
-    return [hypotheses[i] for i in sorted(range(len(scores)), key=lambda i: -scores[i])]
+    asked = [hypotheses[i] for i in sorted(range(len(scores)), key=lambda i: -scores[i])]
+    return [*asked, *hypotheses[len(scores) :]]
 
 
 @torch.no_grad()

@@ -205,10 +205,11 @@ class Tokenizer:
     @cached_property
     def fillers(self) -> dict[bool | None, frozenset[int]]:
         """All tokens that can fill a mask, by what `may_fill` calls `spaced`."""
-        return {
-            spaced: frozenset(i for i in range(self.vocab_size) if self.may_fill(i, spaced))
-            for spaced in (None, True, False)
-        }
+        every = frozenset(i for i in range(self.vocab_size) if self.may_fill(i, None))
+        if not self.parts_words:
+            return dict.fromkeys((None, True, False), every)
+        after_space = frozenset(i for i in every if self.may_fill(i, True))
+        return {None: every, True: after_space, False: every - after_space}
 
     @property
     def prompt_prefix(self) -> list[int]:

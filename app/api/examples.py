@@ -1,10 +1,9 @@
-"""What a request may say of examples, and what looking them up costs."""
+"""What a request may say of examples."""
 
 from app.api.bounds import check_range
 from app.engine.registry import AnyTask
 from app.errors import InvalidRequest, brief
 
-LOOKUP_CHARS = 1024  # of text are prepared in the time of one look-up
 _MAX_WEIGHT = 0.95
 
 

@@ -1,5 +1,7 @@
 """POST /fill-mask: what stands behind the mask?"""
 
+import asyncio
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fastapi import APIRouter
@@ -8,7 +10,7 @@ from typing_extensions import TypedDict
 
 from app.api.bounds import Strict, Texts, check_count, check_length, check_text, check_texts, input_names
 from app.api.deps import BodyRoute, Call, CallDep, gather, note_times, prepare
-from app.api.examples import LOOKUP_CHARS, example_weight
+from app.api.examples import example_weight
 from app.engine.batch import BatchItem, Filled
 from app.engine.registry import OneShotLane, Task
 from app.errors import InvalidRequest, Json, NotLoaded, brief
@@ -23,6 +25,8 @@ router = APIRouter(route_class=BodyRoute)
 
 DEFAULT_TOP_K = 5
 _SPLIT_AS = "en"  # whose rules for the ends of sentences, and abbreviations, do for the others
+_AS_IT_IS = 1 << 30  # tokens of a sentence
+_MOST_LOOKED_UP = 8  # masks; a text with more of them is like no other
 _FILLING_CHARS = 16  # the least that a filling counts for, so that a few hundred are no small work
 
 
@@ -189,28 +193,33 @@ async def _votes(
     # No queue takes more.
     if examples is None or not weight or len(masked) > task.lane.limits.max_queue_items:
         return [[] for _ in masked]
-    return await prepare(LOOKUP_CHARS * len(masked), _look_up, masked, examples, task, weight)
+    # One takes longer than the event loop may be held up.
+    return await asyncio.to_thread(_look_up, masked, examples, task, weight)
 
 
 def _look_up(
     masked: list[MaskedText], examples: Examples, task: Task[OneShotLane], weight: float
 ) -> list[list[Votes | None]]:
-    tokenizer = task.tokenizer
-    places = (_masked_part(text.text, tokenizer) for text in masked)
-    return [find_votes(examples, place, tokenizer, task.config, weight) for place in places]
+    tokenizer, config = task.tokenizer, task.config
+    return [
+        [
+            votes
+            for sentence, follows in _masked_sentences(text.text, tokenizer)
+            for votes in find_votes(examples, sentence, tokenizer, config, weight, follows=follows)
+        ]
+        if len(text.spaced) <= _MOST_LOOKED_UP
+        else []
+        for text in masked
+    ]
 
 
-def _masked_part(text: str, tokenizer: Tokenizer) -> str:
-    """The sentence that holds the masks; the whole text where they are in several."""
-    whole = plain(text)
-    parts = split_text(whole, _SPLIT_AS, tokenizer, max_tokens=4 * len(whole))  # as they are, however long
-    places = [n for n, part in enumerate(parts) if tokenizer.mask_token in part.text]
-    if len(places) != 1:
-        return whole
-    (place,) = places
-    # A space before it belongs to a mask that it begins with.
-    before = " " if place and parts[place - 1].text.endswith(" ") else ""
-    return before + parts[place].text
+def _masked_sentences(text: str, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
+    """The sentences that hold masks; does each follow a space?"""
+    before = ""
+    for part in split_text(plain(text), _SPLIT_AS, tokenizer, _AS_IT_IS):
+        if tokenizer.mask_token in part.text:
+            yield part.text, before.endswith(" ")
+        before = part.text
 
 
 def _item(

@@ -8,7 +8,6 @@ from functools import cache
 from itertools import accumulate, pairwise
 
 from app.api.deps import Attendance, gather, note_times, prepare
-from app.api.examples import LOOKUP_CHARS
 from app.casing import in_small_letters, reads_badly
 from app.endings import in_words, is_unmarked, set_apart, without_full_stop
 from app.engine.registry import GeneratingLane, Task
@@ -88,6 +87,7 @@ _AFTER_A_DOT = re.compile(
     r"(?:com|net|org|io|ai|edu|gov|kr|jp|uk|md|txt|pdf|docx?|xlsx?|py|js|ts|java|html?|json|ya?ml|out|exe)\b",
     re.IGNORECASE,
 )
+_LOOKUP_CHARS = 1024  # of text are prepared in the time of one look-up
 _BESIDE_PICTURE = re.compile("[\\s\ufe0f\u200d\u20e3\U000e0020-\U000e007f]")
 
 
@@ -266,7 +266,7 @@ async def plan_texts(
     if examples is not None:
         n_sentences = sum(isinstance(draft, _Draft) for text in drafts for draft in text)
         if n_sentences <= task.lane.limits.max_queue_items:  # else no queue takes them
-            drafts = await prepare(LOOKUP_CHARS * n_sentences, _with_examples, drafts, examples, task)
+            drafts = await prepare(_LOOKUP_CHARS * n_sentences, _with_examples, drafts, examples, task)
     pieces = [[_piece(draft, search) for draft in text] for text in drafts]
     return Plan(task.tokenizer, form, pieces, search.beams.num_return_sequences)
 

@@ -220,7 +220,6 @@ class BatchLane:
         metrics.batch_rows.labels(self.name, "batch").observe(len(batch))
         padding = 1 - sum(lengths) / (max(lengths) * len(batch))
         metrics.batch_padding_ratio.labels(self.name, "batch").observe(padding)
-        metrics.with_examples_total.labels(self.name, self.model_name).inc(sum(any(i.votes) for i in batch))
         _, failed = halving(batch, self._answer, self.failures.note)
         for item in failed:
             self._end(item, StepFailed())
@@ -232,6 +231,8 @@ class BatchLane:
         )
         for item, result in zip(batch, results, strict=True):
             self._end(item, result if _is_sound(result) else StepFailed("the model gave no number"))
+        n_helped = sum(any(item.votes) for item in batch)
+        metrics.with_examples_total.labels(self.name, self.model_name).inc(n_helped)
 
     def _read(self, runner: MaskedRunner, batch: Sequence[BatchItem]) -> list[BatchResult]:
         """The results of an encoder with its two heads."""

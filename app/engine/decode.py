@@ -36,7 +36,7 @@ from app.engine.sequence import FinishReason, Hypothesis, Outcome, Sequence, Seq
 from model.checkpoint import Checkpoint
 from model.kernel_blocks import tell_before_blocks
 from model.models import Translator
-from model.round_trip import can_return
+from model.round_trip import MOST_ASKED, can_return
 from model.sampling import BeamParams, SamplingParams, SamplingRows
 
 _NEVER = itertools.repeat(False)
@@ -744,7 +744,8 @@ class _Looking:
 
     sequence: Sequence
     group: BeamGroup
-    n_asked: int = 0  # of the hypotheses that have ended, in their order
+    n_to_ask: int  # of the hypotheses that have ended, in their order
+    n_asked: int = 0
     returned: dict[int, float] = field(default_factory=dict)  # by place in that order; none where it failed
 
 
@@ -912,7 +913,8 @@ class TranslateLane(DecodeLane[Ranked]):
         lost = self._copy_beams({s: self._advance(s, ranked[s]) for s in sound})
         done = [s for s in sound if self._groups[s].done]
         looking = [s for s in done if self._may_return(s)]
-        self._looking += [_Looking(sequence, self._groups[sequence]) for sequence in looking]
+        groups = ((sequence, self._groups[sequence]) for sequence in looking)
+        self._looking += [_Looking(s, group, min(MOST_ASKED, len(group.ended))) for s, group in groups]
         ended = [s for s in done if s not in looking]
         self._wipe(broken)
 
@@ -925,7 +927,7 @@ class TranslateLane(DecodeLane[Ranked]):
     def _may_return(self, sequence: Sequence) -> bool:
         """Is the way back to put its hypotheses in order? It needs no rows any more then."""
         group = self._groups[sequence]
-        hypotheses = [ended.tokens for ended in group.ended]
+        hypotheses = [ended.tokens for ended in group.ended[:MOST_ASKED]]
         if not group.params.round_trip or len(hypotheses) < 2:
             return False
         return can_return(self.runner.config, sequence.prompt_ids, hypotheses)
@@ -935,9 +937,7 @@ class TranslateLane(DecodeLane[Ranked]):
         chosen: list[tuple[_Looking, int]] = []
         longest = 0
         unasked = (
-            (looking, rank)
-            for looking in self._looking
-            for rank in range(looking.n_asked, len(looking.group.ended))
+            (looking, rank) for looking in self._looking for rank in range(looking.n_asked, looking.n_to_ask)
         )
         for looking, rank in unasked:
             n_tokens = looking.sequence.n_prompt_tokens + len(looking.group.ended[rank].tokens)
@@ -950,7 +950,7 @@ class TranslateLane(DecodeLane[Ranked]):
         if chosen:
             metrics.batch_rows.labels(self.name, "return").observe(len(chosen))
             halving(chosen, self._ask_back, self.failures.note)
-            asked = [each for each in self._looking if each.n_asked == len(each.group.ended)]
+            asked = [each for each in self._looking if each.n_asked == each.n_to_ask]
             self._conclude_asked(asked)
             self._looking = [each for each in self._looking if each not in asked]
 

@@ -20,7 +20,7 @@ from model.decoding import Decoded
 from model.examples import Examples
 from model.models import CausalLM, MaskedLM, Translator
 from model.nearest import Datastore, example_ids, find_examples, read_examples
-from model.round_trip import best_first, can_return, return_logprobs
+from model.round_trip import MOST_ASKED, best_first, can_return, return_logprobs
 from model.sampling import BeamParams
 from model.tokenizer import Tokenizer
 from model.training.masked import IGNORE, MaskedTask
@@ -118,12 +118,14 @@ def look_back(
     able = [
         i
         for i, found in enumerate(ended)
-        if len(found) > 1 and can_return(model.config, sources[i], [each.token_ids for each in found])
+        if len(found) > 1
+        and can_return(model.config, sources[i], [each.token_ids for each in found[:MOST_ASKED]])
     ]
-    pairs = [(sources[i], each.token_ids) for i in able for each in ended[i]]
+    pairs = [(sources[i], each.token_ids) for i in able for each in ended[i][:MOST_ASKED]]
     returned = return_logprobs(model, pairs) if pairs else []
     for i in able:
-        own, returned = returned[: len(ended[i])], returned[len(ended[i]) :]
+        n_asked = min(MOST_ASKED, len(ended[i]))
+        own, returned = returned[:n_asked], returned[n_asked:]
         found = [(each.score, len(each.token_ids) + 1) for each in ended[i]]
         results[i] = best_first(ended[i], found, own, params)
     return results

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 from app.errors import Json
 from model.examples import Examples
+from model.nearest_words import find_votes
 from model.tokenizer import Tokenizer
 from tests.app.fakes import FakeBatchLane, word_tokenizer
 
@@ -104,8 +105,10 @@ def with_examples(app: FastAPI) -> None:
 
 
 @pytest.mark.usefixtures("with_examples")
-async def test_words_of_known_texts_have_votes(client: Client, fill_mask_lane: FakeBatchLane) -> None:
-    tokenizer = word_tokenizer()
+async def test_words_of_known_texts_have_votes(
+    app: FastAPI, client: Client, fill_mask_lane: FakeBatchLane
+) -> None:
+    tokenizer, task = word_tokenizer(), app.state.services.tasks["fill-mask"]
     texts = [
         *("I go [MASK] now.", "Zzz. I go [MASK] now. Qqq.", "나는 지금 [MASK]에 간다."),
         *("Zzz qqq [MASK]", "I go [MASK]. Go to [MASK]!"),
@@ -120,7 +123,11 @@ async def test_words_of_known_texts_have_votes(client: Client, fill_mask_lane: F
         assert 0 < found.weight <= 0.5
     assert one == among  # by the sentence that holds the mask
     assert none == [None]
-    assert len(two) == 2
+    first, second = two
+    assert find_votes(task.examples, "Go to [MASK]!", tokenizer, task.config, 0.5, follows=True) == [second]
+    assert find_votes(task.examples, "I go [MASK].", tokenizer, task.config, 0.5) == [first]
+    await fill(client, "I go [MASK] now." + "[MASK]" * 8)
+    assert fill_mask_lane.submitted[-1].votes == []
 
 
 @pytest.mark.usefixtures("with_examples")

@@ -21,8 +21,9 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def words() -> Tokenizer:
-    """Knows every word of TEXTS."""
-    return Tokenizer.train([text for pair in TEXTS for text in pair] * 9, 520)
+    """Knows every word of TEXTS, and some with a space before them or without."""
+    more = ["So I", "water", "milk", "You say"]
+    return Tokenizer.train([*(text for pair in TEXTS for text in pair), *more] * 9, 520)
 
 
 @pytest.fixture
@@ -60,11 +61,54 @@ def test_words_of_like_texts_have_votes(
     # The likest text lacks something: the mask's word.
     (likest, likeness), *_ = examples.alike("I drink   every morning.", 9, 0.1)
     assert likest == TEXTS[0][0]
-    assert votes.weight == pytest.approx(0.8 * (1 - (1 - likeness) / 2.0))
+    assert votes.weight == pytest.approx(0.8 * (1 - (1 - likeness) / 2.0), rel=0.05)
     # The other text is less like, and has another second word behind.
     others = dict(examples.alike("I drink   every morning.", 9, 0.1))
     farther = likeness - others[TEXTS[1][0]] + 0.1
     assert by_token[water[0]] == pytest.approx(math.exp(-farther / 0.1), rel=1e-3)
+
+
+def test_what_the_sentence_says_already_counts_against_the_others(
+    words: Tokenizer, config: TransformerConfig
+) -> None:
+    texts = ["I drink water every day.", "You drink water every day.", "You drink milk every day."]
+    examples = Examples.build({("en", "ko"): [(text, "나") for text in texts]})
+    (votes,) = find_votes(examples, "water drink [MASK] every day.", words, config, 0.8)
+    (alone,) = find_votes(examples, "You drink [MASK] every day.", words, config, 0.8)
+    assert votes is not None
+    assert alone is not None
+    (milk,), (water,), (bare,) = (words.encode(word) for word in (" milk", " water", "water"))
+    assert water in alone.token_ids
+    assert milk in votes.token_ids
+    assert not {water, bare} & set(votes.token_ids)  # with a space before it or without
+    assert votes.weight < 0.6 * alone.weight
+
+
+def test_what_is_glued_to_a_mask_must_stand_there(
+    words: Tokenizer, examples: Examples, config: TransformerConfig
+) -> None:
+    (votes,) = find_votes(examples, "My house has three [MASK]s.", words, config, 0.8)
+    assert votes is None or words.encode(" doors")[0] not in votes.token_ids
+    (votes,) = find_votes(examples, "My house has three [MASK].", words, config, 0.8)
+    assert votes is not None
+    assert words.encode(" doors")[0] in votes.token_ids
+    (votes,) = find_votes(examples, "My house has a[MASK] three doors.", words, config, 0.8)
+    assert votes is None
+
+
+def test_a_sentence_behind_another_is_looked_up_alone(words: Tokenizer, config: TransformerConfig) -> None:
+    examples = Examples.build({("en", "ko"): [("I drink milk every morning.", "나"), ("My house.", "나")]})
+    (alone,) = find_votes(examples, "[MASK] drink milk every morning.", words, config, 0.8)
+    (behind,) = find_votes(examples, "[MASK] drink milk every morning.", words, config, 0.8, follows=True)
+    assert alone is not None
+    assert behind is not None
+    assert alone.token_ids[0] == words.encode("I")[0]
+    assert behind.token_ids[0] == words.encode(" I")[0]
+    assert behind.weight == alone.weight
+    for follows in (False, True):
+        (votes,) = find_votes(examples, "I drink [MASK] every morning.", words, config, 0.8, follows=follows)
+        assert votes is not None
+        assert votes.token_ids[0] == words.encode(" milk")[0]
 
 
 def test_every_mask_has_its_own(words: Tokenizer, examples: Examples, config: TransformerConfig) -> None:

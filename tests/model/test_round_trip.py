@@ -71,3 +71,8 @@ def test_both_ways_count() -> None:
         for back in (1.2, 1.4)
     ]
     assert order == [["a", "b"], ["b", "a"]]  # means of -0.25 and -0.9 and half of what the way back says
+    # Those that were not asked stay behind these.
+    params = BeamParams(length_penalty=1.4, round_trip=0.5)
+    assert best_first("abcd", [*found, (0.0, 1), (0.0, 1)], [0.0, 1.4], params) == list(
+        "bacd"
+    )  # means of -0.25 and -0.9 and half of what the way back says
