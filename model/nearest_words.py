@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -68,17 +69,34 @@ def find_votes(
     found = examples.alike(sentence.replace(tokenizer.mask_token, " "), _MOST_TEXTS, _LEAST_LIKENESS)
     rows = [(tokenizer.text_ids(known), likeness) for known, likeness in found]
     said = _twins(ids, tokenizer)
+
+    @cache
+    def is_in_word(token: int | None, side: int) -> bool:
+        """Does a token that stands on a side of another, without a space, make one word with it?"""
+        text = "" if token is None or token in tokenizer.special_ids else tokenizer.token_text(token)
+        sign = text[:1] if side == 1 else text[-1:]
+        return sign.isalnum() or sign == "\ufffd"
+
+    def fits(slot: int, has_space: bool, row: Sequence[int], place: int) -> bool:
+        """Is a token of a row as much of a word as the mask is?"""
+        besides = (
+            (side, _at(ids, slot + side), _at(row, place + side)) for side in ((1,) if has_space else (1, -1))
+        )
+        return all(
+            here == there or not (is_in_word(here, side) or is_in_word(there, side))
+            for side, here, there in besides
+        )
+
     votes = []
     for slot, has_space in zip(slots, spaced, strict=True):
         fillers = tokenizer.fillers[has_space]
-        glued = _glued(ids, slot, tokenizer, has_space)
         near = heapq.nsmallest(
             _MOST_NEAR,
             (
                 (1 - likeness + _unlike(ids, slot, row, place), token)
                 for row, likeness in rows
                 for place, token in enumerate(row)
-                if token in fillers and all(_at(row, place + side) == ids[slot + side] for side in glued)
+                if token in fillers and fits(slot, has_space, row, place)
             ),
         )
         own = _votes(near, said, config, weight)
@@ -101,18 +119,6 @@ def _one_token(tokenizer: Tokenizer, text: str) -> list[int]:
     """The token that a text is; none where it is several."""
     ids = tokenizer.encode(text)
     return ids if len(ids) == 1 else []
-
-
-def _glued(ids: Sequence[int], slot: int, tokenizer: Tokenizer, spaced: bool) -> list[int]:
-    """On which sides of a mask letters or digits stand without a space.
-
-    What fills it makes a word with them, so that words in which they do not stand there have no vote.
-    """
-    behind, before = (tokenizer.token_text(ids[slot + side]) for side in (1, -1))
-    sides = [1] if ids[slot + 1] not in tokenizer.special_ids and behind[:1].isalnum() else []
-    if not spaced and ids[slot - 1] not in tokenizer.special_ids and before[-1:].isalnum():
-        sides.append(-1)
-    return sides
 
 
 def _with_space(votes: Votes, tokenizer: Tokenizer) -> Votes | None:
