@@ -31,6 +31,7 @@ log = logging.getLogger("model.examples")
 MAX_CHARS = 400  # of a text; longer ones have no like
 _NAME = re.compile(r"\.([a-z]{2,3})-([a-z]{2,3})\.tsv(?:\.xz)?$")
 _NUMBER = re.compile(r"\d+")
+_HANGUL = re.compile("[ㄱ-ㅣ가-힣]")
 _FORM = "NAME.en-ko.tsv or NAME.en-ko.tsv.xz, by the languages of its last two columns"
 _KEPT, _MOST_KEPT = "examples-", 3
 _VERSION = "3"  # of the index; another form of it has another
@@ -466,9 +467,27 @@ def read_files(files: Iterable[Iterable[Path]]) -> list[dict[Languages, list[tup
         for file in of_place:
             named = _NAME.search(file.name)
             assert named is not None
-            pairs.setdefault((iso_code(named[1]), iso_code(named[2])), []).extend(_read(file))
+            languages = iso_code(named[1]), iso_code(named[2])
+            found = list(_read(file))
+            _warn_of_others(file, languages, found)
+            pairs.setdefault(languages, []).extend(found)
         places.append(pairs)
     return places
+
+
+def _warn_of_others(file: Path, languages: Languages, pairs: Sequence[tuple[str, str]]) -> None:
+    """Tell of lines that are not what the file's name says, as far as Hangul tells: nothing finds them."""
+    if "ko" not in languages or languages[0] == languages[1]:
+        return
+    n_odd = sum(
+        any((code == "ko") != bool(_HANGUL.search(text)) for code, text in zip(languages, pair, strict=True))
+        for pair in pairs
+    )
+    if n_odd > len(pairs) / 2:
+        log.warning(
+            "%s: %d of %d lines do not look like %s and %s in their last two columns",
+            *(file, n_odd, len(pairs), *languages),
+        )
 
 
 def _digest(files: Iterable[Iterable[Path]]) -> str:

@@ -56,6 +56,7 @@ OWN_PACKS = (  # that come with the code
     "more-11.en-ko.tsv.xz",
     "more-12.en-ko.tsv.xz",
     "more-13.en-ko.tsv.xz",
+    "more-14.en-ko.tsv.xz",
     "phrases.en-ko.tsv.xz",
     STORIES,
 )

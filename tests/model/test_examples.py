@@ -262,3 +262,22 @@ def test_a_full_disk_does_not_end_the_start(
     examples = load_examples([tmp_path], tmp_path / "cache")
     assert sources(examples.find("Go home.", "en", "ko", 1, 0.5)) == ["Go home."]
     assert "No space left" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "told"),
+    [
+        ("a.en-ko.tsv", "Go home.\t집에 가.\n", False),
+        ("a.ko-en.tsv", "집에 가.\tGo home.\n", False),
+        ("a.en-de.tsv", "집에 가.\tGo home.\n", False),
+        ("a.en-ko.tsv", "집에 가.\tGo home.\n", True),
+        ("a.en-ko.tsv", "Go home.\t집에 가.\tseen by Kim\n", True),
+        ("a.ko-en.tsv", "Go home.\tGeh heim.\n", True),
+    ],
+)
+def test_lines_in_other_languages_than_the_name_says_are_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, line: str, told: bool
+) -> None:
+    (tmp_path / name).write_text(line, encoding="utf-8")
+    load_examples([tmp_path / name], None)
+    assert ("1 of 1 lines do not look like" in caplog.text) is told
