@@ -117,7 +117,8 @@ class Examples:
         likeness: dict[str, float] = {}
         for side in (side for index in self._indices.values() for side in (index.left, index.right)):
             for i, each in side.find(text, least):
-                likeness[side.text(i)] = max(each, likeness.get(side.text(i), 0.0))
+                known = side.text(i)
+                likeness[known] = max(each, likeness.get(known, 0.0))
         return sorted(likeness.items(), key=lambda found: -found[1])[:n_best]
 
     @classmethod
