@@ -60,9 +60,9 @@ class _Step(ctypes.Structure):
         *((name, _whole) for name in ("memory_row_stride", "memory_head_stride", "group")),
         *((name, _pointer) for name in ("last", "memory_last", "cosines", "sines")),
         ("origins", _pointer),
-        *((name, _whole) for name in ("origin_stride", "first_row", "length")),
+        *((name, _whole) for name in ("origin_stride", "first_row")),
         ("rows", _pointer),
-        ("n_threads", _small),
+        *((name, _small) for name in ("n_threads", "whole_texts")),
     ]
 
 
@@ -258,35 +258,41 @@ class KernelEncoder(_OneCall, Encoder):
 
     def _through_blocks(self, x: Tensor, mask: Tensor | None, rotation: Rotation | None) -> Tensor:
         n_texts, length, _ = x.shape
-        last = None if length > LONGEST else _last_places(mask, n_texts, length)
-        if last is None:
+        if length > LONGEST:
             self.before()
             return super()._through_blocks(x, mask, rotation)
-        plan, n_rows = self._plan, n_texts * length
+        if mask is None:
+            return self._through_texts(x.flatten(0, 1), torch.full((n_texts,), length), rotation).view_as(x)
+        # What stands behind a text, or between its parts, is read by nobody: it is not computed.
+        seen = mask.view(n_texts, length)
+        turns = rotation and (_packed(rotation[0], seen), _packed(rotation[1], seen))
+        memory = torch.zeros_like(x)
+        memory[seen] = self._through_texts(x[seen], seen.sum(1), turns)
+        return memory
+
+    def _through_texts(self, x: Tensor, lengths: Tensor, rotation: Rotation | None) -> Tensor:
+        """x (N, D), the tokens of texts of some lengths (B,), one text after the other."""
+        plan, n_rows = self._plan, len(x)
+        ends = lengths.cumsum(0)
+        first, last = (ends - lengths).repeat_interleave(lengths), (ends - 1).repeat_interleave(lengths)
         cosines, sines = rotation or (None, None)
         step = _Step(
             n_rows=n_rows,
             last=last.data_ptr(),
             cosines=_address(cosines),
             sines=_address(sines),
-            length=length,
             n_threads=torch.get_num_threads(),
+            whole_texts=True,
         )
         k, v = torch.empty(2, n_rows * plan.shape.n_kv_heads * plan.shape.head_dim)
         for layer in plan.layers:  # one after the other
-            layer.k, layer.v, layer.first = k.data_ptr(), v.data_ptr(), None
+            layer.k, layer.v, layer.first = k.data_ptr(), v.data_ptr(), first.data_ptr()
         return self._run(x, step)
 
 
-def _last_places(mask: Tensor | None, n_texts: int, length: int) -> Tensor | None:
-    """mask (B, 1, 1, S) -> the last position of each text, (B,); None where a mask leaves out others."""
-    if mask is None:
-        return torch.full((n_texts,), length - 1)
-    seen = mask.view(n_texts, length)
-    lengths = seen.sum(1)
-    # A sum says it all where what is seen stands before what is not.
-    before = (seen[:, 1:] <= seen[:, :-1]).all() and (lengths > 0).all()
-    return lengths - 1 if before else None
+def _packed(turns: Tensor, seen: Tensor) -> Tensor:
+    """turns (B, 1, S, K / 2) -> those of what is seen (B, S), (N, K / 2)."""
+    return turns.squeeze(1)[seen]
 
 
 def _make_step(n_rows: int, cache: LayerCache, spans: RowSpans, rotation: Rotation | None) -> _Step:

@@ -1408,7 +1408,7 @@ struct block {
     struct norm attention_norm, cross_norm, feed_forward_norm;
     struct linear qkv, out, cross_q, cross_out, up, down;
     float *k, *v, *memory_k, *memory_v;
-    const int64_t *first; /* (B,), or NULL: a row reads from its beginning */
+    const int64_t *first; /* (B,), or NULL: a row reads from its beginning; of texts the row that is a text's first */
 };
 
 /* What is the same in all layers. */
@@ -1423,9 +1423,9 @@ struct step {
     const int64_t *last, *memory_last;
     const float *cosines, *sines;
     int32_t *origins;
-    int64_t origin_stride, first_row, length; /* of texts that are read as a whole, else 0 */
+    int64_t origin_stride, first_row;
     const int64_t *rows; /* (B,), or NULL: the row of the cache that each token belongs to, else its own number */
-    int32_t n_threads;
+    int32_t n_threads, whole_texts; /* are rows the tokens of texts that are read as a whole? */
 };
 
 static int apply(const struct linear *l, const float *x, long n_rows, float *out, int n_threads)
@@ -1546,25 +1546,26 @@ static void leave(const struct shape *s, const struct norm *norm, float *x, long
         normalise(norm, x, n_rows, s->d_model, x, n_threads);
 }
 
-/* Self-attention of texts of one length S, each row a token of them: qkv (B S, H + 2 H_kv, K) -> out (B S, H, K). Keys
- * and values go to k and v (B, H_kv, S, K), where each text is read up to last[b]. 0, or 1 where there is no memory. */
-static int text_attention(const struct shape *s, const struct step *t, float *k, float *v, float *qkv, float *out)
+/* Self-attention of texts that stand one after the other, each row a token: qkv (B, H + 2 H_kv, K) -> out (B, H, K).
+ * Keys and values go to k and v (H_kv, B, K), of which a row reads its own text, rows first[b] .. last[b]. 0, or 1
+ * where there is no memory. */
+static int text_attention(const struct shape *s, const struct step *t, const struct block *b, float *qkv, float *out)
 {
-    const long dim = s->head_dim, length = t->length, n_turning = s->n_heads + s->n_kv_heads, half = dim / 2;
+    const long dim = s->head_dim, n_turning = s->n_heads + s->n_kv_heads, half = dim / 2;
     const long width = (n_turning + s->n_kv_heads) * dim;
-    const struct stored kv = {k, v, s->n_kv_heads * length * dim, length * dim, s->n_heads, s->n_kv_heads, dim, NULL, 0, 0, NULL};
+    const struct stored kv = {b->k, b->v, 0, t->n_rows * dim, s->n_heads, s->n_kv_heads, dim, NULL, 0, 0, NULL};
     for (long row = 0; row < t->n_rows; row++) {
         float *own = qkv + row * width;
         if (t->cosines != NULL)
             for (long head = 0; head < n_turning; head++)
                 turn(own + head * dim, t->cosines + row * half, t->sines + row * half, half);
         for (long head = 0; head < s->n_kv_heads; head++) {
-            const long place = row / length * kv.row_stride + head * kv.head_stride + row % length * dim;
-            memcpy(k + place, own + (s->n_heads + head) * dim, (size_t)dim * sizeof(float));
-            memcpy(v + place, own + (n_turning + head) * dim, (size_t)dim * sizeof(float));
+            const long place = head * kv.head_stride + row * dim;
+            memcpy(b->k + place, own + (s->n_heads + head) * dim, (size_t)dim * sizeof(float));
+            memcpy(b->v + place, own + (n_turning + head) * dim, (size_t)dim * sizeof(float));
         }
     }
-    return attend(&kv, qkv, width, NULL, t->last, t->n_rows, length, out, t->n_threads);
+    return attend(&kv, qkv, width, b->first, t->last, t->n_rows, 1, out, t->n_threads);
 }
 
 /* Self-attention of tokens over what the cache holds before them. 0, or 1 where there is no memory. */
@@ -1586,8 +1587,8 @@ int run_blocks(const struct shape *s, const struct block *blocks, long n_blocks,
     int failed = 0;
     for (const struct block *b = blocks; b < blocks + n_blocks; b++) {
         failed |= apply(&b->qkv, enter(s, &b->attention_norm, x, n, y, n_threads), n, wide, n_threads);
-        if (t->length > 0)
-            failed |= text_attention(s, t, b->k, b->v, wide, heads);
+        if (t->whole_texts)
+            failed |= text_attention(s, t, b, wide, heads);
         else
             failed |= cached_attention(s, t, b, wide, heads);
         failed |= apply(&b->out, heads, n, y, n_threads);

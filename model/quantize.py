@@ -124,6 +124,13 @@ class KernelInt8Linear(Int8Linear):
         shift[: len(ids)] = self.shift[ids]
         return Selected(panels, shift, self.w_scale[ids], self.bias[ids], ids)
 
+    def listed(self, x: Tensor, chosen: Selected) -> Tensor:
+        """Some outputs alone: x (M, K) -> (M, n), as `forward` gives them."""
+        out = torch.empty(len(x), len(chosen.ids))
+        if len(chosen.ids):
+            self._kernels.int8_linear(x.contiguous(), *chosen.packed, out)
+        return out
+
     def best_listed(
         self, x: Tensor, common: Selected, lists: Sequence[Selected], n_best: int, banned: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -149,8 +156,8 @@ class Selected:
     def __init__(self, weight: Tensor, shift: Tensor, w_scale: Tensor, bias: Tensor, ids: Tensor) -> None:
         """weight in panels, shift for all of their outputs; the others (n,), of which ids rise."""
         self.ids = ids
-        self._held = weight, shift, w_scale, bias
-        pointers = (tensor.data_ptr() for tensor in self._held)
+        self.packed = weight, shift, w_scale, bias
+        pointers = (tensor.data_ptr() for tensor in self.packed)
         self.described = ShortlistWeights(*pointers, len(ids), ids.data_ptr())
 
 

@@ -59,16 +59,23 @@ class Shortlist:
                 raise ValueError(f"the table for {language} has ids that are not in 0..{vocab_size - 1}")
         self.tables = dict(tables)
 
-    def ids(self, source: Iterable[int], language: str, suppressed: Sequence[int] = ()) -> Tensor:
+    def ids(
+        self,
+        source: Iterable[int],
+        language: str,
+        suppressed: Sequence[int] = (),
+        also: Sequence[int] = (),
+    ) -> Tensor:
         """What a source may become beside what is common: (n,), rising; but for what is suppressed.
 
-        Its own tokens are among it, because names and code are copied.
+        Its own tokens are among it, because names and code are copied, and so is what shall be there also.
         """
         common, likely, starts = self.tables[language]
         chosen = np.zeros(len(starts) - 1, dtype=bool)
         for token in source:
             chosen[likely[starts[token] : starts[token + 1]]] = True
             chosen[token] = True
+        chosen[list(also)] = True
         chosen[common] = False
         chosen[list(suppressed)] = False
         return torch.from_numpy(np.flatnonzero(chosen))

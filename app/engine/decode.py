@@ -36,7 +36,7 @@ from app.engine.sequence import FinishReason, Hypothesis, Outcome, Sequence, Seq
 from model.checkpoint import Checkpoint
 from model.kernel_blocks import tell_before_blocks
 from model.models import Translator
-from model.round_trip import MOST_ASKED, can_return
+from model.round_trip import can_return
 from model.sampling import BeamParams, SamplingParams, SamplingRows
 
 _NEVER = itertools.repeat(False)
@@ -814,12 +814,14 @@ class TranslateLane(DecodeLane[Ranked]):
         self._end(failed, _step_failed)
 
     def _encode(self, group: Items[Sequence]) -> None:
-        languages = [self._listed_language(sequence) for sequence in group]
+        led = set(filter(self._has_examples, group))  # whose lists hang on what the examples say
+        languages = [None if sequence in led else self._listed_language(sequence) for sequence in group]
         self.runner.encode([s.rows for s in group], [s.prompt_ids for s in group], languages)
-        for sequence in filter(self._has_examples, group):
-            weight = self._groups[sequence].params.example_weight
+        for sequence in led:
+            weight, language = self._groups[sequence].params.example_weight, self._listed_language(sequence)
+            known = sequence.rows, sequence.prompt_ids, sequence.examples
             try:
-                self.runner.read_examples(sequence.rows, sequence.prompt_ids, sequence.examples, weight)
+                self.runner.read_examples(*known, weight, language)
             except Exception as error:  # the sentence can do without
                 self.failures.note(error, 1)
 
@@ -832,13 +834,12 @@ class TranslateLane(DecodeLane[Ranked]):
     def _listed_language(self, sequence: Sequence) -> str | None:
         """The language of a translation that a shortlist may be chosen for.
 
-        None for what needs all logits: phrases and beginnings that are asked for may hold any token, so may
-        examples, and a penalty changes which tokens are likely.
+        None for what needs all logits: phrases and beginnings that are asked for may hold any token, and a
+        penalty changes which tokens are likely.
         """
         params = self._groups[sequence].params
         if (
             sequence.known
-            or self._has_examples(sequence)
             or params.required
             or params.repetition_penalty != 1.0
             or len(sequence.target_ids) > 1
@@ -912,25 +913,23 @@ class TranslateLane(DecodeLane[Ranked]):
         sound = [s for s in running if s not in broken]
         lost = self._copy_beams({s: self._advance(s, ranked[s]) for s in sound})
         done = [s for s in sound if self._groups[s].done]
-        looking = [s for s in done if self._may_return(s)]
-        groups = ((sequence, self._groups[sequence]) for sequence in looking)
-        self._looking += [_Looking(s, group, min(MOST_ASKED, len(group.ended))) for s, group in groups]
+        looking = {s: n_asked for s in done if (n_asked := self._n_to_ask(s))}
+        self._looking += [_Looking(s, self._groups[s], n_asked) for s, n_asked in looking.items()]
         ended = [s for s in done if s not in looking]
         self._wipe(broken)
 
         def outcome(sequence: Sequence) -> Outcome:
             return self._outcome(sequence) if sequence in ended else _no_number()
 
-        self._end([*broken, *ended], outcome, set_aside=looking)
+        self._end([*broken, *ended], outcome, set_aside=[*looking])
         self._end(lost, _step_failed)
 
-    def _may_return(self, sequence: Sequence) -> bool:
-        """Is the way back to put its hypotheses in order? It needs no rows any more then."""
+    def _n_to_ask(self, sequence: Sequence) -> int:
+        """How many of its hypotheses the way back is to put in order. It needs no rows any more then."""
         group = self._groups[sequence]
-        hypotheses = [ended.tokens for ended in group.ended[:MOST_ASKED]]
-        if not group.params.round_trip or len(hypotheses) < 2:
-            return False
-        return can_return(self.runner.config, sequence.prompt_ids, hypotheses)
+        n_asked = group.n_to_ask()
+        hypotheses = [ended.tokens for ended in group.ended[:n_asked]]
+        return n_asked if can_return(self.runner.config, sequence.prompt_ids, hypotheses) else 0
 
     def _finish(self) -> None:
         """Ask some way back: no more a turn than may be read of sources, because everybody waits for it."""

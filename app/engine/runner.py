@@ -357,6 +357,27 @@ class GenerateRunner(DecodeRunner):
         return list(map(Drawn, token_ids.tolist(), chosen.tolist(), top))
 
 
+class _OwnList(NamedTuple):
+    """A sentence's shortlist: its target language, what is common to all in this, and its own part."""
+
+    language: str
+    common: Selected
+    own: Selected
+
+    def ids(self) -> Tensor:
+        """What stands at each place: what is common, its own, and one for all that is on no list, (n,)."""
+        return torch.cat((self.common.ids, self.own.ids, torch.zeros(1, dtype=torch.long)))
+
+    def places(self, tokens: Tensor) -> Tensor:
+        """Where tokens (n,) stand in `ids`; the last place where they do not."""
+        places = torch.full_like(tokens, len(self.common.ids) + len(self.own.ids))
+        for first, part in ((0, self.common.ids), (len(self.common.ids), self.own.ids)):
+            if len(part):
+                at = torch.searchsorted(part, tokens).clamp(max=len(part) - 1)
+                places = torch.where(part[at] == tokens, first + at, places)
+        return places
+
+
 class TranslateRunner(DecodeRunner):
     """Encode, and rank continuations, for a model with encoder and decoder."""
 
@@ -370,11 +391,11 @@ class TranslateRunner(DecodeRunner):
         self.memory_lengths = [0] * n_slots
         self._sentences = [-1] * n_slots  # the number of the one whose memory a row holds
         self.shortlist = checkpoint.shortlist
-        # Of rows with a shortlist its language, and what their source may become beside what is common.
-        self._lists: list[tuple[str, Selected] | None] = [None] * n_slots
+        self._lists: list[_OwnList | None] = [None] * n_slots  # of rows with a shortlist
         # What a static step leaves beside its logits: the states that they are made of.
         self._states = torch.zeros(n_slots, self.config.d_model, device=self.device, dtype=self.dtype)
-        # Of rows whose sentence is like some examples, what was read in these.
+        # Of rows whose sentence is like some examples, what was read in these; with a shortlist the values
+        # are places in it.
         self._stores: list[Datastore | None] = [None] * n_slots
         self._digit_ids = checkpoint.tokenizer.digit_ids
         head: nn.Module = self.model.head
@@ -408,15 +429,25 @@ class TranslateRunner(DecodeRunner):
                 self._lists[row], self._stores[row] = selected, None
 
     def read_examples(
-        self, rows: Sequence[int], source: Sequence[int], examples: Sequence[ExampleIds], weight: float
+        self,
+        rows: Sequence[int],
+        source: Sequence[int],
+        examples: Sequence[ExampleIds],
+        weight: float,
+        language: str | None = None,
     ) -> None:
         """Lead the decoder through a sentence's examples, for the rows that translate it.
 
-        Each sentence's alone, so that what is read hangs on no neighbours.
+        Each sentence's alone, so that what is read hangs on no neighbours. `language` is as in `encode`; a
+        shortlist has what the examples say, too.
         """
         store = read_examples(self.model, source, examples, weight, self._digit_ids)
+        said = [] if store is None else store.values.tolist()
+        listed = self._select(source, language, said)
+        if store is not None and listed is not None:
+            store = store._replace(values=listed.places(store.values))
         for row in rows:
-            self._stores[row] = store
+            self._lists[row], self._stores[row] = listed, store
 
     def has_examples(self, row: int) -> bool:
         """Do examples have a say in what a row says?"""
@@ -427,15 +458,19 @@ class TranslateRunner(DecodeRunner):
         """Those of the kept tables; none where steps are static."""
         return () if self.static is not None else tuple(self._common)
 
-    def _select(self, source: Sequence[int], language: str | None) -> tuple[str, Selected] | None:
-        """A sentence's own part of the shortlist; None where there is none."""
+    def _select(
+        self, source: Sequence[int], language: str | None, also: Sequence[int] = ()
+    ) -> _OwnList | None:
+        """A sentence's shortlist, with some tokens that shall be on it; None where there is none."""
         head: nn.Module = self.model.head
         if self.shortlist is None or language not in self._common or self.static is not None:
             return None
         assert language is not None
         assert isinstance(head, KernelInt8Linear)
-        ids = self.shortlist.ids(source, language, self._suppressed_ids)
-        return None if len(ids) > _MOST_LISTED else (language, head.select(ids))
+        ids = self.shortlist.ids(source, language, self._suppressed_ids, also)
+        if len(ids) > _MOST_LISTED:
+            return None
+        return _OwnList(language, self._common[language], head.select(ids))
 
     def _decode(self, first: int, ids: Tensor, positions: Tensor, length: int, mask: Mask | None) -> Tensor:
         n_rows = ids.size(0)
@@ -546,7 +581,8 @@ class TranslateRunner(DecodeRunner):
         found: dict[int, Candidates] = {}
         lists = self._lists[first : first + len(token_ids)]
         for language, common in self._common.items():
-            own = {row: each[1] for row, each in enumerate(lists) if each is not None and each[0] == language}
+            listed = {row: each for row, each in enumerate(lists) if each and each.language == language}
+            own = {row: each.own for row, each in listed.items() if stores[row] is None}
             if own:
                 mine = guards.of([*own])
                 assert mine.only_ban, "a row with a shortlist is guarded by more than bans"
@@ -554,6 +590,8 @@ class TranslateRunner(DecodeRunner):
                 x = _rows(hidden, [*own])
                 ranked = head.best_listed(x, common, [*own.values()], n_best, banned)
                 best |= zip(own, _listed(*ranked), strict=True)
+            led = {row: (each, stores[row]) for row, each in listed.items() if row not in own}
+            best |= self._among_listed(head, common, hidden, led, n_best, guards)
         others = [row for row, each in enumerate(lists) if each is None]
         if others:
             place = {row: n for n, row in enumerate(others)}
@@ -563,6 +601,44 @@ class TranslateRunner(DecodeRunner):
             best |= zip(others, likeliest, strict=True)
             found = {others[n]: each for n, each in scored.items()}
         return [best[row] for row in range(len(token_ids))], found
+
+    def _among_listed(
+        self,
+        head: KernelInt8Linear,
+        common: Selected,
+        hidden: Tensor,
+        led: Mapping[int, tuple[_OwnList, Datastore | None]],
+        n_best: int,
+        guards: Guards,
+    ) -> dict[int, Candidates]:
+        """hidden (B, D) -> the n best of rows with examples among the tokens of their shortlists.
+
+        On a CPU four times as fast as to mix what is said into the logits of all tokens.
+        """
+        best: dict[int, Candidates] = {}
+        if not led:
+            return best
+        shared = head.listed(_rows(hidden, [*led]), common)
+        rows_of: dict[int, list[int]] = {}
+        for place, (listed, _) in enumerate(led.values()):
+            rows_of.setdefault(id(listed), []).append(place)
+        numbers = [*led]
+        for places in rows_of.values():
+            rows = [numbers[place] for place in places]
+            listed, store = led[rows[0]]
+            assert store is not None
+            x, mine = _rows(hidden, rows), guards.of(rows)
+            assert mine.only_ban, "a row with a shortlist is guarded by more than bans"
+            impossible = torch.full((len(rows), 1), -torch.inf)  # what is on no list
+            parts = _rows(shared, places), head.listed(x, listed.own), impossible
+            logits = store.mix(torch.cat(parts, 1), x)
+            if mine.banned:
+                within, tokens = torch.tensor(mine.banned).unbind(1)
+                logits[within, listed.places(tokens)] = -torch.inf
+            assert self.kernels is not None
+            columns, logprobs = self.kernels.best_tokens(logits, n_best)
+            best |= zip(rows, _listed(listed.ids()[columns], logprobs), strict=True)
+        return best
 
     def _mix(self, logits: Tensor, hidden: Tensor, stores: Sequence[Datastore | None]) -> Tensor:
         """logits (B, V) of the states hidden (B, D), in place: with what the rows' examples say."""

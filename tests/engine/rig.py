@@ -28,7 +28,7 @@ from model.kernels import compiled
 from model.models import CausalLM, Translator
 from model.nearest import Datastore, ExampleIds, read_examples
 from model.quantize import KernelInt8Linear
-from model.round_trip import MOST_ASKED, best_first, can_return, return_logprobs
+from model.round_trip import best_first, can_return, n_to_ask, return_logprobs
 from model.sampling import BeamParams, SamplingParams, SamplingRows, penalise, sample
 
 # Sums in another order move a probability in its last bits; with large weights and a low temperature by more.
@@ -249,10 +249,15 @@ class FailingTranslateRunner(TranslateRunner):
         return logits, hidden
 
     def read_examples(
-        self, rows: Items[int], source: Items[int], examples: Items[ExampleIds], weight: float
+        self,
+        rows: Items[int],
+        source: Items[int],
+        examples: Items[ExampleIds],
+        weight: float,
+        language: str | None = None,
     ) -> None:
         self.fault("examples", [token for example in examples for token in example.source])
-        super().read_examples(rows, source, examples, weight)
+        super().read_examples(rows, source, examples, weight, language)
 
     def rank(self, logits: Tensor, n_best: int) -> list[list[tuple[int, float]]]:
         self.fault("rank", [])
@@ -428,10 +433,10 @@ def expected_translation(checkpoint: Checkpoint, sequence: Sequence) -> list[Dec
         score, [[sequence.prompt_ids[1]]], checkpoint.config.eos_id, all_of_them, suppressed(checkpoint)
     )
     ended = [each for each in decoded if each.finished]
-    said = [each.token_ids for each in ended[:MOST_ASKED]]
+    found = [(each.score, len(each.token_ids) + 1) for each in ended]
+    said = [each.token_ids for each in ended[: n_to_ask(found, params)]]
     if params.round_trip and said and can_return(checkpoint.config, sequence.prompt_ids, said):
         back = return_logprobs(checkpoint.model, [(sequence.prompt_ids, tokens) for tokens in said])
-        found = [(each.score, len(each.token_ids) + 1) for each in ended]
         decoded[: len(ended)] = best_first(ended, found, back, params)
     return decoded[: params.num_return_sequences]
 

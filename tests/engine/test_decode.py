@@ -14,7 +14,8 @@ from app.engine.errors import Aborted, Draining, Overloaded, PromptTooLong, Requ
 from app.engine.sequence import FinishReason, Sequence
 from model.checkpoint import Checkpoint
 from model.constraints import Phrase, Progress
-from model.nearest import ExampleIds
+from model.models import Translator
+from model.nearest import ExampleIds, read_examples
 from model.sampling import BeamParams, SamplingParams
 from model.shortlist import Shortlist, Table
 from tests.engine.rig import (
@@ -230,7 +231,9 @@ async def test_translations_of_a_shortlist_are_the_best_that_it_holds(
     assert runner.n_listed > 50
     assert runner._lists == [None] * 16  # nothing is held for those that have gone
     assert listed.shortlist is not None
+    assert isinstance(listed.model, Translator)
     names = {token: name for name, token in listed.config.languages.items()}
+    n_led = 0
     for sequence in sequences:
         found = await sequence.result()
         twin = Sequence(sequence.prompt_ids, sequence.params, examples=sequence.examples)
@@ -242,10 +245,13 @@ async def test_translations_of_a_shortlist_are_the_best_that_it_holds(
         ]
         assert isinstance(sequence.params, BeamParams)
         whole = translate_lane(replace(listed, shortlist=None), n_slots=5)
-        near = bool(sequence.examples) and sequence.params.example_weight > 0
-        if sequence.params.repetition_penalty == 1.0 and not near:
-            language = names[sequence.prompt_ids[1]]
-            ids = listed.shortlist.ids(sequence.prompt_ids, language).tolist()
+        if sequence.params.repetition_penalty == 1.0:
+            language, weight = names[sequence.prompt_ids[1]], sequence.params.example_weight
+            digits = listed.tokenizer.digit_ids
+            store = read_examples(listed.model, sequence.prompt_ids, sequence.examples, weight, digits)
+            n_led += store is not None
+            said = [] if store is None else store.values.tolist()
+            ids = listed.shortlist.ids(sequence.prompt_ids, language, runner._suppressed_ids, said).tolist()
             ids += listed.shortlist.common(language).tolist()
             assert {token for h in found for token in h.token_ids} <= set(ids)
             others = torch.ones(listed.config.vocab_size, dtype=torch.bool)
@@ -258,6 +264,7 @@ async def test_translations_of_a_shortlist_are_the_best_that_it_holds(
         expected = await oracle.result()
         assert [h.token_ids for h in found] == [h.token_ids for h in expected]
         assert [h.score for h in found] == pytest.approx([h.score for h in expected], abs=1e-5)
+    assert n_led > 1
 
 
 async def test_what_needs_all_tokens_has_no_shortlist(

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -707,9 +708,7 @@ def test_texts_in_one_call_say_what_they_say_block_by_block(
 
 
 @torch.inference_mode()
-def test_texts_that_are_long_or_have_holes_go_block_by_block(
-    eight_bits: Kernels, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_texts_go_block_by_block(eight_bits: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(13)
     model = build_model(tiny_config("masked_lm", max_len=128)).eval()
     optimise(model, "int8", eight_bits)
@@ -717,14 +716,37 @@ def test_texts_that_are_long_or_have_holes_go_block_by_block(
     calls: list[object] = []
     monkeypatch.setattr(eight_bits, "run_blocks", lambda *arguments: calls.append(arguments))
     ids = torch.randint(9, 40, (2, 97))
-    holes, nothing = torch.ones(2, 1, 1, 96, dtype=torch.bool), torch.ones(2, 1, 1, 96, dtype=torch.bool)
-    holes[1, ..., 3], nothing[0] = False, False
     model.encoder(ids, None)
-    model.encoder(ids[:, :96], holes)
-    model.encoder(ids[:, :96], nothing)
     assert not calls
     model.encoder(ids[:, :96], None)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@torch.inference_mode()
+def test_only_what_is_read_of_texts_is_computed(
+    positions: str, eight_bits: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(14)
+    model = build_model(tiny_config("masked_lm", positions=positions)).eval()
+    optimise(model, "int8", eight_bits)
+    assert not isinstance(model, CausalLM)
+    run, n_rows = eight_bits.run_blocks, []
+
+    def counting(*arguments: Any) -> None:
+        n_rows.append(arguments[2].n_rows)
+        run(*arguments)
+
+    monkeypatch.setattr(eight_bits, "run_blocks", counting)
+    ids, mask = torch.randint(9, 40, (3, 12)), torch.ones(3, 1, 1, 12, dtype=torch.bool)
+    mask[0, ..., 3], mask[1], mask[2, ..., 7:] = False, False, False  # a hole, nothing, an end
+    found = model.encoder(ids, mask)
+    assert n_rows == [11 + 7]
+    encoder, seen = model.encoder, mask.view(3, 12)
+    encoder.__class__ = Encoder
+    wanted = encoder(ids[[0, 2]], mask[[0, 2]])[seen[[0, 2]]]
+    assert (found[seen] - wanted).norm() < 1e-2 * wanted.norm()
+    assert found.isfinite().all()
 
 
 @torch.inference_mode()
