@@ -12,7 +12,7 @@ import hashlib
 import logging
 import lzma
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +47,9 @@ _OTHER_KIND = 0.9
 # What a word is made of when two texts are to be the same: signs of programs, units and money belong to it.
 _WORD = re.compile(r"[\w+#%$€£₩°&/@-]+")
 _MOST_FOUND = 64  # texts that are looked at one by one
+# Of texts that hold a word: how many are looked at, how many hold one that says little, and which part of the
+# word their likeness counts.
+_MOST_WITH_WORD, _TOO_MANY, _PART = 32, 1 << 13, 0.05
 _ENDS = (".", "!", "?", "…", "。", "！", "？", '"', "”")
 _NEWLINE = 10
 _UNKNOWN, _LETTER, _SYLLABLE = 0, 1, 2
@@ -57,6 +60,8 @@ _U32 = np.uint64(32)
 
 Numbers = NDArray[np.uint64]
 Ids = NDArray[np.int64]
+Shares = NDArray[np.float32]
+Found = list[tuple[int, float]]  # places of texts, and how much each is like what was asked for
 
 
 class ExamplesError(ValueError):
@@ -110,16 +115,26 @@ class Examples:
         ]
         return _chosen(text, found, n_best, least)
 
-    def alike(self, text: str, n_best: int, least: float) -> list[tuple[str, float]]:
-        """Texts of either side of all languages with their likeness, the likest first, each once."""
+    def alike(
+        self, text: str, n_best: int, least: float, words: Collection[str] = ()
+    ) -> list[tuple[str, float]]:
+        """Texts of either side of all languages with their likeness, the likest first, each once.
+
+        At most n_best that are at least so much like it; and, however little they are like it, some that hold
+        a word, for each of some words of the text.
+        """
         if not text.strip() or len(text) > MAX_CHARS:
             return []
         likeness: dict[str, float] = {}
+        holding: dict[str, float] = {}
         for side in (side for index in self._indices.values() for side in (index.left, index.right)):
-            for i, each in side.find(text, least):
-                known = side.text(i)
-                likeness[known] = max(each, likeness.get(known, 0.0))
-        return sorted(likeness.items(), key=lambda found: -found[1])[:n_best]
+            found, with_words = side.find_with_words(text, least, words)
+            for own, places in ((likeness, found), (holding, with_words)):
+                for i, each in places:
+                    known = side.text(i)
+                    own[known] = max(each, own.get(known, 0.0))
+        likest = sorted(likeness.items(), key=lambda found: -found[1])[:n_best]
+        return sorted((holding | dict(likest)).items(), key=lambda found: -found[1])
 
     @classmethod
     def build(cls, *places: Mapping[Languages, Iterable[tuple[str, str]]]) -> Examples:
@@ -254,6 +269,33 @@ class _Index:
 # --- one side -----------------------------------------------------------------------------------
 
 
+class _Shared:
+    """What the texts of a side share with some features; `places` are those that may share enough.
+
+    The most frequent features, which the longest lists are of, are looked up for the texts alone that could
+    come to what is needed with all of them; half of it must come from others, so that these are not many.
+    """
+
+    def __init__(self, side: _Side, features: Ids, needed: float) -> None:
+        often = features[np.argsort(-side.counts(features), kind="stable")]
+        n_late = int(np.searchsorted(np.cumsum(side.weights[often]), needed / 2, side="right"))
+        self._side, self._late = side, often[:n_late]
+        self._soon = np.zeros(len(side), dtype=np.float32)
+        for feature in often[n_late:]:
+            self._soon[side.texts_with(feature)] += side.weights[feature]
+        from_late = float(side.weights[self._late].sum())
+        (self.places,) = np.nonzero(self._soon > max(needed - from_late - _ROUNDING, 0.0))
+
+    def by(self, places: Ids) -> Shares:
+        """What each of some texts shares."""
+        found: Shares = self._soon[places]
+        for feature in self._late:
+            having = self._side.texts_with(feature)
+            at = np.minimum(np.searchsorted(having, places), len(having) - 1)
+            found += self._side.weights[feature] * (having[at] == places)
+        return found
+
+
 class _Side:
     """The texts of one language with their inverted index.
 
@@ -270,7 +312,7 @@ class _Side:
             arrays[part] for part in self.PARTS
         )
         # What each feature counts, (F,).
-        self._weights = np.log1p(len(self) / np.diff(self._starts)).astype(np.float32)
+        self.weights = np.log1p(len(self) / np.diff(self._starts)).astype(np.float32)
 
     @classmethod
     def build(cls, texts: Sequence[str]) -> _Side:
@@ -302,29 +344,31 @@ class _Side:
         start = int(self._ends[i - 1]) if i else 0
         return bytes(self._blob[start : int(self._ends[i])]).decode()
 
-    def find(self, text: str, least: float) -> list[tuple[int, float]]:
+    def find(self, text: str, least: float) -> Found:
         """The _MOST_FOUND likest texts with a likeness of at least `least`, the text itself among them."""
-        own = (_features([text]) >> _U32).astype(np.int64)
-        known, total = self._weighed(own)
+        return self.find_with_words(text, least, ())[0]
+
+    def find_with_words(self, text: str, least: float, words: Collection[str]) -> tuple[Found, Found]:
+        """`find`, and for each of some words of the text some of the likest texts that hold it.
+
+        Words that stand in very many texts say little, and have none.
+        """
+        known, total = self._weighed(text)
         if not len(known):
-            return []
+            return [], []
         # Of texts as like as `least` the shared part is at least so much: 2c >= least (total + c).
         needed = least * total / (2 - least)
-        # The most frequent features, which the longest lists are of, are looked up for those texts alone that
-        # could come to that with all of them; half of it must come from others, so that these are not many.
-        often = known[np.argsort(self._starts[known] - self._starts[known + 1], kind="stable")]
-        n_late = int(np.searchsorted(np.cumsum(self._weights[often]), needed / 2, side="right"))
-        late, soon = often[:n_late], often[n_late:]
-        shared = np.zeros(len(self), dtype=np.float32)
-        for feature in soon:
-            shared[self._texts_with(feature)] += self._weights[feature]
-        (places,) = np.nonzero(shared > max(needed - float(self._weights[late].sum()) - _ROUNDING, 0.0))
-        found = shared[places]
-        for feature in late:
-            having = self._texts_with(feature)
-            at = np.minimum(np.searchsorted(having, places), len(having) - 1)
-            found += self._weights[feature] * (having[at] == places)
-        likeness = 2 * found / (total + self._totals[places])
+        shared = _Shared(self, known, needed)
+
+        def likeness(places: Ids) -> Shares:
+            each = 2 * shared.by(places) / (total + self._totals[places])
+            return each.astype(np.float32)
+
+        places = shared.places
+        found = self._likest(text, places, likeness(places), least)
+        return found, [each for word in words for each in self._holding(word, likeness)]
+
+    def _likest(self, text: str, places: Ids, likeness: Shares, least: float) -> Found:
         (enough,) = np.nonzero(likeness >= least - _ROUNDING)
         if len(enough) > _MOST_FOUND:
             likest = enough[np.argpartition(-likeness[enough], _MOST_FOUND)[:_MOST_FOUND]]
@@ -337,22 +381,49 @@ class _Side:
             enough = np.union1d(likest, np.array(same[:_MOST_FOUND], dtype=likest.dtype))
         return [(int(places[i]), float(likeness[i])) for i in enough]
 
+    def _holding(self, word: str, likeness: Callable[[Ids], Shares]) -> Found:
+        """Those of the texts that hold the most of a word which are most of what `likeness` says."""
+        known, total = self._weighed(word)
+        if not len(known) or self.counts(known).min() > _TOO_MANY:
+            return []
+        shared = _Shared(self, known, total / 2)
+        places, held = shared.places, shared.by(shared.places)
+        (enough,) = np.nonzero(held >= total / 2)
+        if len(enough) > _TOO_MANY:
+            return []
+        places, held = places[enough], held[enough]
+        each = likeness(places)
+        # The whole word before a part of it, then the likest.
+        order = held + total * _PART * each
+        best = (
+            np.argpartition(-order, _MOST_WITH_WORD)[:_MOST_WITH_WORD]
+            if len(order) > _MOST_WITH_WORD
+            else range(len(order))
+        )
+        return [(int(places[i]), float(each[i])) for i in best]
+
+    def counts(self, features: Ids) -> Ids:
+        """In how many texts each of some features is."""
+        counts: Ids = self._starts[features + 1] - self._starts[features]
+        return counts
+
     def _begins(self, places: Ids) -> Ids:
         begins: Ids = np.where(places > 0, self._ends[places - 1], 0)
         return begins
 
-    def _texts_with(self, feature: np.int64) -> NDArray[np.int32]:
+    def texts_with(self, feature: np.int64) -> NDArray[np.int32]:
         """In rising order."""
         texts: NDArray[np.int32] = self._postings[self._starts[feature] : self._starts[feature + 1]]
         return texts
 
-    def _weighed(self, features: Ids) -> tuple[Ids, float]:
-        """Which of some features there are, and what all of them count: unknown ones as the rarest."""
+    def _weighed(self, text: str) -> tuple[Ids, float]:
+        """Which of a text's features there are, and what all of them count: unknown ones as the rarest."""
+        features = (_features([text]) >> _U32).astype(np.int64)
         at = np.searchsorted(self._features, features)
         at = np.minimum(at, max(len(self._features) - 1, 0))
-        known = at[self._features[at] == features] if len(self._features) else at[:0]
+        known: Ids = at[self._features[at] == features] if len(self._features) else at[:0]
         rarest = float(np.log1p(len(self)))
-        return known, float(self._weights[known].sum()) + rarest * (len(features) - len(known))
+        return known, float(self.weights[known].sum()) + rarest * (len(features) - len(known))
 
 
 def _features(texts: Sequence[str]) -> Numbers:

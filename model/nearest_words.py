@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -23,11 +24,12 @@ from model.tokenizer import Tokenizer
 
 # Texts that are looked at, and how much like the masked one they are at least.
 _MOST_TEXTS, _LEAST_LIKENESS = 64, 0.15
-# What is farther: a word beside which the first token is another one, the second one, neither; for each side.
-_UNLIKE = (0.25, 0.1, 0.0)
+# What is farther: a word beside which the first token is another one, the second one, neither.
+_UNLIKE_BEFORE, _UNLIKE_BEHIND = (0.2, 0.08, 0.0), (0.3, 0.1, 0.0)
 _MOST_NEAR = 32  # words that have a vote
 # Votes count by this power of the model's probabilities: what fits little into the sentence has little say.
 _OWN_SAY = 0.5
+_ENDING, _WORD = re.compile(r"\w+"), re.compile(r"\w\S*")
 
 
 class Votes(NamedTuple):
@@ -65,10 +67,64 @@ def find_votes(
     """
     ids, spaced = tokenizer.masked_ids(sentence)
     slots = [slot for slot, token in enumerate(ids) if token == tokenizer.mask_id]
+    parts = sentence.split(tokenizer.mask_token)
+    masks = [
+        _Mask(ids, slot, has_space, before, after)
+        for slot, has_space, before, after in zip(slots, spaced, parts, parts[1:], strict=False)
+    ]
+    beside = dict.fromkeys(word for mask in masks for word in mask.words_beside())
     # Without its masks, which no text has.
-    found = examples.alike(sentence.replace(tokenizer.mask_token, " "), _MOST_TEXTS, _LEAST_LIKENESS)
-    rows = [(tokenizer.text_ids(known), likeness) for known, likeness in found]
+    found = examples.alike(" ".join(parts), _MOST_TEXTS, _LEAST_LIKENESS, beside)
     said = _twins(ids, tokenizer)
+    votes = []
+    for n, mask in enumerate(masks):
+        words = _parted(found, mask, tokenizer) if mask.is_stem else _as_they_are(found, mask, tokenizer)
+        n_ending = len(tokenizer.encode(mask.ending)) if mask.ending else 0
+        near = heapq.nsmallest(
+            _MOST_NEAR,
+            ((1 - word.likeness + _unlike(mask, n_ending, word), word.row[word.place]) for word in words),
+        )
+        own = _votes(near, said, config, weight)
+        is_first = follows and n == 0 and not parts[0]
+        votes.append(_with_space(own, tokenizer) if own and is_first else own)
+    return votes
+
+
+class _Mask(NamedTuple):
+    """Where a mask stands in a sentence's tokens, whether a space goes before it, what stands beside it."""
+
+    ids: list[int]
+    slot: int
+    has_space: bool
+    before: str
+    after: str
+
+    @property
+    def ending(self) -> str:
+        """What makes one word with the mask that it stands behind: in Korean a particle, as a rule."""
+        found = _ENDING.match(self.after)
+        return found[0] if found else ""
+
+    @property
+    def is_stem(self) -> bool:
+        """Is it a word with an ending?"""
+        return bool(self.ending) and not _ENDING.match(self.before[-1:])
+
+    def words_beside(self) -> list[str]:
+        """The words before and behind it and its ending."""
+        return _WORD.findall(self.before)[-1:] + _WORD.findall(self.after[len(self.ending) :])[:1]
+
+
+class _Word(NamedTuple):
+    """A token of a text that may stand for a mask, and how much the text is like the sentence."""
+
+    row: list[int]
+    place: int
+    likeness: float
+
+
+def _as_they_are(found: Sequence[tuple[str, float]], mask: _Mask, tokenizer: Tokenizer) -> Iterator[_Word]:
+    """Tokens of texts that are as much of a word as the mask is."""
 
     @cache
     def is_in_word(token: int | None, side: int) -> bool:
@@ -77,32 +133,33 @@ def find_votes(
         sign = text[:1] if side == 1 else text[-1:]
         return sign.isalnum() or sign == "\ufffd"
 
-    def fits(slot: int, has_space: bool, row: Sequence[int], place: int) -> bool:
-        """Is a token of a row as much of a word as the mask is?"""
-        besides = (
-            (side, _at(ids, slot + side), _at(row, place + side)) for side in ((1,) if has_space else (1, -1))
-        )
-        return all(
-            here == there or not (is_in_word(here, side) or is_in_word(there, side))
-            for side, here, there in besides
-        )
+    def fits(row: list[int], place: int, side: int) -> bool:
+        here, there = _at(mask.ids, mask.slot + side), _at(row, place + side)
+        return here == there or not (is_in_word(here, side) or is_in_word(there, side))
 
-    votes = []
-    for slot, has_space in zip(slots, spaced, strict=True):
-        fillers = tokenizer.fillers[has_space]
-        near = heapq.nsmallest(
-            _MOST_NEAR,
-            (
-                (1 - likeness + _unlike(ids, slot, row, place), token)
-                for row, likeness in rows
-                for place, token in enumerate(row)
-                if token in fillers and fits(slot, has_space, row, place)
-            ),
-        )
-        own = _votes(near, said, config, weight)
-        is_first = follows and sentence.startswith(tokenizer.mask_token) and slot == slots[0]
-        votes.append(_with_space(own, tokenizer) if own and is_first else own)
-    return votes
+    fillers = tokenizer.fillers[mask.has_space]
+    texts = tokenizer.encode_batch([known for known, _ in found])
+    for ids, (_, likeness) in zip(texts, found, strict=True):
+        row = [tokenizer.cls_id, *ids, tokenizer.sep_id]
+        for place, token in enumerate(ids, 1):
+            if token in fillers and fits(row, place, 1) and (mask.has_space or fits(row, place, -1)):
+                yield _Word(row, place, likeness)
+
+
+def _parted(found: Sequence[tuple[str, float]], mask: _Mask, tokenizer: Tokenizer) -> Iterator[_Word]:
+    """Words of texts that have a mask's ending, parted from it as the mask is.
+
+    In Korean many words are one token with their particle, or parted elsewhere.
+    """
+    with_ending = re.compile(rf"(?<!\w)\w+?(?={re.escape(mask.ending)}(?!\w))")
+    having = [(word, known, likeness) for known, likeness in found for word in with_ending.finditer(known)]
+    space = " " if mask.has_space else ""
+    stems = tokenizer.encode_batch([space + word[0] for word, _, _ in having])
+    whole = [(*each, stem) for each, stem in zip(having, stems, strict=True) if len(stem) == 1]
+    befores = tokenizer.encode_batch([known[: word.start()].removesuffix(" ") for word, known, *_ in whole])
+    afters = tokenizer.encode_batch([known[word.end() :] for word, known, *_ in whole])
+    for (_, _, likeness, stem), before, after in zip(whole, befores, afters, strict=True):
+        yield _Word([tokenizer.cls_id, *before, *stem, *after, tokenizer.sep_id], 1 + len(before), likeness)
 
 
 def _twins(ids: Sequence[int], tokenizer: Tokenizer) -> frozenset[int]:
@@ -138,17 +195,25 @@ def fillable(tokenizer: Tokenizer, spaced: bool | None) -> Tensor:
     return mask
 
 
-def _unlike(ids: Sequence[int], slot: int, row: Sequence[int], place: int) -> float:
-    """How much farther away a word of a row is for what stands beside it, and does not beside the mask."""
-    unlike = 0.0
-    for side in (-1, 1):
-        n_agreeing = 0
-        for step in (side, 2 * side):
-            if _at(ids, slot + step) != _at(row, place + step):
-                break
-            n_agreeing += 1
-        unlike += _UNLIKE[n_agreeing]
-    return unlike
+def _unlike(mask: _Mask, n_ending: int, word: _Word) -> float:
+    """How much farther away a word is for what stands beside it, and does not beside the mask.
+
+    An ending, of so many tokens, says little: nearly all that comes here has it.
+    """
+    before = _n_agreeing(mask, word, -1, 2)
+    behind = max(0, _n_agreeing(mask, word, 1, n_ending + 2) - n_ending)
+    return _UNLIKE_BEFORE[before] + _UNLIKE_BEHIND[behind]
+
+
+def _n_agreeing(mask: _Mask, word: _Word, side: int, most: int) -> int:
+    """How many tokens on a side of a word are those beside the mask, until one is not."""
+    n_agreeing = 0
+    while n_agreeing < most:
+        step = side * (n_agreeing + 1)
+        if _at(mask.ids, mask.slot + step) != _at(word.row, word.place + step):
+            break
+        n_agreeing += 1
+    return n_agreeing
 
 
 def _at(ids: Sequence[int], place: int) -> int | None:

@@ -57,6 +57,7 @@ OWN_PACKS = (  # that come with the code
     "more-12.en-ko.tsv.xz",
     "more-13.en-ko.tsv.xz",
     "more-14.en-ko.tsv.xz",
+    "more-15.en-ko.tsv.xz",
     "phrases.en-ko.tsv.xz",
     STORIES,
 )
@@ -171,14 +172,16 @@ def _report(arguments: argparse.Namespace) -> str:
         rows, note = _classifier_rows(arguments, checkpoint, checkpoint.model)
     else:
         rows, note = _causal_rows(arguments, checkpoint, checkpoint.model)
-    if not rows:
+    found = [table for table in (rows, *more) if table]
+    if not found:
         raise ValueError(
             "nothing to measure: give --data, --pairs for a translator, --labelled for a classifier"
         )
     seconds = time.monotonic() - started
-    tables = "\n\n".join(markdown_table(table) for table in (rows, *more))
+    tables = "\n\n".join(map(markdown_table, found))
     how = "" if arguments.quantization == "none" else f" in {arguments.quantization}"
-    return f"{tables}\n\n{note} Weights {checkpoint.sha256[:12]}{how}, measured in {seconds:.0f} s.\n"
+    note = f"{note} " if rows else ""  # it is on these
+    return f"{tables}\n\n{note}Weights {checkpoint.sha256[:12]}{how}, measured in {seconds:.0f} s.\n"
 
 
 # --- the three kinds --------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 
 from model.config import TransformerConfig
 from model.examples import Examples
-from model.nearest_words import Votes, fillable, find_votes
+from model.nearest_words import Votes, _Mask, _unlike, _Word, fillable, find_votes
 from model.tokenizer import Tokenizer
 from tests.tiny import fitting_config
 
@@ -94,6 +94,61 @@ def test_what_is_glued_to_a_mask_must_stand_there(
     assert words.encode(" doors")[0] in votes.token_ids
     (votes,) = find_votes(examples, "My house has a[MASK] three doors.", words, config, 0.8)
     assert votes is None
+
+
+def test_a_word_is_parted_from_its_ending_as_the_mask_is(config: TransformerConfig) -> None:
+    """The vocabulary has 물을 and 우유를 as one token each."""
+    known = [
+        ("I drink water.", "저는 물을 마신다."),
+        ("I drink milk.", "저는 우유를 마신다."),
+        ("Tea, too.", "나는 차를 마신다."),
+        ("Water is good.", "물을 마신다."),
+    ]
+    korean = [text for _, text in known]
+    glued = Tokenizer.train([*(korean * 20), *["물", "너 물", "너 우유", "너 차", "을", "를", "이"] * 5], 420)
+    assert [len(glued.encode(f" {word}")) for word in ("물을", "물", "우유를", "우유")] == [1, 1, 1, 1]
+    examples = Examples.build({("en", "ko"): known})
+    config = replace(config, vocab_size=glued.vocab_size)
+
+    def voted(sentence: str) -> set[str]:
+        (votes,) = find_votes(examples, sentence, glued, config, 0.8)
+        return set() if votes is None else {glued.token_text(token) for token in votes.token_ids}
+
+    assert voted("나는 [MASK]을 마신다.") == {" 물"}
+    assert voted("나는 [MASK]를 마신다.") == {" 우유", " 차"}
+    assert voted("나는 [MASK]이 마신다.") == set()
+    assert voted("[MASK]을 마신다.") == {"물"}
+    # In the ending nearly all agree; it is what stands behind it that tells.
+    ids, _ = glued.masked_ids("나는 [MASK]을 마신다.")
+    mask = _Mask(ids, 2, True, "나는 ", "을 마신다.")
+    row = glued.text_ids("나는 물을 마신다.")
+    drink = [glued.cls_id, *glued.encode("나는"), *glued.encode(" 물"), *glued.encode("을 마신다.")]
+    see = [*drink[:4], *glued.encode(" 봤다."), glued.sep_id]
+    assert len(row) < len(drink) + 1
+    near, far = (_unlike(mask, 1, _Word(each, 2, 1.0)) for each in ([*drink, glued.sep_id], see))
+    assert (near, far) == (0.0, 0.3)
+
+
+def test_texts_that_hold_a_word_beside_the_mask_have_a_say_too(config: TransformerConfig) -> None:
+    """However little they are like the sentence otherwise, and however many are more like it."""
+    known = [(f"n{n}", f"우리는 오늘도 즐겁게 논다 {chr(0xAC00 + n)}.") for n in range(80)]
+    known.append(
+        ("The painter is drawing.", "그 화가가 아침부터 커다란 벽에 고래와 바다와 하늘이 있는 그림을 그린다.")
+    )
+    words = Tokenizer.train([*(text for _, text in known), *["너 그림", "을"] * 20], 420)
+    assert len(words.encode(" 그림")) == 1
+    examples = Examples.build({("en", "ko"): known})
+    sentence = "우리는 오늘도 즐겁게 [MASK]을 그린다."
+    likest = examples.alike(sentence.replace("[MASK]", " "), 64, 0.15)
+    assert known[-1][1] not in dict(likest)
+    with_words = examples.alike(sentence.replace("[MASK]", " "), 64, 0.15, ["즐겁게", "그린다."])
+    assert dict(likest).items() <= dict(with_words).items()
+    assert 0 < dict(with_words)[known[-1][1]] < min(likeness for _, likeness in likest)
+    assert [likeness for _, likeness in with_words] == sorted((x for _, x in with_words), reverse=True)
+    assert examples.alike("우리는 놀고", 64, 0.15, ["없는말"]) == examples.alike("우리는 놀고", 64, 0.15)
+    (votes,) = find_votes(examples, sentence, words, config, 0.8)
+    assert votes is not None
+    assert votes.token_ids == (words.encode(" 그림")[0],)
 
 
 def test_a_sentence_behind_another_is_looked_up_alone(words: Tokenizer, config: TransformerConfig) -> None:
