@@ -29,7 +29,10 @@ _UNLIKE_BEFORE, _UNLIKE_BEHIND = (0.2, 0.08, 0.0), (0.3, 0.1, 0.0)
 _MOST_NEAR = 32  # words that have a vote
 # Votes count by this power of the model's probabilities: what fits little into the sentence has little say.
 _OWN_SAY = 0.5
-_ENDING, _WORD = re.compile(r"\w+"), re.compile(r"\w\S*")
+_ENDING = re.compile(r"\w+")
+# A word beside a mask for which texts are looked up: in Korean, because in English that gained one sentence in
+# a hundred, and took as long as all else.
+_BESIDE = re.compile(r"[가-힣]\S*")
 
 
 class Votes(NamedTuple):
@@ -111,8 +114,9 @@ class _Mask(NamedTuple):
         return bool(self.ending) and not _ENDING.match(self.before[-1:])
 
     def words_beside(self) -> list[str]:
-        """The words before and behind it and its ending."""
-        return _WORD.findall(self.before)[-1:] + _WORD.findall(self.after[len(self.ending) :])[:1]
+        """The words before it, and behind it and its ending, for which texts are looked up."""
+        words = self.before.split()[-1:] + self.after[len(self.ending) :].split()[:1]
+        return [word for word in words if _BESIDE.match(word)]
 
 
 class _Word(NamedTuple):
