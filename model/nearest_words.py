@@ -30,8 +30,8 @@ _MOST_NEAR = 32  # words that have a vote
 # Votes count by this power of the model's probabilities: what fits little into the sentence has little say.
 _OWN_SAY = 0.5
 _ENDING = re.compile(r"\w+")
-# A word beside a mask for which texts are looked up: in Korean, because in English that gained one sentence in
-# a hundred, and took as long as all else.
+# A word beside a mask for which texts are looked up: in Korean. In English that gained one sentence in a
+# hundred, and took as long as all else.
 _BESIDE = re.compile(r"[가-힣]\S*")
 
 

@@ -23,9 +23,8 @@ from model.transfer import padded
 # Tokens of a text. Of a word the way back says which translation means nothing else, not which is usual:
 # "Hello" would be what is said on the telephone.
 _FEWEST = 4
-# Hypotheses of a text that are asked, the best of the search: further ones are hardly ever right, and what
-# lacks more in the search than what a way back is better by, in a mean log-probability, is hardly ever first.
-_MOST_ASKED, _FARTHEST = 3, 0.2
+# Hypotheses of a text that are asked, the best of the search: further ones are hardly ever right.
+MOST_ASKED = 3
 
 T = TypeVar("T")
 Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -45,27 +44,6 @@ def can_return(config: TransformerConfig, source: Sequence[int], hypotheses: Seq
     return known and max(longest, len(source)) <= config.max_len
 
 
-def n_to_ask(found: Sequence[tuple[float, int]], params: BeamParams) -> int:
-    """How many of a text's hypotheses are asked, the first of them; 0 where one is far before all others.
-
-    `found` is as in `best_first`.
-    """
-    try:
-        means = [_mean(each, params) for each in found[:_MOST_ASKED]]
-    except OverflowError:
-        return 0
-    least = max(means, default=0.0) - params.round_trip * _FARTHEST
-    n_asked = max((n for n, mean in enumerate(means, 1) if mean >= least), default=0)
-    return n_asked if n_asked > 1 else 0
-
-
-def _mean(found: tuple[float, int], params: BeamParams) -> float:
-    """The log-probability per token of what has a score and a number of tokens."""
-    score, n_tokens = found
-    mean: float = score * n_tokens ** (params.length_penalty - 1)
-    return mean
-
-
 def best_first(
     hypotheses: Sequence[T], found: Sequence[tuple[float, int]], returned: Sequence[float], params: BeamParams
 ) -> list[T]:
@@ -76,8 +54,8 @@ def best_first(
     """
     try:
         scores = [
-            _mean(each, params) + params.round_trip * back
-            for each, back in zip(found, returned, strict=False)
+            score * n_tokens ** (params.length_penalty - 1) + params.round_trip * back
+            for (score, n_tokens), back in zip(found, returned, strict=False)
         ]
     except OverflowError:
         return list(hypotheses)

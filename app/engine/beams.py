@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from model.constraints import LEAST_LOGPROB, Progress, share_out
 from model.decoding import may_stop, normalise, repeated_ngram_tokens
-from model.round_trip import best_first, n_to_ask
+from model.round_trip import best_first
 from model.sampling import BeamParams
 
 Candidate = tuple[int, float]  # token id, log-probability
@@ -149,16 +149,10 @@ class BeamGroup:
             return going_on[:width]
         return share_out(((option.progress.rank, option) for option in going_on), width)
 
-    def n_to_ask(self) -> int:
-        """How many of those that have ended, the first, are asked how likely they make their source."""
-        return n_to_ask(self._found(), self.params) if self.params.round_trip else 0
-
     def put_in_order(self, returned: Sequence[float]) -> None:
-        """Rank what has ended anew, knowing how likely the first of it make their source."""
-        self.ended = best_first(self.ended, self._found(), returned, self.params)
-
-    def _found(self) -> list[tuple[float, int]]:
-        return [(ended.score, len(ended.tokens) + 1) for ended in self.ended]
+        """Rank what has ended anew, knowing how likely each makes its source."""
+        found = [(ended.score, len(ended.tokens) + 1) for ended in self.ended]
+        self.ended = best_first(self.ended, found, returned, self.params)
 
     def results(self) -> list[Ended]:
         """The best `num_return_sequences`, finished ones first, then those that have met most phrases.

@@ -36,7 +36,7 @@ from app.engine.sequence import FinishReason, Hypothesis, Outcome, Sequence, Seq
 from model.checkpoint import Checkpoint
 from model.kernel_blocks import tell_before_blocks
 from model.models import Translator
-from model.round_trip import can_return
+from model.round_trip import MOST_ASKED, can_return
 from model.sampling import BeamParams, SamplingParams, SamplingRows
 
 _NEVER = itertools.repeat(False)
@@ -913,23 +913,25 @@ class TranslateLane(DecodeLane[Ranked]):
         sound = [s for s in running if s not in broken]
         lost = self._copy_beams({s: self._advance(s, ranked[s]) for s in sound})
         done = [s for s in sound if self._groups[s].done]
-        looking = {s: n_asked for s in done if (n_asked := self._n_to_ask(s))}
-        self._looking += [_Looking(s, self._groups[s], n_asked) for s, n_asked in looking.items()]
+        looking = [s for s in done if self._may_return(s)]
+        groups = ((sequence, self._groups[sequence]) for sequence in looking)
+        self._looking += [_Looking(s, group, min(MOST_ASKED, len(group.ended))) for s, group in groups]
         ended = [s for s in done if s not in looking]
         self._wipe(broken)
 
         def outcome(sequence: Sequence) -> Outcome:
             return self._outcome(sequence) if sequence in ended else _no_number()
 
-        self._end([*broken, *ended], outcome, set_aside=[*looking])
+        self._end([*broken, *ended], outcome, set_aside=looking)
         self._end(lost, _step_failed)
 
-    def _n_to_ask(self, sequence: Sequence) -> int:
-        """How many of its hypotheses the way back is to put in order. It needs no rows any more then."""
+    def _may_return(self, sequence: Sequence) -> bool:
+        """Is the way back to put its hypotheses in order? It needs no rows any more then."""
         group = self._groups[sequence]
-        n_asked = group.n_to_ask()
-        hypotheses = [ended.tokens for ended in group.ended[:n_asked]]
-        return n_asked if can_return(self.runner.config, sequence.prompt_ids, hypotheses) else 0
+        hypotheses = [ended.tokens for ended in group.ended[:MOST_ASKED]]
+        if not group.params.round_trip or len(hypotheses) < 2:
+            return False
+        return can_return(self.runner.config, sequence.prompt_ids, hypotheses)
 
     def _finish(self) -> None:
         """Ask some way back: no more a turn than may be read of sources, because everybody waits for it."""

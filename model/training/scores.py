@@ -20,7 +20,7 @@ from model.decoding import Decoded
 from model.examples import Examples
 from model.models import CausalLM, MaskedLM, Translator
 from model.nearest import Datastore, example_ids, find_examples, read_examples
-from model.round_trip import best_first, can_return, n_to_ask, return_logprobs
+from model.round_trip import MOST_ASKED, best_first, can_return, return_logprobs
 from model.sampling import BeamParams
 from model.tokenizer import Tokenizer
 from model.training.masked import IGNORE, MaskedTask
@@ -115,17 +115,19 @@ def look_back(
 ) -> list[list[Decoded]]:
     """What has ended of each source, in order by the way back, as the service does it."""
     ended = [[each for each in found if each.finished] for found in results]
-    scored = [[(each.score, len(each.token_ids) + 1) for each in found] for found in ended]
-    asked: dict[int, list[list[int]]] = {}
-    for i, found in enumerate(ended):
-        said = [each.token_ids for each in found[: n_to_ask(scored[i], params)]]
-        if said and can_return(model.config, sources[i], said):
-            asked[i] = said
-    pairs = [(sources[i], tokens) for i, said in asked.items() for tokens in said]
+    able = [
+        i
+        for i, found in enumerate(ended)
+        if len(found) > 1
+        and can_return(model.config, sources[i], [each.token_ids for each in found[:MOST_ASKED]])
+    ]
+    pairs = [(sources[i], each.token_ids) for i in able for each in ended[i][:MOST_ASKED]]
     returned = return_logprobs(model, pairs) if pairs else []
-    for i, said in asked.items():
-        own, returned = returned[: len(said)], returned[len(said) :]
-        results[i] = best_first(ended[i], scored[i], own, params)
+    for i in able:
+        n_asked = min(MOST_ASKED, len(ended[i]))
+        own, returned = returned[:n_asked], returned[n_asked:]
+        found = [(each.score, len(each.token_ids) + 1) for each in ended[i]]
+        results[i] = best_first(ended[i], found, own, params)
     return results
 
 

@@ -28,7 +28,7 @@ from model.kernels import compiled
 from model.models import CausalLM, Translator
 from model.nearest import Datastore, ExampleIds, read_examples
 from model.quantize import KernelInt8Linear
-from model.round_trip import best_first, can_return, n_to_ask, return_logprobs
+from model.round_trip import MOST_ASKED, best_first, can_return, return_logprobs
 from model.sampling import BeamParams, SamplingParams, SamplingRows, penalise, sample
 
 # Sums in another order move a probability in its last bits; with large weights and a low temperature by more.
@@ -433,10 +433,10 @@ def expected_translation(checkpoint: Checkpoint, sequence: Sequence) -> list[Dec
         score, [[sequence.prompt_ids[1]]], checkpoint.config.eos_id, all_of_them, suppressed(checkpoint)
     )
     ended = [each for each in decoded if each.finished]
-    found = [(each.score, len(each.token_ids) + 1) for each in ended]
-    said = [each.token_ids for each in ended[: n_to_ask(found, params)]]
+    said = [each.token_ids for each in ended[:MOST_ASKED]]
     if params.round_trip and said and can_return(checkpoint.config, sequence.prompt_ids, said):
         back = return_logprobs(checkpoint.model, [(sequence.prompt_ids, tokens) for tokens in said])
+        found = [(each.score, len(each.token_ids) + 1) for each in ended]
         decoded[: len(ended)] = best_first(ended, found, back, params)
     return decoded[: params.num_return_sequences]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.models import Translator, build_model
-from model.round_trip import best_first, can_return, n_to_ask, return_logprobs, ways_back
+from model.round_trip import best_first, can_return, return_logprobs, ways_back
 from model.sampling import BeamParams
 from tests.tiny import tiny_config
 
@@ -76,16 +76,3 @@ def test_both_ways_count() -> None:
     assert best_first("abcd", [*found, (0.0, 1), (0.0, 1)], [0.0, 1.4], params) == list(
         "bacd"
     )  # means of -0.25 and -0.9 and half of what the way back says
-
-
-@pytest.mark.parametrize(
-    ("lacking", "n_asked"),
-    [((0.0,), 0), ((), 0), ((0.0, 0.09), 2), ((0.0, 0.11), 0), ((0.0, 0.11, 0.09, 0.0), 3), ((0.05, 0.0), 2)],
-)
-def test_only_what_may_come_first_is_asked(lacking: tuple[float, ...], n_asked: int) -> None:
-    found = [((-1.0 - each) / 4**0.4, 4) for each in lacking]
-    assert n_to_ask(found, BeamParams(length_penalty=1.4, round_trip=0.5)) == n_asked
-    assert n_to_ask(found, BeamParams(length_penalty=1.4, round_trip=5.0)) == (
-        min(3, len(found)) if len(found) > 1 else 0
-    )
-    assert n_to_ask([(-2.0, 30), (-1.0, 30)], BeamParams(length_penalty=1000.0, round_trip=0.5)) == 0
