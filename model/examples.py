@@ -117,24 +117,23 @@ class Examples:
 
     def alike(
         self, text: str, n_best: int, least: float, words: Collection[str] = ()
-    ) -> list[tuple[str, float]]:
-        """Texts of either side of all languages with their likeness, the likest first, each once.
+    ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """Texts of either side of all languages with their likeness, the likest first.
 
-        At most n_best that are at least so much like it; and, however little they are like it, some that hold
-        a word, for each of some words of the text.
+        At most n_best that are at least so much like it. And for each of some words of the text some that
+        hold it, however little they are like the text.
         """
-        if not text.strip() or len(text) > MAX_CHARS:
-            return []
         likeness: dict[str, float] = {}
-        holding: dict[str, float] = {}
+        holding: dict[str, dict[str, float]] = {word: {} for word in words}
+        if not text.strip() or len(text) > MAX_CHARS:
+            return likeness, holding
         for side in (side for index in self._indices.values() for side in (index.left, index.right)):
             found, with_words = side.find_with_words(text, least, words)
-            for own, places in ((likeness, found), (holding, with_words)):
+            for own, places in ((likeness, found), *((holding[word], each) for word, each in with_words)):
                 for i, each in places:
                     known = side.text(i)
                     own[known] = max(each, own.get(known, 0.0))
-        likest = sorted(likeness.items(), key=lambda found: -found[1])[:n_best]
-        return sorted((holding | dict(likest)).items(), key=lambda found: -found[1])
+        return dict(sorted(likeness.items(), key=lambda found: -found[1])[:n_best]), holding
 
     @classmethod
     def build(cls, *places: Mapping[Languages, Iterable[tuple[str, str]]]) -> Examples:
@@ -348,7 +347,9 @@ class _Side:
         """The _MOST_FOUND likest texts with a likeness of at least `least`, the text itself among them."""
         return self.find_with_words(text, least, ())[0]
 
-    def find_with_words(self, text: str, least: float, words: Collection[str]) -> tuple[Found, Found]:
+    def find_with_words(
+        self, text: str, least: float, words: Collection[str]
+    ) -> tuple[Found, list[tuple[str, Found]]]:
         """`find`, and for each of some words of the text some of the likest texts that hold it.
 
         Words that stand in very many texts say little, and have none.
@@ -366,7 +367,7 @@ class _Side:
 
         places = shared.places
         found = self._likest(text, places, likeness(places), least)
-        return found, [each for word in words for each in self._holding(word, likeness)]
+        return found, [(word, self._holding(word, likeness)) for word in words]
 
     def _likest(self, text: str, places: Ids, likeness: Shares, least: float) -> Found:
         (enough,) = np.nonzero(likeness >= least - _ROUNDING)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -33,6 +33,11 @@ _ENDING = re.compile(r"\w+")
 # A word beside a mask for which texts are looked up: in Korean. In English that gained one sentence in a
 # hundred, and took as long as all else.
 _BESIDE = re.compile(r"[가-힣]\S*")
+_MOST_BESIDE = 4  # of more masks than a few what is looked up for each takes too long
+_STEM = re.compile(
+    r"(?<!\w)([가-힣]+?)"
+    r"(?:은|는|이|가|을|를|에|의|로|으로|와|과|도|만|에서|에게|한테|부터|까지|이나|나|하고|랑|이랑)(?!\w)"
+)
 
 
 class Votes(NamedTuple):
@@ -75,14 +80,19 @@ def find_votes(
         _Mask(ids, slot, has_space, before, after)
         for slot, has_space, before, after in zip(slots, spaced, parts, parts[1:], strict=False)
     ]
-    beside = dict.fromkeys(word for mask in masks for word in mask.words_beside())
+    beside = {word for mask in masks for word in mask.words_beside()}
     # Without its masks, which no text has.
-    found = examples.alike(" ".join(parts), _MOST_TEXTS, _LEAST_LIKENESS, beside)
-    said = _twins(ids, tokenizer)
+    looked_up = beside if len(beside) <= _MOST_BESIDE else ()
+    likest, holding = examples.alike(" ".join(parts), _MOST_TEXTS, _LEAST_LIKENESS, looked_up)
+    encoder = _Encoder(tokenizer)
+    said = _twins(ids, tokenizer) | _stems(parts, encoder)
     votes = []
     for n, mask in enumerate(masks):
-        words = _parted(found, mask, tokenizer) if mask.is_stem else _as_they_are(found, mask, tokenizer)
-        n_ending = len(tokenizer.encode(mask.ending)) if mask.ending else 0
+        texts = dict(likest)
+        for word in mask.words_beside():
+            texts |= holding.get(word, {})
+        words = _parted(texts, mask, encoder) if mask.is_stem else _as_they_are(texts, mask, encoder)
+        n_ending = len(encoder.one(mask.ending)) if mask.ending else 0
         near = heapq.nsmallest(
             _MOST_NEAR,
             ((1 - word.likeness + _unlike(mask, n_ending, word), word.row[word.place]) for word in words),
@@ -91,6 +101,25 @@ def find_votes(
         is_first = follows and n == 0 and not parts[0]
         votes.append(_with_space(own, tokenizer) if own and is_first else own)
     return votes
+
+
+class _Encoder:
+    """A tokenizer that reads each text once, and many at a time."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self._ids = tokenizer, dict[str, list[int]]()
+
+    def many(self, texts: Iterable[str]) -> list[list[int]]:
+        """The ids of texts, each without anything around it."""
+        texts = [*texts]
+        new = [text for text in dict.fromkeys(texts) if text not in self._ids]
+        self._ids |= zip(new, self.tokenizer.encode_batch(new), strict=True)
+        return [self._ids[text] for text in texts]
+
+    def one(self, text: str) -> list[int]:
+        """`many` of one."""
+        (ids,) = self.many([text])
+        return ids
 
 
 class _Mask(NamedTuple):
@@ -127,8 +156,9 @@ class _Word(NamedTuple):
     likeness: float
 
 
-def _as_they_are(found: Sequence[tuple[str, float]], mask: _Mask, tokenizer: Tokenizer) -> Iterator[_Word]:
-    """Tokens of texts that are as much of a word as the mask is."""
+def _as_they_are(texts: Mapping[str, float], mask: _Mask, encoder: _Encoder) -> Iterator[_Word]:
+    """Tokens of texts, which are given with their likeness, that are as much of a word as the mask is."""
+    tokenizer = encoder.tokenizer
 
     @cache
     def is_in_word(token: int | None, side: int) -> bool:
@@ -141,29 +171,42 @@ def _as_they_are(found: Sequence[tuple[str, float]], mask: _Mask, tokenizer: Tok
         here, there = _at(mask.ids, mask.slot + side), _at(row, place + side)
         return here == there or not (is_in_word(here, side) or is_in_word(there, side))
 
-    fillers = tokenizer.fillers[mask.has_space]
-    texts = tokenizer.encode_batch([known for known, _ in found])
-    for ids, (_, likeness) in zip(texts, found, strict=True):
+    fillers = tokenizer.fillers[mask.has_space] - tokenizer.special_ids
+    for ids, likeness in zip(encoder.many(texts), texts.values(), strict=True):
         row = [tokenizer.cls_id, *ids, tokenizer.sep_id]
         for place, token in enumerate(ids, 1):
             if token in fillers and fits(row, place, 1) and (mask.has_space or fits(row, place, -1)):
                 yield _Word(row, place, likeness)
 
 
-def _parted(found: Sequence[tuple[str, float]], mask: _Mask, tokenizer: Tokenizer) -> Iterator[_Word]:
+def _parted(texts: Mapping[str, float], mask: _Mask, encoder: _Encoder) -> Iterator[_Word]:
     """Words of texts that have a mask's ending, parted from it as the mask is.
 
     In Korean many words are one token with their particle, or parted elsewhere.
     """
+    tokenizer = encoder.tokenizer
     with_ending = re.compile(rf"(?<!\w)\w+?(?={re.escape(mask.ending)}(?!\w))")
-    having = [(word, known, likeness) for known, likeness in found for word in with_ending.finditer(known)]
+    having = [(word, known) for known in texts for word in with_ending.finditer(known)]
     space = " " if mask.has_space else ""
-    stems = tokenizer.encode_batch([space + word[0] for word, _, _ in having])
-    whole = [(*each, stem) for each, stem in zip(having, stems, strict=True) if len(stem) == 1]
-    befores = tokenizer.encode_batch([known[: word.start()].removesuffix(" ") for word, known, *_ in whole])
-    afters = tokenizer.encode_batch([known[word.end() :] for word, known, *_ in whole])
-    for (_, _, likeness, stem), before, after in zip(whole, befores, afters, strict=True):
-        yield _Word([tokenizer.cls_id, *before, *stem, *after, tokenizer.sep_id], 1 + len(before), likeness)
+    stems = encoder.many(space + word[0] for word, _ in having)
+    fillers = tokenizer.fillers[mask.has_space] - tokenizer.special_ids
+    whole = [
+        (word, known, stem)
+        for (word, known), stem in zip(having, stems, strict=True)
+        if len(stem) == 1 and stem[0] in fillers
+    ]
+    befores = encoder.many(known[: word.start()].removesuffix(" ") for word, known, _ in whole)
+    afters = encoder.many(known[word.end() :] for word, known, _ in whole)
+    for (_, known, stem), before, after in zip(whole, befores, afters, strict=True):
+        row = [tokenizer.cls_id, *before, *stem, *after, tokenizer.sep_id]
+        yield _Word(row, 1 + len(before), texts[known])
+
+
+def _stems(parts: Iterable[str], encoder: _Encoder) -> set[int]:
+    """The tokens that stand before a particle in a sentence, with a space before them and without."""
+    words = {stem[1] for part in parts for stem in _STEM.finditer(part)}
+    ids = encoder.many(space + word for word in sorted(words) for space in (" ", ""))
+    return {own[0] for own in ids if len(own) == 1}
 
 
 def _twins(ids: Sequence[int], tokenizer: Tokenizer) -> frozenset[int]:

@@ -814,7 +814,7 @@ class TranslateLane(DecodeLane[Ranked]):
         self._end(failed, _step_failed)
 
     def _encode(self, group: Items[Sequence]) -> None:
-        led = set(filter(self._has_examples, group))  # whose lists hang on what the examples say
+        led = [*filter(self._has_examples, group)]  # whose lists hang on what the examples say
         languages = [None if sequence in led else self._listed_language(sequence) for sequence in group]
         self.runner.encode([s.rows for s in group], [s.prompt_ids for s in group], languages)
         for sequence in led:

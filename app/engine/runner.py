@@ -633,8 +633,8 @@ class TranslateRunner(DecodeRunner):
             parts = _rows(shared, places), head.listed(x, listed.own), impossible
             logits = store.mix(torch.cat(parts, 1), x)
             if mine.banned:
-                within, tokens = torch.tensor(mine.banned).unbind(1)
-                logits[within, listed.places(tokens)] = -torch.inf
+                within, tokens = zip(*mine.banned, strict=True)
+                logits[list(within), listed.places(torch.tensor(tokens))] = -torch.inf
             assert self.kernels is not None
             columns, logprobs = self.kernels.best_tokens(logits, n_best)
             best |= zip(rows, _listed(listed.ids()[columns], logprobs), strict=True)

@@ -175,13 +175,15 @@ def _report(arguments: argparse.Namespace) -> str:
     found = [table for table in (rows, *more) if table]
     if not found:
         raise ValueError(
-            "nothing to measure: give --data, --pairs for a translator, --labelled for a classifier"
+            "nothing to measure: give --data, --pairs, --copying or --everyday for a translator, "
+            "--cloze for a masked model, --labelled for a classifier"
         )
     seconds = time.monotonic() - started
     tables = "\n\n".join(map(markdown_table, found))
     how = "" if arguments.quantization == "none" else f" in {arguments.quantization}"
-    note = f"{note} " if rows else ""  # it is on these
-    return f"{tables}\n\n{note}Weights {checkpoint.sha256[:12]}{how}, measured in {seconds:.0f} s.\n"
+    if not rows and isinstance(checkpoint.model, MaskedLM):
+        note = "Of each sentence the five best fillings."  # the other is on what is not there
+    return f"{tables}\n\n{note} Weights {checkpoint.sha256[:12]}{how}, measured in {seconds:.0f} s.\n"
 
 
 # --- the three kinds --------------------------------------------------------------------------

@@ -178,18 +178,24 @@ async def test_ranking_without_logits_changes_nothing(translator: Checkpoint, se
     assert answers[0] == answers[1]
 
 
+@pytest.mark.parametrize("led", [False, True])
 @pytest.mark.parametrize("place", ["continuations", "nan"])
-async def test_in_eight_bits_only_the_culprit_fails(translator: Checkpoint, place: str) -> None:
-    lane = translate_lane(with_kernels(translator, "int8"), n_slots=12)
-    runner, params = lane.runner, BeamParams(num_beams=3, max_new_tokens=8, min_new_tokens=8)
+async def test_in_eight_bits_only_the_culprit_fails(translator: Checkpoint, place: str, *, led: bool) -> None:
+    """Led by examples, and choosing among the tokens of a shortlist, or among all."""
+    checkpoint = with_shortlist(translator) if led else with_kernels(translator, "int8")
+    lane = translate_lane(checkpoint, n_slots=12)
+    runner = lane.runner
+    params = BeamParams(num_beams=3, max_new_tokens=8, min_new_tokens=8, example_weight=0.8 * led)
     assert isinstance(runner, FailingTranslateRunner)
     english, korean = (lane.runner.config.languages[name] for name in ("en", "ko"))
     if place == "nan":
         runner.nan_token = english
     else:
         runner.fault = fails_on(english, place)
+    sources = [translator.tokenizer.source_ids([300 + i], "ko" if i else "en") for i in range(4)]
     culprit, *innocent = (
-        Sequence(translator.tokenizer.source_ids([300 + i], "ko" if i else "en"), params) for i in range(4)
+        Sequence(source, params, examples=[ExampleIds(source, [source[1], 310 + i, 2])] * led)
+        for i, source in enumerate(sources)
     )
     assert [s.prompt_ids[1] for s in (culprit, *innocent)] == [english, korean, korean, korean]
     lane.submit([*innocent[:2], culprit, innocent[2]])
@@ -197,7 +203,8 @@ async def test_in_eight_bits_only_the_culprit_fails(translator: Checkpoint, plac
     assert isinstance(await outcome(culprit), StepFailed)
     for sequence in innocent:
         assert len((await sequence.result())[0].token_ids) == 8
-    assert runner.n_ranked_at_once >= 8
+    assert (runner.n_ranked_at_once >= 8) is not led
+    assert (runner.n_listed >= 8) is led
 
 
 def with_shortlist(checkpoint: Checkpoint) -> Checkpoint:
@@ -214,7 +221,7 @@ def with_shortlist(checkpoint: Checkpoint) -> Checkpoint:
 
 @pytest.mark.parametrize("seed", range(3))
 async def test_translations_of_a_shortlist_are_the_best_that_it_holds(
-    translator: Checkpoint, seed: int
+    translator: Checkpoint, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """By all logits, where those of other tokens are impossible; in a crowd of which some have no list."""
     listed = with_shortlist(translator)
@@ -222,12 +229,15 @@ async def test_translations_of_a_shortlist_are_the_best_that_it_holds(
     sequences = [random_translation(translator, rng) for _ in range(12)]
     sequences += [random_translation(translator, rng, repetition_penalty=1.0) for _ in range(12)]
     lane = translate_lane(listed, n_slots=16)
+    failed: list[Exception] = []
+    monkeypatch.setattr(lane.failures, "note", lambda error, _: failed.extend([error]))
     for sequence in sequences:
         lane.submit([sequence])
         turn(lane)
     drive(lane)
     runner = lane.runner
     assert isinstance(runner, FailingTranslateRunner)
+    assert not failed  # not even once: what fails is tried again with fewer
     assert runner.n_listed > 50
     assert runner._lists == [None] * 16  # nothing is held for those that have gone
     assert listed.shortlist is not None

@@ -750,7 +750,6 @@ def test_only_what_is_read_of_texts_is_computed(
 
 
 @torch.inference_mode()
-@torch.inference_mode()
 @pytest.mark.parametrize("architecture", ["masked_lm", "translator"])
 def test_short_texts_do_not_feel_a_long_one_beside_them(
     eight_bits: Kernels, architecture: str, monkeypatch: pytest.MonkeyPatch
