@@ -81,8 +81,8 @@ def find_votes(
         for slot, has_space, before, after in zip(slots, spaced, parts, parts[1:], strict=False)
     ]
     beside = {word for mask in masks for word in mask.words_beside()}
-    # Without its masks, which no text has.
     looked_up = beside if len(beside) <= _MOST_BESIDE else ()
+    # Without its masks, which no text has.
     likest, holding = examples.alike(" ".join(parts), _MOST_TEXTS, _LEAST_LIKENESS, looked_up)
     encoder = _Encoder(tokenizer)
     said = _twins(ids, tokenizer) | _stems(parts, encoder)
@@ -171,11 +171,12 @@ def _as_they_are(texts: Mapping[str, float], mask: _Mask, encoder: _Encoder) -> 
         here, there = _at(mask.ids, mask.slot + side), _at(row, place + side)
         return here == there or not (is_in_word(here, side) or is_in_word(there, side))
 
-    fillers = tokenizer.fillers[mask.has_space] - tokenizer.special_ids
     for ids, likeness in zip(encoder.many(texts), texts.values(), strict=True):
         row = [tokenizer.cls_id, *ids, tokenizer.sep_id]
         for place, token in enumerate(ids, 1):
-            if token in fillers and fits(row, place, 1) and (mask.has_space or fits(row, place, -1)):
+            if not _may_fill(token, mask, tokenizer):
+                continue
+            if fits(row, place, 1) and (mask.has_space or fits(row, place, -1)):
                 yield _Word(row, place, likeness)
 
 
@@ -189,17 +190,21 @@ def _parted(texts: Mapping[str, float], mask: _Mask, encoder: _Encoder) -> Itera
     having = [(word, known) for known in texts for word in with_ending.finditer(known)]
     space = " " if mask.has_space else ""
     stems = encoder.many(space + word[0] for word, _ in having)
-    fillers = tokenizer.fillers[mask.has_space] - tokenizer.special_ids
     whole = [
         (word, known, stem)
         for (word, known), stem in zip(having, stems, strict=True)
-        if len(stem) == 1 and stem[0] in fillers
+        if len(stem) == 1 and _may_fill(stem[0], mask, tokenizer)
     ]
     befores = encoder.many(known[: word.start()].removesuffix(" ") for word, known, _ in whole)
     afters = encoder.many(known[word.end() :] for word, known, _ in whole)
     for (_, known, stem), before, after in zip(whole, befores, afters, strict=True):
         row = [tokenizer.cls_id, *before, *stem, *after, tokenizer.sep_id]
         yield _Word(row, 1 + len(before), texts[known])
+
+
+def _may_fill(token: int, mask: _Mask, tokenizer: Tokenizer) -> bool:
+    """Adopted tokenizers leave it to the model whether a special token may; a text never says one."""
+    return token in tokenizer.fillers[mask.has_space] and token not in tokenizer.special_ids
 
 
 def _stems(parts: Iterable[str], encoder: _Encoder) -> set[int]:

@@ -618,15 +618,11 @@ class TranslateRunner(DecodeRunner):
         best: dict[int, Candidates] = {}
         if not led:
             return best
-        shared = head.listed(_rows(hidden, [*led]), common)
-        rows_of: dict[int, list[int]] = {}
-        for place, (listed, _) in enumerate(led.values()):
-            rows_of.setdefault(id(listed), []).append(place)
         numbers = [*led]
-        for places in rows_of.values():
+        shared = head.listed(_rows(hidden, numbers), common)
+        for store, places in _by_store([store for _, store in led.values()]):
             rows = [numbers[place] for place in places]
-            listed, store = led[rows[0]]
-            assert store is not None
+            listed, _ = led[rows[0]]
             x, mine = _rows(hidden, rows), guards.of(rows)
             assert mine.only_ban, "a row with a shortlist is guarded by more than bans"
             impossible = torch.full((len(rows), 1), -torch.inf)  # what is on no list
@@ -642,13 +638,7 @@ class TranslateRunner(DecodeRunner):
 
     def _mix(self, logits: Tensor, hidden: Tensor, stores: Sequence[Datastore | None]) -> Tensor:
         """logits (B, V) of the states hidden (B, D), in place: with what the rows' examples say."""
-        rows_of: dict[int, list[int]] = {}
-        for row, store in enumerate(stores):
-            if store is not None:
-                rows_of.setdefault(id(store), []).append(row)
-        for rows in rows_of.values():
-            store = stores[rows[0]]
-            assert store is not None
+        for store, rows in _by_store(stores):
             logits[rows] = store.mix(logits[rows], hidden[rows])
         return logits
 
@@ -842,6 +832,15 @@ class ClassifyRunner:
 def _rows(hidden: Tensor, rows: Sequence[int]) -> Tensor:
     """Some rows of hidden (B, D), in rising order; all of them as they are."""
     return hidden if len(rows) == len(hidden) else hidden[list(rows)]
+
+
+def _by_store(stores: Sequence[Datastore | None]) -> list[tuple[Datastore, list[int]]]:
+    """What was read for each sentence, with the places of its rows."""
+    found: dict[int, tuple[Datastore, list[int]]] = {}
+    for place, store in enumerate(stores):
+        if store is not None:
+            found.setdefault(id(store), (store, []))[1].append(place)
+    return [*found.values()]
 
 
 def _listed(ids: Tensor, values: Tensor) -> list[Candidates]:
